@@ -1,0 +1,46 @@
+"""Bit-packed masks: one bit per element, rows padded to whole bytes.
+
+Bit ``j`` of byte ``b`` in a row stands for column ``8 * b + j``. Rows are padded
+separately, so that a shard of rows holds the bits of just its rows.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+def packed_width(columns: int) -> int:
+    """Bytes in a packed row of ``columns`` bits."""
+    return (columns + 7) // 8
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool mask ``(rows, columns)`` into uint8 ``(rows, ceil(columns / 8))``."""
+    rows, columns = mask.shape
+    width = packed_width(columns)
+    if columns != 8 * width:
+        mask = torch.nn.functional.pad(mask, (0, 8 * width - columns))
+    bits = mask.contiguous().view(torch.uint8).view(rows, width, 8)
+    packed = bits[..., 0].clone()
+    for j in range(1, 8):
+        packed |= bits[..., j] << j
+    return packed
+
+
+def unpack(bits: Tensor, columns: int) -> Tensor:
+    """The bool mask ``(rows, columns)`` that ``bits`` was packed from."""
+    rows, width = bits.shape
+    table = _byte_table(bits.device)
+    flat = table.index_select(0, bits.reshape(-1).to(torch.int32)).view(torch.bool)
+    return flat.view(rows, 8 * width)[:, :columns]
+
+
+@functools.cache
+def _byte_table(device: torch.device) -> Tensor:
+    # Each of the 256 bytes as eight bools, seen as one int64, so that unpacking is a
+    # single table look-up per byte instead of a shift and a mask per bit.
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=device)
+    bools = (codes.unsqueeze(1) >> shifts) & 1
+    return bools.contiguous().view(torch.int64).view(256)

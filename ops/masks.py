@@ -1,0 +1,50 @@
+"""The choice of the forward and the backward mask. No gradients flow through these."""
+
+import torch
+from torch import Tensor
+
+from slope_fx.kernels.packing import packed_width
+from slope_fx.ops.dispatch import engine
+
+
+@torch.library.custom_op("slope_fx::magnitude_mask", mutates_args=())
+def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """The top N magnitudes of each M consecutive inputs (METHOD, "Masks").
+
+    Args:
+        weight: (d_out, d_in), any floating dtype, d_in a multiple of ``m``.
+        n, m: the pattern.
+
+    Returns:
+        The packed forward mask, uint8 (d_out, ceil(d_in / 8)).
+    """
+    packed: Tensor = engine(weight).magnitude_mask(weight, n, m)
+    return packed
+
+
+@magnitude_mask.register_fake
+def _(weight: Tensor, n: int, m: int) -> Tensor:
+    torch._check(weight.shape[1] % m == 0, lambda: f"d_in {weight.shape[1]} is not in {m}s")
+    return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.uint8)
+
+
+@torch.library.custom_op("slope_fx::backward_mask", mutates_args=())
+def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    """The top N magnitudes of ``W^R`` in each M consecutive outputs (METHOD, "Masks").
+
+    Args:
+        values: (d_out, d_in * N / M), d_out a multiple of ``m``.
+        forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
+        n, m: the pattern.
+
+    Returns:
+        The packed backward mask, one bit a value: uint8 (d_out, ceil(d_in * N / M / 8)).
+    """
+    packed: Tensor = engine(values).backward_mask(values, forward_mask, n, m)
+    return packed
+
+
+@backward_mask.register_fake
+def _(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    torch._check(values.shape[0] % m == 0, lambda: f"d_out {values.shape[0]} is not in {m}s")
+    return values.new_empty((values.shape[0], packed_width(values.shape[1])), dtype=torch.uint8)

@@ -1,0 +1,144 @@
+"""The linear of a pruned weight, with the double-pruned gradient (METHOD, "The three products")."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slope_fx.ops.dispatch import engine
+
+
+@torch.library.custom_op("slope_fx::sparse_linear", mutates_args=())
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    backward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+) -> Tensor:
+    """``Y = X (W^R)^T + b``, with ``grad_X = grad_Y W^{R,C}`` and a compressed ``grad_W``.
+
+    Source: SLoPe, arXiv 2405.16325, equations 4 to 6.
+
+    Args:
+        x: (..., d_in).
+        values: (d_out, d_in * N / M), the dtype of ``x``; under autocast, any floating dtype.
+        forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
+        backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)).
+        bias: (d_out,) or None.
+        n, m: the pattern.
+
+    Returns:
+        (..., d_out).
+    """
+    y: Tensor = engine(x).sparse_linear(x, values, forward_mask, bias, n, m)
+    return y
+
+
+@sparse_linear.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    backward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+) -> Tensor:
+    d_in = values.shape[1] * m // n
+    torch._check(
+        x.shape[-1] == d_in,
+        lambda: f"slope_fx::sparse_linear: x has {x.shape[-1]} features, the weight reads {d_in}",
+    )
+    torch._check(
+        x.dtype == values.dtype,
+        lambda: f"slope_fx::sparse_linear: x is {x.dtype}, the weight {values.dtype}",
+    )
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+@torch.library.custom_op("slope_fx::sparse_input_grad", mutates_args=())
+def sparse_input_grad(
+    grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> Tensor:
+    """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
+    dx: Tensor = engine(grad).sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
+    return dx
+
+
+@sparse_input_grad.register_fake
+def _(
+    grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], values.shape[1] * m // n))
+
+
+@torch.library.custom_op("slope_fx::sparse_weight_grad", mutates_args=())
+def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    """``grad_W = grad_Y^T X`` at the forward mask's positions: (d_out, d_in * N / M)."""
+    dw: Tensor = engine(grad).sparse_weight_grad(grad, x, forward_mask, n, m)
+    return dw
+
+
+@sparse_weight_grad.register_fake
+def _(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    return grad.new_empty((grad.shape[-1], x.shape[-1] * n // m))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, forward_mask, backward_mask, _, ctx.n, ctx.m = inputs
+    ctx.save_for_backward(x, values, forward_mask, backward_mask)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, forward_mask, backward_mask = ctx.saved_tensors
+    needs_x, needs_values, _, _, needs_bias, _, _ = ctx.needs_input_grad
+    dx = dvalues = dbias = None
+    if needs_x:
+        dx = sparse_input_grad(grad, values, forward_mask, backward_mask, ctx.n, ctx.m)
+    if needs_values:
+        dvalues = sparse_weight_grad(grad, x, forward_mask, ctx.n, ctx.m)
+    if needs_bias:
+        dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return dx, dvalues, None, None, dbias, None, None
+
+
+sparse_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    # torch.library.register_autocast fixes one dtype at registration; the user's
+    # autocast context may name another, so the dtype is read at each call.
+    autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    op = torch.ops.slope_fx.sparse_linear.default
+
+    def autocast_sparse_linear(
+        x: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        backward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, values = (_cast(t, dtype) for t in (x, values))
+        bias = None if bias is None else _cast(bias, dtype)
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            y: Tensor = op(x, values, forward_mask, backward_mask, bias, n, m)
+            return y
+
+    _LIBRARY.impl("sparse_linear", autocast_sparse_linear, key)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # As torch's own autocast does: float64 is left alone.
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
+
+
+_LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")

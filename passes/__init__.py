@@ -1,0 +1,109 @@
+"""The passes, and the one order they run in.
+
+A pass is a plain function on a GraphModule, in a file of its own. It knows graphs and
+ops, never modules. Over each Dynamo graph, and each graph nested in it, run
+
+1. ``find_linears``: what there is to work on; changes nothing.
+2. ``insert_adapters``: takes the adapter out of a weight, so that what is left
+3. ``sparsify_linears``: sees a linear over an expanded weight in either phase.
+
+``weight_roles`` works on the exported graph, once, when a model is compiled.
+"""
+
+if __name__ != "slope_fx.passes":
+    raise ImportError(f"import this package as slope_fx.passes, not as {__name__!r}")
+
+import logging
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from slope_fx.passes.find_linears import find_linears
+from slope_fx.passes.graph import graphs_of
+from slope_fx.passes.insert_adapters import ADD_ADAPTER, insert_adapters
+from slope_fx.passes.sparsify_linears import EXPAND, sparsify_linears
+from slope_fx.passes.weight_roles import WeightRole, weight_roles
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A marker that no pass could rewrite: its layer runs with a dense weight.
+
+    Attributes:
+        gm: the graph that holds it.
+        values: the node of the layer's values.
+        used_by: the ops that read the expanded weight.
+    """
+
+    gm: GraphModule
+    values: Node
+    used_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """What the passes did to a graph and the graphs nested in it."""
+
+    linears: int
+    adapters: int
+    sparse_linears: int
+    leftovers: tuple[Leftover, ...]
+
+
+def run_passes(gm: GraphModule) -> Rewrites:
+    """Run the passes over ``gm`` and every graph nested in it, in place.
+
+    Running them again changes nothing.
+    """
+    totals = dict.fromkeys(("find_linears", "insert_adapters", "sparsify_linears"), 0)
+    leftovers: list[Leftover] = []
+    for graph_module in graphs_of(gm):
+        counts = {
+            "find_linears": len(find_linears(graph_module)),
+            "insert_adapters": insert_adapters(graph_module),
+            "sparsify_linears": sparsify_linears(graph_module),
+        }
+        changed = counts["insert_adapters"] + counts["sparsify_linears"]
+        if changed:
+            graph_module.graph.lint()
+            graph_module.recompile()
+        for name, count in counts.items():
+            totals[name] += count
+            log.debug("%s: %d in %s", name, count, graph_module._get_name())
+        leftovers += _leftovers(graph_module)
+    log.info(
+        "find_linears: %d, insert_adapters: %d, sparsify_linears: %d, left expanded: %d",
+        *totals.values(),
+        len(leftovers),
+    )
+    return Rewrites(*totals.values(), tuple(leftovers))
+
+
+def _leftovers(gm: GraphModule) -> list[Leftover]:
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=EXPAND):
+        values = node.args[0]
+        assert isinstance(values, Node)
+        users = [
+            user
+            for direct in node.users
+            for user in (direct.users if direct.target is ADD_ADAPTER else (direct,))
+        ]
+        used_by = tuple(sorted({getattr(u.target, "__name__", str(u.target)) for u in users}))
+        if used_by:
+            found.append(Leftover(gm, values, used_by))
+    return found
+
+
+__all__ = [
+    "Leftover",
+    "Rewrites",
+    "WeightRole",
+    "find_linears",
+    "insert_adapters",
+    "run_passes",
+    "sparsify_linears",
+    "weight_roles",
+]

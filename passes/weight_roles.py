@@ -1,0 +1,226 @@
+"""What a traced model does with each of its parameters.
+
+Names can't tell which linears read the embeddings or make the logits, nor which
+weight is shared with something that is not a linear; the graph can.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule, Node
+
+from slope_fx.passes.graph import (
+    LinearCall,
+    aten,
+    is_transpose,
+    match_linear,
+    nested_calls,
+    nested_graph,
+)
+
+_EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default}
+
+
+@dataclass
+class WeightRole:
+    """One parameter's part in the model.
+
+    Attributes:
+        scopes: the module paths whose forward calls a linear with this weight.
+        layouts: how those linears read it: False (d_out, d_in), True (d_in, d_out). None
+            of either if only a slice, a view or a cast of it is a linear's weight.
+        other_uses: what else reads the parameter, by op name.
+        reads_embeddings, reads_input: some linear with it has no other linear before
+            it, and an embedding, or the model's input itself, as its source.
+        makes_output: some linear with it makes the model's output: no other linear
+            comes after, and no other activation joins on the way.
+    """
+
+    scopes: list[str] = field(default_factory=list)
+    layouts: set[bool] = field(default_factory=set)
+    other_uses: list[str] = field(default_factory=list)
+    reads_embeddings: bool = False
+    reads_input: bool = False
+    makes_output: bool = False
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What a value was made from.
+
+    Attributes:
+        parameter: the parameter that the value is, transposed or not; else None.
+        transposed: the value is that parameter transposed.
+        derived: the parameter that the value was computed from, and nothing else.
+        on_input, on_parameter: it depends on the model's input, on a parameter.
+        embedded: an embedding is among its ancestors.
+        linears: ids of the linears among its ancestors.
+        fresh: ids of the linears it was made from directly (see ``makes_output``).
+    """
+
+    parameter: str | None = None
+    transposed: bool = False
+    derived: str | None = None
+    on_input: bool = False
+    on_parameter: bool = False
+    embedded: bool = False
+    linears: frozenset[int] = frozenset()
+    fresh: frozenset[int] = frozenset()
+
+
+_Value = _Flow | tuple["_Value", ...]
+
+
+def weight_roles(
+    gm: GraphModule, parameters: Mapping[str, str], inputs: Iterable[str]
+) -> dict[str, WeightRole]:
+    """The role of each parameter that some linear of ``gm`` uses as its weight.
+
+    Args:
+        gm: an exported graph.
+        parameters: its placeholders that are parameters, to the parameter's name.
+        inputs: its placeholders that are the model's inputs.
+
+    Returns:
+        Parameter names to roles. Parameters that no linear uses are left out.
+    """
+    inputs = set(inputs)
+    walk = _Walk()
+    arguments: list[_Value] = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        name = parameters.get(node.name)
+        arguments.append(
+            _Flow(parameter=name, on_parameter=name is not None, on_input=node.name in inputs)
+        )
+    results = walk.run(gm, arguments)
+    for flow in _leaves(results):
+        for linear in flow.fresh - walk.inner:
+            walk.roles[walk.weights[linear]].makes_output = True
+    for name, uses in walk.other_uses.items():
+        if name in walk.roles:
+            walk.roles[name].other_uses = uses
+    return walk.roles
+
+
+class _Walk:
+    """One forward sweep over a graph and the graphs nested in it."""
+
+    def __init__(self) -> None:
+        self.roles: dict[str, WeightRole] = {}
+        self.other_uses: dict[str, list[str]] = {}
+        self.weights: list[str] = []  # of each linear, by its id
+        self.inner: set[int] = set()  # linears that another linear comes after
+
+    def run(self, gm: GraphModule, arguments: list[_Value]) -> _Value:
+        flows: dict[Node, _Value] = {}
+        nested = {node: (graph, operands) for node, graph, operands in nested_calls(gm)}
+        remaining = iter(arguments)
+        for node in gm.graph.nodes:
+            if node.op == "placeholder":
+                flows[node] = next(remaining, _Flow())
+            elif node.op == "output":
+                return tuple(flows[n] for n in node.all_input_nodes)
+            elif node.op == "get_attr":
+                flows[node] = _Flow()
+            elif node in nested and nested[node][1] is not None:
+                graph, operands = nested[node]
+                assert operands is not None
+                flows[node] = self.run(
+                    graph, [flows[o] if isinstance(o, Node) else _Flow() for o in operands]
+                )
+            elif node.target is operator.getitem and isinstance(flows[node.args[0]], tuple):
+                flows[node] = flows[node.args[0]][node.args[1]]  # type: ignore[index]
+            else:
+                flows[node] = self.step(gm, node, flows)
+        raise AssertionError("an FX graph ends in its output node")
+
+    def step(self, gm: GraphModule, node: Node, flows: dict[Node, _Value]) -> _Flow:
+        operands = {
+            n: _merge(flows[n]) for n in node.all_input_nodes if nested_graph(gm, n) is None
+        }
+        if is_transpose(node):
+            (operand,) = operands.values()
+            if operand.parameter is not None:
+                return dataclasses.replace(operand, transposed=not operand.transposed)
+        call = match_linear(node)
+        weight = _merge(flows[call.weight]) if call else _Flow()
+        for operand_node, flow in operands.items():
+            is_weight = call is not None and operand_node is call.weight_operand
+            if flow.parameter is not None and not is_weight:
+                self.other_uses.setdefault(flow.parameter, []).append(_op_name(node))
+        merged = _merge(tuple(operands.values()))
+        if call is not None and weight.parameter is not None:
+            return self.linear(call, weight, operands[call.x], merged)
+        if call is not None and weight.derived is not None:
+            # A slice, a view or a cast of a parameter: a linear all the same, if not one
+            # that can be compressed; it has a role without a layout.
+            self.roles.setdefault(weight.derived, WeightRole())
+        embedded = merged.embedded or node.target in _EMBEDDINGS
+        activations = [f for f in operands.values() if f.on_input and f.on_parameter]
+        fresh = {f.fresh for f in activations}
+        sources = {f.parameter or f.derived for f in operands.values() if f.on_parameter}
+        return _Flow(
+            derived=sources.pop() if len(sources) == 1 and not merged.on_input else None,
+            on_input=merged.on_input,
+            on_parameter=merged.on_parameter,
+            embedded=embedded,
+            linears=merged.linears,
+            fresh=fresh.pop() if len(fresh) == 1 else frozenset(),
+        )
+
+    def linear(self, call: LinearCall, weight: _Flow, x: _Flow, merged: _Flow) -> _Flow:
+        name = weight.parameter
+        assert name is not None
+        role = self.roles.setdefault(name, WeightRole())
+        role.scopes.append(_scope(call.node))
+        role.layouts.add(call.stored_transposed != weight.transposed)
+        if x.on_input and not x.linears:
+            role.reads_embeddings |= x.embedded
+            role.reads_input |= not x.embedded
+        self.inner |= x.linears
+        here = frozenset([len(self.weights)])
+        self.weights.append(name)
+        return _Flow(
+            on_input=merged.on_input,
+            on_parameter=True,
+            embedded=merged.embedded,
+            linears=merged.linears | here,
+            fresh=here,
+        )
+
+
+def _merge(value: _Value) -> _Flow:
+    leaves = _leaves(value)
+    if len(leaves) == 1:
+        return leaves[0]
+    fresh = {f.fresh for f in leaves if f.on_input and f.on_parameter}
+    return _Flow(
+        on_input=any(f.on_input for f in leaves),
+        on_parameter=any(f.on_parameter for f in leaves),
+        embedded=any(f.embedded for f in leaves),
+        linears=frozenset().union(*(f.linears for f in leaves)),
+        fresh=fresh.pop() if len(fresh) == 1 else frozenset(),
+    )
+
+
+def _leaves(value: _Value) -> list[_Flow]:
+    if isinstance(value, _Flow):
+        return [value]
+    return [leaf for item in value for leaf in _leaves(item)]
+
+
+def _op_name(node: Node) -> str:
+    return (
+        str(node.target)
+        if not callable(node.target)
+        else getattr(node.target, "__name__", str(node.target))
+    )
+
+
+def _scope(node: Node) -> str:
+    """The path of the module whose forward made ``node``; "" for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = stack[-1][0] if stack else ""
+    return path.removeprefix("L['self']").removeprefix(".")

@@ -1,0 +1,130 @@
+"""The torch.compile backend that runs the passes and hands the graph on."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.fx import GraphModule, Node
+
+from slope_fx.errors import ArgumentError, ExpandedWeightError
+from slope_fx.passes import Leftover, run_passes
+from slope_fx.passes.graph import nested_calls
+from slope_fx.weights import SparseWeight, find_alive
+
+log = logging.getLogger(__name__)
+
+CompiledFunction = Callable[..., Any]
+BackendFunction = Callable[[GraphModule, Sequence[Any]], CompiledFunction]
+
+
+class RewritingBackend:
+    """Rewrites a Dynamo graph with the passes, then compiles it with another backend.
+
+    Get one from :func:`rewriting_backend`: Dynamo keeps its compiled code by the identity
+    of the backend, so there must be one object for each inner backend.
+    """
+
+    def __init__(self, inner: str | BackendFunction) -> None:
+        self.inner = inner
+        self.graphs = 0
+        """Graphs compiled so far, recompiles included."""
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
+        self.graphs += 1
+        rewrites = run_passes(gm)
+        try:
+            for leftover in rewrites.leftovers:
+                _report(gm, leftover, example_inputs)
+        except ExpandedWeightError as error:
+            # Raised from here it would reach the user wrapped in Dynamo's own error.
+            return _raiser(error)
+        compiled: CompiledFunction = _resolve(self.inner)(gm, example_inputs)
+        return compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewritingBackend":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rewriting_backend, (self.inner,)
+
+
+@functools.cache
+def rewriting_backend(inner: str | BackendFunction = "inductor") -> RewritingBackend:
+    """The backend that rewrites for slope_fx ahead of ``inner``.
+
+    For compiling parts of a model by hand, as in
+    ``block.compile(backend=slope_fx.rewriting_backend("inductor"))``. ``compile`` does
+    this for you.
+
+    Args:
+        inner: a torch.compile backend, by name or as a function.
+
+    Raises:
+        ArgumentError: there is no backend of that name.
+    """
+    _resolve(inner)
+    return RewritingBackend(inner)
+
+
+def _resolve(inner: str | BackendFunction) -> BackendFunction:
+    if not isinstance(inner, str):
+        if not callable(inner):
+            raise ArgumentError(
+                f"backend={inner!r}; allowed are a torch.compile backend's name, "
+                "a function (graph, example_inputs) -> function, or None."
+            )
+        return inner
+    try:
+        backend: BackendFunction = lookup_backend(inner)
+    except Exception as error:
+        names = ", ".join(sorted(torch.compiler.list_backends(exclude_tags=())))
+        raise ArgumentError(
+            f"backend={inner!r} is not a torch.compile backend; there are: {names}."
+        ) from error
+    return backend
+
+
+def _report(gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]) -> None:
+    """Say which layer a leftover marker belongs to, if it is going to be trained."""
+    placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if placeholder not in placeholders:
+        return
+    values = example_inputs[placeholders.index(placeholder)]
+    if not (isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled()):
+        return
+    reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
+    for weight in find_alive(lambda weight: _is_values(weight, values)):
+        weight.report_expanded(reason)
+
+
+def _is_values(weight: SparseWeight, values: Tensor) -> bool:
+    return weight.values is values
+
+
+def _outer_placeholder(outer: GraphModule, gm: GraphModule, node: Node) -> Node:
+    """The placeholder of the outermost graph that a nested graph's placeholder stands for."""
+    if gm is outer or node.op != "placeholder":
+        return node
+    for parent in (m for m in outer.modules() if isinstance(m, GraphModule)):
+        for _, nested, operands in nested_calls(parent):
+            if nested is gm and operands is not None:
+                index = gm.graph.find_nodes(op="placeholder").index(node)
+                return _outer_placeholder(outer, parent, operands[index])
+    return node
+
+
+def _raiser(error: Exception) -> CompiledFunction:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def compile_module(module: nn.Module, backend: RewritingBackend) -> None:
+    """Compile ``module`` in place, keeping its identity and its parameters' names."""
+    module.compile(backend=backend)

@@ -1,0 +1,232 @@
+"""``compile``: a dense model in, the same model with N:M weights out."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar, get_args
+
+from torch import nn
+
+from slope_fx.backend import BackendFunction, compile_module, rewriting_backend
+from slope_fx.errors import (
+    AlreadyCompiledError,
+    ArgumentError,
+    IgnoredArgumentWarning,
+    NoEligibleLinearError,
+    NotCompiledError,
+    UntracedModelWarning,
+)
+from slope_fx.install import install, set_kind, warn_of_stale_optimizers
+from slope_fx.patterns import Pattern, PatternRules
+from slope_fx.plan import (
+    AdapterRank,
+    LinearPlan,
+    MaskChoice,
+    check_adapter_rank,
+    check_mask_choice,
+    choose_mask,
+    layer_rank,
+    plan_linears,
+)
+from slope_fx.regions import Region, choose_regions
+from slope_fx.trace import ExampleInputs, trace
+from slope_fx.weights import OnFallback, SparseWeight
+
+log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+_RECORD = "_slope_fx"
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What ``compile`` decided, kept on the model.
+
+    Attributes:
+        plans: the fate of each linear.
+        untraced_because: why the model's graph could not be had; "" if it was.
+        backend: what compiles the rewritten graph; None if nothing does.
+        regions: paths of the modules that are compiled, "" for the model itself.
+    """
+
+    plans: tuple[LinearPlan, ...]
+    untraced_because: str
+    backend: str | BackendFunction | None
+    regions: tuple[str, ...]
+
+
+def compile(
+    model: Model,
+    sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
+    *,
+    adapter_rank: AdapterRank = None,
+    mask: MaskChoice = "magnitude",
+    skip_first: bool = True,
+    skip_head: bool = True,
+    example_inputs: ExampleInputs = None,
+    backend: str | BackendFunction | None = "inductor",
+    region: Region = "model",
+    on_fallback: OnFallback = "warn",
+) -> Model:
+    """Make ``model`` train with SLoPe: N:M weights, double-pruned gradients, lazy adapters.
+
+    The model is changed in place and returned. Each eligible linear weight is replaced
+    by its kept values, a plain parameter ``weight_values`` of shape (d_out, d_in * N / M),
+    so make the optimizer afterwards. Source: SLoPe (ICLR 2025), arXiv 2405.16325.
+
+    Args:
+        model: any module; fp32, bf16 or fp16 weights.
+        sparsity: an N:M pattern with M in 2, 4, 8, 16; or a mapping from ``fnmatch``
+            patterns on the layer's qualified name to one, where the first match wins
+            and None keeps a layer dense.
+        adapter_rank: rank of the low-rank adapters, or a float in (0, 1) as a fraction
+            of each layer's input width; None for none. They take part once a
+            :class:`~slope_fx.Schedule` reaches their phase.
+        mask: "magnitude"; "random"; or a callable (name, weight) -> bool mask, with
+            weight and mask of shape (d_out, d_in) and exactly N of each M kept in a row.
+        skip_first: leave dense the linears that the embeddings (or the input) feed.
+        skip_head: leave dense the linear that makes the output.
+        example_inputs: what to trace the model with: a tensor, a sequence of arguments,
+            a mapping of keyword arguments, or (arguments, keyword arguments). A
+            transformers model brings its own.
+        backend: what compiles the rewritten graph, any torch.compile backend; None
+            leaves compiling to you (see :func:`~slope_fx.rewriting_backend`).
+        region: "model" compiles one graph; "blocks" the repeated blocks one by one,
+            which takes a fraction of the time to compile.
+        on_fallback: what to do when a sparse layer trains with its dense weight rebuilt
+            because no pass saw its linear: "warn" once a layer, "error", "ignore".
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        SlopeError: one of its subclasses for each mistake; the model is then as it was.
+    """
+    rules = PatternRules(sparsity)
+    check_adapter_rank(adapter_rank)
+    check_mask_choice(mask)
+    _check_choice("region", region, get_args(Region))
+    _check_choice("on_fallback", on_fallback, get_args(OnFallback))
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    if sparse_weights_of(model):
+        raise AlreadyCompiledError(
+            "model is compiled already: it holds sparse weights. Compile a fresh dense model, or "
+            "keep using this one."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ArgumentError(
+            "model has parameters on the meta device, which have no values to choose a mask "
+            "from. Give it storage first, with model.to_empty(device=...) and an initialisation."
+        )
+    if backend is not None:
+        rewriting_backend(backend)  # so that a wrong name fails before anything is done
+
+    traced = trace(model, example_inputs)
+    plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
+    sparse_plans = [plan for plan in plans if plan.pattern is not None]
+    if not sparse_plans:
+        raise NoEligibleLinearError(_nothing_to_do(plans, traced.untraced_because))
+    parameters = dict(model.named_parameters())
+    ranks = {plan.name: layer_rank(adapter_rank, plan) for plan in sparse_plans}
+    masks = {}
+    for plan in sparse_plans:
+        weight = parameters[plan.parameter_name].detach()
+        assert plan.pattern is not None
+        weight = weight.t() if plan.stored_transposed else weight
+        masks[plan.name] = choose_mask(mask, plan.name, weight.contiguous(), plan.pattern)
+
+    scopes = [scope for plan in sparse_plans for scope in plan.scopes]
+    record = Compilation(
+        tuple(plans),
+        traced.untraced_because,
+        backend,
+        tuple(choose_regions(model, region, scopes)) if backend is not None else (),
+    )
+    with ExitStack() as undo:
+        replaced = install(model, sparse_plans, masks, ranks, on_fallback, undo)
+        undo.callback(lambda cls=type(model): setattr(model, "__class__", cls))
+        undo.callback(lambda: model.__dict__.pop(_RECORD, None))
+        model.__dict__[_RECORD] = record
+        set_kind(model, after_copy=_compile_regions)
+        _compile_regions(model)
+        undo.pop_all()  # nothing can fail any more
+    _say_what_was_ignored(rules, traced.untraced_because)
+    warn_of_stale_optimizers(replaced)
+    log.info("%d of %d linears are sparse", len(sparse_plans), len(plans))
+    return model
+
+
+def compilation_of(model: nn.Module) -> Compilation:
+    """What ``compile`` decided for ``model``.
+
+    Raises:
+        NotCompiledError: ``compile`` has not been called on it.
+    """
+    record = getattr(model, "__dict__", {}).get(_RECORD)
+    if not isinstance(record, Compilation):
+        raise NotCompiledError(
+            f"model is a {type(model).__name__} that slope_fx.compile has not been called on. "
+            "Pass the object that compile returned, not a part or a wrapper of it."
+        )
+    return record
+
+
+def sparse_weights_of(model: nn.Module) -> dict[str, SparseWeight]:
+    """The sparse weights of ``model`` and its parts, by the layer's name; empty if none."""
+    return {m.name: m for m in model.modules() if isinstance(m, SparseWeight)}
+
+
+def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
+    """The sparse weights of a compiled model, by the layer's qualified name.
+
+    Raises:
+        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+    """
+    compilation_of(model)
+    return sparse_weights_of(model)
+
+
+def _compile_regions(model: nn.Module) -> None:
+    record: Compilation = model.__dict__[_RECORD]
+    if record.backend is None:
+        return
+    for path in record.regions:
+        compile_module(model.get_submodule(path), rewriting_backend(record.backend))
+
+
+def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ArgumentError(f"{argument}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def _nothing_to_do(plans: list[LinearPlan], untraced_because: str) -> str:
+    if not plans:
+        found = "No linear was found in the model."
+    else:
+        found = "No linear of the model can be sparse: " + "; ".join(
+            f"{plan.name or '(the model)'}: {plan.reason}" for plan in plans
+        )
+    how = f" The model was not traced ({untraced_because})." if untraced_because else ""
+    return f"{found}.{how} See skip_first, skip_head and sparsity for what they leave dense."
+
+
+def _say_what_was_ignored(rules: PatternRules, untraced_because: str) -> None:
+    if untraced_because:
+        warnings.warn(
+            f"The model was not traced ({untraced_because}); its nn.Linear and Conv1D modules "
+            "were taken instead, the first for the one that reads the input and the last for the "
+            "output head. Pass example_inputs that the model's forward accepts to have its graph "
+            "decide.",
+            UntracedModelWarning,
+            stacklevel=3,
+        )
+    for key in rules.unmatched():
+        warnings.warn(
+            f"sparsity[{key!r}] matches no linear of the model that an earlier key doesn't "
+            "match; see slope_fx.explain(model) for the names.",
+            IgnoredArgumentWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,73 @@
+"""Every error and warning of slope_fx, each with what was given, what is allowed, what to do.
+
+``except slope_fx.SlopeError`` catches them all. The classes also derive from the
+built-in error a caller would expect (``ValueError``, ``RuntimeError``).
+"""
+
+
+class SlopeError(Exception):
+    """Base of all errors that slope_fx raises."""
+
+
+class PatternError(SlopeError, ValueError):
+    """A sparsity pattern, or the mapping of names to patterns, is not valid."""
+
+
+class MaskError(SlopeError, ValueError):
+    """A mask has the wrong type or shape, or isn't N:M."""
+
+
+class AdapterRankError(SlopeError, ValueError):
+    """``adapter_rank`` is not a rank that the layers can have."""
+
+
+class ArgumentError(SlopeError, ValueError):
+    """Another argument of a public function is not one of its allowed values."""
+
+
+class ExampleInputsError(SlopeError, ValueError):
+    """``example_inputs`` don't fit the model's forward."""
+
+
+class NoEligibleLinearError(SlopeError, ValueError):
+    """No linear of the model could be made sparse."""
+
+
+class AlreadyCompiledError(SlopeError, RuntimeError):
+    """``compile`` was called on a model that is compiled already."""
+
+
+class NotCompiledError(SlopeError, ValueError):
+    """A function that needs a compiled model was given another one."""
+
+
+class ScheduleError(SlopeError, ValueError):
+    """A Schedule has impossible steps, or was stepped past its end."""
+
+
+class ExpandedWeightError(SlopeError, RuntimeError):
+    """With ``on_fallback="error"``: a sparse weight is used where no pass can see it."""
+
+
+class SlopeWarning(UserWarning):
+    """Base of all warnings that slope_fx issues."""
+
+
+class ExpandedWeightWarning(SlopeWarning):
+    """A sparse layer runs with its dense weight rebuilt: right, but slow, and single-pruned."""
+
+
+class UntracedModelWarning(SlopeWarning):
+    """The model could not be traced; its linears were found by module type."""
+
+
+class IgnoredArgumentWarning(SlopeWarning):
+    """An argument, or a part of one, has no effect."""
+
+
+class StaleOptimizerWarning(SlopeWarning):
+    """An optimizer made before ``compile`` holds weights that ``compile`` replaced."""
+
+
+class ScheduleWarning(SlopeWarning):
+    """A Schedule and the model it drives disagree."""

@@ -1,0 +1,163 @@
+"""``explain``: what became of every linear, and why."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tabulate import tabulate
+from torch import nn
+
+from slope_fx.compiler import compilation_of, sparse_weights
+from slope_fx.kernels import engine_for
+from slope_fx.plan import LinearPlan
+from slope_fx.weights import SparseWeight
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear of a compiled model.
+
+    Attributes:
+        name: qualified name.
+        kind: "sparse" or "dense".
+        shape: (d_out, d_in).
+        pattern: "N:M", or None for dense.
+        engine: what computes a sparse linear; None for dense.
+        rank: of its adapter, or None.
+        reason: why it is dense; for a sparse one that trained with its dense weight
+            rebuilt, why it did; else "".
+        bytes_before, bytes_after: of its weight: dense, and now (values, masks, adapter).
+        state_before, state_after: the same while training with Adam: weight, gradient
+            and two fp32 moments.
+    """
+
+    name: str
+    kind: Literal["sparse", "dense"]
+    shape: tuple[int, ...]
+    pattern: str | None
+    engine: str | None
+    rank: int | None
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    state_before: int
+    state_after: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The report on a model. Print it for a table; its fields are the same as data.
+
+    Attributes:
+        linears: a report for each linear.
+        note: what there is to say of the model as a whole; may be "".
+    """
+
+    linears: tuple[LinearReport, ...]
+    note: str
+
+    @property
+    def sparse(self) -> tuple[LinearReport, ...]:
+        """The sparse linears."""
+        return tuple(linear for linear in self.linears if linear.kind == "sparse")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, fit for JSON."""
+        return {"linears": [asdict(linear) for linear in self.linears], "note": self.note}
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                r.name,
+                r.kind,
+                "x".join(map(str, r.shape)),
+                r.pattern or "",
+                r.engine or "",
+                _size(r.bytes_before),
+                _size(r.bytes_after) if r.kind == "sparse" else "",
+                ("trains expanded: " if r.kind == "sparse" and r.reason else "") + r.reason,
+            )
+            for r in self.linears
+        ]
+        headers = ("linear", "kind", "d_out x d_in", "N:M", "engine", "before", "after", "reason")
+        table = tabulate(
+            rows,
+            headers,
+            disable_numparse=True,
+            colalign=("left",) * 5 + ("right",) * 2 + ("left",),
+        )
+        lines = [table, "", f"{len(self.sparse)} of {len(self.linears)} linears are sparse."]
+        for title, group in (("Sparse layers", self.sparse), ("All linears", self.linears)):
+            lines.append(
+                f"{title}: weights {_change([(r.bytes_before, r.bytes_after) for r in group])}; "
+                f"with gradients and Adam's moments "
+                f"{_change([(r.state_before, r.state_after) for r in group])}."
+            )
+        if self.note:
+            lines.append(self.note)
+        return "\n".join(lines)
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What became of every linear of a compiled model.
+
+    Raises:
+        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+    """
+    record = compilation_of(model)
+    weights = sparse_weights(model)
+    note = ""
+    if record.untraced_because:
+        note = (
+            f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
+            "Conv1D modules, and first and last are by module order."
+        )
+    return Explanation(
+        tuple(_report(plan, weights.get(plan.name), model) for plan in record.plans), note
+    )
+
+
+def _report(plan: LinearPlan, weight: SparseWeight | None, model: nn.Module) -> LinearReport:
+    if weight is None:
+        state = 2 * plan.bytes_dense + 8 * math.prod(plan.shape)
+        return LinearReport(
+            plan.name, "dense", plan.shape, None, None, None, plan.reason,
+            plan.bytes_dense, plan.bytes_dense, state, state,
+        )  # fmt: skip
+    values = weight.values
+    trained = [p for p in (values, weight.lora_A, weight.lora_B) if p is not None]
+    frozen = [weight.forward_bits, weight.backward_bits]
+    size = values.element_size()
+    dense = weight.d_out * weight.d_in
+    return LinearReport(
+        name=plan.name,
+        kind="sparse",
+        shape=plan.shape,
+        pattern=str(weight.pattern),
+        engine=engine_for(values.device),
+        rank=weight.rank,
+        reason=weight.expanded_because or "",
+        bytes_before=dense * size,
+        bytes_after=_bytes(trained) + _bytes(frozen),
+        state_before=dense * (2 * size + 8),
+        state_after=2 * _bytes(trained) + 8 * sum(p.numel() for p in trained) + _bytes(frozen),
+    )
+
+
+def _bytes(tensors: list[nn.Parameter]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def _change(pairs: list[tuple[int, int]]) -> str:
+    before, after = (sum(side) for side in zip(*pairs, strict=True))
+    return f"{_size(before)} -> {_size(after)} ({after / before:.3f})"
+
+
+__all__ = ["Explanation", "LinearReport", "explain"]

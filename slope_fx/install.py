@@ -1,0 +1,178 @@
+"""Put compressed weights into a model, in place, and take them out again if that fails.
+
+A layer keeps its identity and its attributes; its class becomes a subclass on which
+``weight`` is a property. The subclass is shared by all layers of a kind, because Dynamo
+reuses one compiled graph only for modules of one class.
+"""
+
+import functools
+import gc
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx import ops
+from slope_fx.errors import StaleOptimizerWarning
+from slope_fx.plan import LinearPlan
+from slope_fx.weights import OnFallback, SparseWeight, sparse_name, values_name
+
+
+class _Kind(NamedTuple):
+    """What a generated class adds to its base: weight properties, and a hook on copies."""
+
+    base: type[nn.Module]
+    attributes: tuple[str, ...]
+    after_copy: Callable[[nn.Module], None] | None
+
+
+@functools.cache
+def _class_of(kind: _Kind) -> type[nn.Module]:
+    """The one class of a kind. It passes for its base: same name, ``isinstance`` holds."""
+    body: dict[str, Any] = {
+        "__module__": kind.base.__module__,
+        "__qualname__": kind.base.__qualname__,
+        "__doc__": kind.base.__doc__,
+        "_slope_kind": kind,
+        "__reduce_ex__": _reduce,
+        **{attribute: _weight_property(attribute) for attribute in kind.attributes},
+    }
+    if kind.after_copy is not None:
+        body["__setstate__"] = _setstate
+    return type(kind.base.__name__, (kind.base,), body)
+
+
+def _weight_property(attribute: str) -> property:
+    sparse, values = sparse_name(attribute), values_name(attribute)
+
+    def read(module: nn.Module) -> Tensor:
+        weight: Tensor = getattr(module, sparse).read(getattr(module, values))
+        return weight
+
+    return property(read, doc="The dense W^R, rebuilt at each reading; train `weight_values`.")
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    # Generated classes can't be imported by name; copies and pickles name their kind.
+    return _blank, tuple(type(module)._slope_kind), module.__getstate__()  # type: ignore[attr-defined]
+
+
+def _blank(*kind: Any) -> nn.Module:
+    cls = _class_of(_Kind(*kind))
+    return cls.__new__(cls)
+
+
+def _setstate(module: nn.Module, state: dict[str, Any]) -> None:
+    nn.Module.__setstate__(module, state)
+    type(module)._slope_kind.after_copy(module)  # type: ignore[attr-defined]
+
+
+def set_kind(
+    module: nn.Module,
+    attributes: tuple[str, ...] = (),
+    after_copy: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Make ``module`` an instance of its class with the given additions, and keep earlier ones."""
+    kind = getattr(type(module), "_slope_kind", _Kind(type(module), (), None))
+    kind = _Kind(
+        kind.base, tuple(sorted({*kind.attributes, *attributes})), after_copy or kind.after_copy
+    )
+    module.__class__ = _class_of(kind)
+
+
+def install(
+    model: nn.Module,
+    plans: list[LinearPlan],
+    masks: dict[str, Tensor],
+    ranks: dict[str, int | None],
+    on_fallback: OnFallback,
+    undo: ExitStack,
+) -> list[Tensor]:
+    """Replace the weight of each sparse plan.
+
+    Args:
+        model: changed in place.
+        plans: those of the sparse linears.
+        masks: packed forward mask of each, by layer name.
+        ranks: adapter rank of each, by layer name.
+        on_fallback: what the layers do when they run expanded.
+        undo: gets what it takes to put the model back as it was.
+
+    Returns:
+        The dense parameters that were replaced.
+    """
+    locations: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                locations.setdefault(id(parameter), []).append((module, attribute))
+
+    replaced: list[Tensor] = []
+    for plan in plans:
+        dense = model.get_parameter(plan.parameter_name)
+        assert plan.pattern is not None
+        forward_bits = masks[plan.name]
+        with torch.no_grad():
+            oriented = dense.t() if plan.stored_transposed else dense
+            compressed = ops.compress(
+                oriented.contiguous(), forward_bits, plan.pattern.n, plan.pattern.m
+            )
+        values = nn.Parameter(compressed, requires_grad=dense.requires_grad)
+        owner, attribute = locations[id(dense)][0]
+        sparse: SparseWeight | None = None
+        for module, name in locations[id(dense)]:
+            undo.callback(_restore, module, name, type(module), dict(module.__dict__))
+            # A shared weight stays shared: the same values and masks at each of its places.
+            module.__dict__["_parameters"] = dict(module._parameters)
+            module.__dict__["_modules"] = dict(module._modules)
+            del module._parameters[name]
+            module.register_parameter(values_name(name), values)
+            if sparse is None:
+                sparse = SparseWeight(
+                    plan.name,
+                    plan.pattern,
+                    owner,
+                    attribute,
+                    values.detach(),
+                    forward_bits,
+                    stored_transposed=plan.stored_transposed,
+                    rank=ranks[plan.name],
+                    on_fallback=on_fallback,
+                )
+            module.add_module(sparse_name(name), sparse)
+            set_kind(module, (name,))
+        replaced.append(dense)
+    return replaced
+
+
+def _restore(module: nn.Module, name: str, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    module.__class__ = cls
+    module.__dict__.clear()
+    module.__dict__.update(state)
+
+
+def warn_of_stale_optimizers(replaced: list[Tensor]) -> None:
+    """Warn of optimizers that hold replaced weights: they would train nothing, silently."""
+    old = {id(parameter) for parameter in replaced}
+
+    def stale() -> list[torch.optim.Optimizer]:
+        return [
+            thing
+            for thing in gc.get_objects()
+            if issubclass(type(thing), torch.optim.Optimizer)
+            and any(id(p) in old for group in thing.param_groups for p in group["params"])
+        ]
+
+    if stale():
+        gc.collect()  # one that is garbage already is of no concern
+    for optimizer in stale():
+        warnings.warn(
+            f"An {type(optimizer).__name__} made before slope_fx.compile holds dense weights that "
+            "compile has replaced; it would train none of the sparse layers. Make the optimizer "
+            "after compile.",
+            StaleOptimizerWarning,
+            stacklevel=4,
+        )

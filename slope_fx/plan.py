@@ -1,0 +1,209 @@
+"""Decide, before anything is changed, what becomes of every linear."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx import ops
+from slope_fx.errors import AdapterRankError, ArgumentError, MaskError
+from slope_fx.kernels.packing import pack
+from slope_fx.passes import WeightRole
+from slope_fx.patterns import Pattern, PatternRules
+from slope_fx.trace import Trace, linear_modules
+from slope_fx.weights import mask_problem
+
+MaskChoice = str | Callable[[str, Tensor], Tensor]
+AdapterRank = int | float | None
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """The fate of one linear weight.
+
+    Attributes:
+        name: the layer's qualified name (its parameter's, less a final ``.weight``).
+        parameter_name: the parameter's first qualified name; "" where there is none.
+        shape: (d_out, d_in), or the parameter's own shape where that isn't known.
+        stored_transposed: the parameter is laid out (d_in, d_out).
+        pattern: N:M, or None for dense.
+        reason: why it stays dense; "" for sparse.
+        scopes: the modules whose forward uses it.
+        bytes_dense: of the dense weight.
+    """
+
+    name: str
+    parameter_name: str
+    shape: tuple[int, ...]
+    stored_transposed: bool
+    pattern: Pattern | None
+    reason: str
+    scopes: tuple[str, ...]
+    bytes_dense: int
+
+
+def plan_linears(
+    model: nn.Module, trace: Trace, rules: PatternRules, *, skip_first: bool, skip_head: bool
+) -> list[LinearPlan]:
+    """A plan for each linear of ``model``, in the order of its parameters."""
+    aliases: dict[int, list[str]] = {}
+    for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(parameter_name)
+    plans = []
+    reached = set()
+    for parameter_name, parameter in model.named_parameters():
+        role = trace.roles.get(parameter_name)
+        if role is None:
+            continue
+        reached.add(id(parameter))
+        layer = _layer_name(aliases[id(parameter)], role)
+        transposed = role.layouts == {True}
+        shape = tuple(parameter.t().shape if transposed else parameter.shape)
+        pattern, reason = rules.select(layer)
+        if pattern is not None:
+            reason = _why_dense(parameter, role, shape, pattern, skip_first, skip_head)
+        plans.append(
+            LinearPlan(
+                name=layer,
+                parameter_name=parameter_name,
+                shape=shape,
+                stored_transposed=transposed,
+                pattern=None if reason else pattern,
+                reason=reason,
+                scopes=tuple(dict.fromkeys(role.scopes)),
+                bytes_dense=parameter.numel() * parameter.element_size(),
+            )
+        )
+    for name, module in linear_modules(model).items():
+        weight = module._parameters.get("weight")
+        if weight is not None and id(weight) in reached:
+            continue
+        rules.select(name)
+        why = "its weight is computed, not a parameter of its own"
+        if weight is not None:
+            why = "the traced forward doesn't use it"
+        computed = getattr(module, "weight", None) if weight is None else weight
+        shape = tuple(computed.shape) if isinstance(computed, Tensor) else ()
+        size = computed.numel() * computed.element_size() if isinstance(computed, Tensor) else 0
+        plans.append(LinearPlan(name, "", shape, False, None, why, (), size))
+    return plans
+
+
+def _layer_name(aliases: list[str], role: WeightRole) -> str:
+    """Of a shared parameter's names, the one under which a linear uses it."""
+    names = [alias.removesuffix(".weight") for alias in aliases]
+    return next((name for name in names if name in role.scopes), names[0])
+
+
+def _why_dense(
+    parameter: nn.Parameter,
+    role: WeightRole,
+    shape: tuple[int, ...],
+    pattern: Pattern,
+    skip_first: bool,
+    skip_head: bool,
+) -> str:
+    """The first reason to leave a weight dense, or "" if there is none."""
+    others = ", ".join(dict.fromkeys(role.other_uses))
+    if not role.layouts:
+        return f"its weight is used through {others}"
+    if others:
+        return f"shared: its weight is also used by {others}"
+    if len(role.layouts) > 1:
+        return "its weight is used both as it is and transposed"
+    if skip_head and role.makes_output:
+        return "output head (skip_head)"
+    if skip_first and role.reads_embeddings:
+        return "fed directly by the embeddings (skip_first)"
+    if skip_first and role.reads_input:
+        return "fed directly by the model's input (skip_first)"
+    if type(parameter) is not nn.Parameter:
+        return f"its weight is a {type(parameter).__name__}, not a plain parameter"
+    if parameter.dtype not in SUPPORTED_DTYPES:
+        return f"its weight is {parameter.dtype}"
+    d_out, d_in = shape
+    if d_in % pattern.m:
+        return f"its input width {d_in} is not divisible by {pattern.m}"
+    if d_out % pattern.m:
+        return f"its output width {d_out} is not divisible by {pattern.m}"
+    return ""
+
+
+def check_mask_choice(mask: MaskChoice) -> None:
+    """Raise ArgumentError unless ``mask`` is one of the allowed choices."""
+    if not callable(mask) and mask not in ("magnitude", "random"):
+        raise ArgumentError(
+            f'mask={mask!r}; allowed are "magnitude", "random", or a callable '
+            "(name, weight) -> bool tensor like weight."
+        )
+
+
+@torch.no_grad()
+def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
+    """The packed forward mask of a layer.
+
+    Args:
+        mask: the ``mask`` argument of ``compile``.
+        name: the layer's name.
+        weight: (d_out, d_in).
+        pattern: N:M.
+
+    Raises:
+        MaskError: a callable's mask has the wrong type or shape, or isn't N:M.
+    """
+    if mask == "magnitude":
+        return ops.magnitude_mask(weight, pattern.n, pattern.m)
+    if mask == "random":
+        # The top N of independent draws: each choice of N places is as likely as another.
+        scores = torch.rand(weight.shape, device=weight.device)
+        return ops.magnitude_mask(scores, pattern.n, pattern.m)
+    assert callable(mask)
+    chosen = mask(name, weight)
+    where = f"mask({name!r}, weight)"
+    if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
+        got = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise MaskError(f"{where} returned {got}; it must return a torch.bool tensor.")
+    if chosen.shape != weight.shape:
+        raise MaskError(
+            f"{where} returned shape {tuple(chosen.shape)}; it must be the weight's, "
+            f"(d_out, d_in) = {tuple(weight.shape)}."
+        )
+    problem = mask_problem(chosen.contiguous(), pattern)
+    if problem:
+        raise MaskError(f"{where} isn't {pattern}: {problem}.")
+    return pack(chosen.to(weight.device))
+
+
+def check_adapter_rank(adapter_rank: AdapterRank) -> None:
+    """Raise AdapterRankError unless ``adapter_rank`` could be a rank of some layer."""
+    number = isinstance(adapter_rank, (int, float)) and not isinstance(adapter_rank, bool)
+    good = adapter_rank is None or (
+        number and (adapter_rank >= 1 if isinstance(adapter_rank, int) else 0 < adapter_rank < 1)
+    )
+    if not good:
+        raise AdapterRankError(
+            f"adapter_rank={adapter_rank!r}; allowed are a positive int, a float between 0 and 1 "
+            "(a fraction of each layer's input width), or None for no adapters."
+        )
+
+
+def layer_rank(adapter_rank: AdapterRank, plan: LinearPlan) -> int | None:
+    """The adapter's rank for one layer.
+
+    Raises:
+        AdapterRankError: the rank is larger than the layer.
+    """
+    if adapter_rank is None:
+        return None
+    d_out, d_in = plan.shape
+    rank = adapter_rank if isinstance(adapter_rank, int) else max(1, round(adapter_rank * d_in))
+    if rank > min(d_out, d_in):
+        raise AdapterRankError(
+            f"adapter_rank={adapter_rank!r} is rank {rank} for {plan.name}, which is only "
+            f"(d_out, d_in) = ({d_out}, {d_in}); at most {min(d_out, d_in)} is allowed there. "
+            "Use a smaller rank, or a float for a fraction of each layer's width."
+        )
+    return rank

@@ -1,0 +1,156 @@
+"""The schedule: when masks are refreshed, and when the adapters begin."""
+
+import logging
+import math
+import warnings
+from typing import Any, Literal
+
+from torch import nn
+
+from slope_fx.compiler import sparse_weights
+from slope_fx.errors import IgnoredArgumentWarning, ScheduleError, ScheduleWarning
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["sparse", "adapter"]
+_DEFAULT_START = 0.99
+
+
+class Schedule:
+    """Drives a compiled model through SLoPe's phases; used like a learning-rate scheduler.
+
+    Args:
+        model: what :func:`slope_fx.compile` returned.
+        total_steps: optimizer steps of the whole run.
+        adapter_start: the fraction of them after which the adapters take part, in
+            [0, 1]; the paper's is 0.99, 1 means never. At least the last step has them
+            otherwise. Without adapters it has no effect.
+        backward_mask_interval: optimizer steps between refreshes of the backward mask;
+            None keeps the first one.
+
+    Raises:
+        ScheduleError: steps, fraction or interval out of range.
+        NotCompiledError: ``model`` isn't compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        adapter_start: float = _DEFAULT_START,
+        backward_mask_interval: int | None = 100,
+    ) -> None:
+        _check_count("total_steps", total_steps)
+        if backward_mask_interval is not None:
+            _check_count("backward_mask_interval", backward_mask_interval, "; None for never")
+        if not _is_number(adapter_start) or not 0 <= adapter_start <= 1:
+            raise ScheduleError(
+                f"adapter_start={adapter_start!r}; allowed is a fraction of total_steps from 0 "
+                "(adapters from the first step) to 1 (never)."
+            )
+        self._weights = list(sparse_weights(model).values())
+        self._has_adapters = any(weight.rank for weight in self._weights)
+        self.total_steps = total_steps
+        self.backward_mask_interval = backward_mask_interval
+        # The slack keeps 0.99 * 100 from being 98.99999.
+        self.adapter_step = math.floor(adapter_start * total_steps + 1e-9)
+        self.last_step = 0
+        self._resumed = False
+        if not self._has_adapters and adapter_start != _DEFAULT_START:
+            warnings.warn(
+                f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
+                "adapters. Pass adapter_rank to slope_fx.compile to have them.",
+                IgnoredArgumentWarning,
+                stacklevel=2,
+            )
+        self._apply_phase()
+
+    @property
+    def phase(self) -> Phase:
+        """ "sparse", or "adapter" once the adapters take part."""
+        return "adapter" if self._has_adapters and self.last_step >= self.adapter_step else "sparse"
+
+    def step(self) -> None:
+        """Count one optimizer step: refresh masks and begin the adapter phase when due.
+
+        Raises:
+            ScheduleError: all ``total_steps`` have been taken.
+        """
+        if self.last_step >= self.total_steps:
+            raise ScheduleError(
+                f"step() was called after the last of total_steps={self.total_steps}. Make the "
+                "Schedule with the number of optimizer steps that the run takes."
+            )
+        if self.last_step == 0 and not self._resumed:
+            self._warn_if_trained()
+        self.last_step += 1
+        interval = self.backward_mask_interval
+        if interval is not None and self.last_step % interval == 0:
+            for weight in self._weights:
+                weight.refresh_backward_mask()
+            log.info("step %d: backward masks refreshed", self.last_step)
+        if self.last_step == self.adapter_step:
+            self._apply_phase()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to resume from: plain numbers."""
+        return {
+            "last_step": self.last_step,
+            "total_steps": self.total_steps,
+            "adapter_step": self.adapter_step,
+            "backward_mask_interval": self.backward_mask_interval,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where ``state`` was saved; sets the model's phase too.
+
+        Raises:
+            ScheduleError: ``state`` is of a run with other steps, or isn't a Schedule's.
+        """
+        mine = self.state_dict()
+        if set(state) != set(mine):
+            raise ScheduleError(
+                f"state has the keys {sorted(state)}; a Schedule's has {sorted(mine)}."
+            )
+        for key in ("total_steps", "adapter_step", "backward_mask_interval"):
+            if state[key] != mine[key]:
+                raise ScheduleError(
+                    f"state was saved by a Schedule with {key}={state[key]}; this one has "
+                    f"{mine[key]}. Resume with the arguments of the interrupted run."
+                )
+        step = state["last_step"]
+        if not _is_count(step) or not 0 <= step <= self.total_steps:
+            raise ScheduleError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
+        self.last_step = step
+        self._resumed = True
+        self._apply_phase()
+
+    def _apply_phase(self) -> None:
+        active = self.phase == "adapter"
+        for weight in self._weights:
+            weight.adapter_active = active and weight.rank is not None
+        log.info("step %d: %s phase", self.last_step, self.phase)
+
+    def _warn_if_trained(self) -> None:
+        if self.phase == "sparse" and any(
+            weight.lora_B is not None and weight.lora_B.any() for weight in self._weights
+        ):
+            warnings.warn(
+                "The model's adapters are trained already, but this Schedule starts at step 0, "
+                "where they take no part. To resume a run, load its Schedule's state_dict too.",
+                ScheduleWarning,
+                stacklevel=3,
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_count(argument: str, value: object, more: str = "") -> None:
+    if not _is_count(value) or int(value) < 1:  # type: ignore[call-overload]
+        raise ScheduleError(f"{argument}={value!r}; allowed is a whole number from 1 up{more}.")

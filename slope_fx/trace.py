@@ -1,0 +1,200 @@
+"""Learn, without touching data, what a model does with its parameters."""
+
+import inspect
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from slope_fx.errors import ExampleInputsError
+from slope_fx.passes import WeightRole, weight_roles
+
+log = logging.getLogger(__name__)
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is known of a model's weights.
+
+    Attributes:
+        roles: parameter name (its first, if it has several) to role.
+        untraced_because: why the graph could not be had and module types had to
+            serve; "" for a traced model.
+    """
+
+    roles: dict[str, WeightRole]
+    untraced_because: str = ""
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
+    """Trace ``model`` by ``torch.export`` with fake tensors, in its current mode.
+
+    Args:
+        model: left as it was, random state included.
+        example_inputs: a tensor or a sequence of arguments, a mapping of keyword
+            arguments, or the pair (arguments, keyword arguments). None: a transformers
+            model brings its own; another model is not traced.
+
+    Raises:
+        ExampleInputsError: the inputs don't fit the model's forward.
+    """
+    given = example_inputs is not None
+    inputs = _split(example_inputs) if given else _transformers_inputs(model)
+    if inputs is None:
+        return Trace(_roles_by_type(model), "no example_inputs were given")
+    args, kwargs = inputs
+    _check_signature(model, args, kwargs)
+    try:
+        # A traced dropout must not move the random state of the training to come.
+        with torch.random.fork_rng(devices=[]):
+            exported = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        log.info("torch.export failed", exc_info=True)
+        if given:
+            _check_inputs_run(model, args, kwargs)
+        reason = f"torch.export failed: {type(error).__name__}: {_first_line(error)}"
+        return Trace(_roles_by_type(model), reason)
+    signature = exported.graph_signature
+    first = first_names(model)
+    parameters = {
+        placeholder: first[id(model.get_parameter(name))]
+        for placeholder, name in signature.inputs_to_parameters.items()
+    }
+    user_inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+    return Trace(weight_roles(exported.graph_module, parameters, user_inputs))
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """The first qualified name of each parameter, by the parameter's id."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are linears by their type: ``nn.Linear`` and transformers' ``Conv1D``."""
+    types = (nn.Linear, *_conv1d())
+    return {name: module for name, module in model.named_modules() if isinstance(module, types)}
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    utilities = sys.modules.get("transformers.pytorch_utils")
+    return () if utilities is None else (utilities.Conv1D,)
+
+
+def _split(given: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
+            return given[0], dict(given[1])
+        return tuple(given), {}
+    raise ExampleInputsError(
+        f"example_inputs is a {type(given).__name__}; allowed are a tensor, a sequence of "
+        "arguments, a mapping of keyword arguments, or the pair (arguments, keyword arguments)."
+    )
+
+
+def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ExampleInputsError(
+            f"example_inputs don't fit {type(model).__name__}.forward{signature}: {error}. "
+            "Pass what you would call the model with."
+        ) from None
+
+
+def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell inputs that don't fit from a forward that can't be traced.
+
+    Python that depends on a tensor's values fails under fake tensors too, but with an
+    error of its own; any other error is one that the real model would raise as well.
+    """
+    untraceable = (
+        torch._subclasses.fake_tensor.DataDependentOutputException,
+        torch._subclasses.fake_tensor.DynamicOutputShapeException,
+        torch._subclasses.fake_tensor.UnsupportedFakeTensorException,
+        torch._subclasses.fake_tensor.UnsupportedOperatorException,
+        torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
+    )
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        fake_args, fake_kwargs = torch.utils._pytree.tree_map_only(
+            Tensor, mode.from_tensor, (args, kwargs)
+        )
+        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(*fake_args, **fake_kwargs)
+    except untraceable:
+        return
+    except Exception as error:
+        raise ExampleInputsError(
+            f"example_inputs don't fit: {type(model).__name__} fails on them with "
+            f"{type(error).__name__}: {_first_line(error)}. Pass what you would call the model "
+            "with, on the model's device."
+        ) from error
+
+
+def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Inputs for a transformers model: one short sequence, or one image."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return None
+    device = next(iter(model.parameters())).device
+    accepted = inspect.signature(model.forward).parameters
+    ids = torch.ones((1, 8), dtype=torch.long, device=device)
+    if main == "input_ids":
+        kwargs: dict[str, Any] = {"input_ids": ids}
+    elif main == "pixel_values":
+        size = getattr(config, "image_size", None)
+        if size is None:
+            return None
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        dtype = next(iter(model.parameters())).dtype
+        kwargs = {"pixel_values": torch.zeros(1, channels, height, width, dtype=dtype).to(device)}
+    else:
+        return None
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        kwargs["decoder_input_ids"] = ids
+    if "use_cache" in accepted:
+        # A cache would return keys and values, and their projections aren't the output head.
+        kwargs["use_cache"] = False
+    return (), kwargs
+
+
+def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
+    """A guess at the roles where there is no graph: linears by module type, in module order."""
+    first = first_names(model)
+    linears = linear_modules(model)
+    roles: dict[str, WeightRole] = {}
+    for path, module in linears.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            role = roles.setdefault(first[id(weight)], WeightRole())
+            role.scopes.append(path)
+            role.layouts.add(not isinstance(module, nn.Linear))
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and path not in linears and first[id(parameter)] in roles:
+                roles[first[id(parameter)]].other_uses.append(f"{type(module).__name__}.{name}")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = list(roles)
+    if names:
+        roles[names[0]].reads_input = True
+        head_weight = getattr(head, "weight", None)
+        roles[first.get(id(head_weight), names[-1])].makes_output = True
+    return roles
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

@@ -1,0 +1,211 @@
+"""``SparseWeight``: the masks and the adapter of one compressed weight."""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx import ops
+from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
+from slope_fx.kernels.packing import unpack
+from slope_fx.patterns import Pattern
+
+OnFallback = Literal["warn", "error", "ignore"]
+
+# To tell, from a tensor met in a compiled graph, which layer it belongs to.
+_alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
+
+
+class SparseWeight(nn.Module):
+    """What ``compile`` puts beside a layer's ``weight_values``.
+
+    The values stay on the layer, as a plain parameter; this module holds the two
+    masks as frozen bit-packed parameters (so that they are sharded, moved and saved
+    like the values) and, if asked for, the adapter.
+
+    Attributes:
+        name: the layer's qualified name.
+        n, m: the pattern.
+        d_out, d_in: the size of the linear.
+        stored_transposed: the layer's own ``weight`` is laid out (d_in, d_out).
+        forward_bits: uint8 (d_out, ceil(d_in / 8)), one bit per element.
+        backward_bits: uint8 (d_out, ceil(d_in * N / M / 8)), one bit per value.
+        lora_A, lora_B: (r, d_in) and (d_out, r), or None.
+        adapter_active: whether the adapter takes part. Dynamo guards on it, so that a
+            change recompiles; the :class:`~slope_fx.Schedule` sets it.
+    """
+
+    lora_A: nn.Parameter | None  # noqa: N815
+    lora_B: nn.Parameter | None  # noqa: N815
+
+    def __init__(
+        self,
+        name: str,
+        pattern: Pattern,
+        owner: nn.Module,
+        attribute: str,
+        values: Tensor,
+        forward_bits: Tensor,
+        *,
+        stored_transposed: bool,
+        rank: int | None,
+        on_fallback: OnFallback,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.n, self.m = pattern.n, pattern.m
+        self.d_out, self.d_in = values.shape[0], values.shape[1] * pattern.m // pattern.n
+        self.stored_transposed = stored_transposed
+        self.on_fallback = on_fallback
+        self.expanded_because: str | None = None
+        self.adapter_active = False
+        # In a tuple, so that the layer doesn't become a submodule of its own submodule.
+        self._owner = (owner,)
+        self._values_name = values_name(attribute)
+        backward_bits = ops.backward_mask(values, forward_bits, self.n, self.m)
+        self.forward_bits = nn.Parameter(forward_bits, requires_grad=False)
+        self.backward_bits = nn.Parameter(backward_bits, requires_grad=False)
+        if rank is None:
+            self.lora_A = self.lora_B = None
+        else:
+            self.lora_A = nn.Parameter(values.new_empty(rank, self.d_in).normal_())
+            self.lora_B = nn.Parameter(values.new_zeros(self.d_out, rank))
+        self.scale = 0.0 if rank is None else 1.0 / rank  # alpha / r, with alpha = 1
+        _alive.add(self)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The N:M pattern."""
+        return Pattern(self.n, self.m)
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The kept values (d_out, d_in * N / M): the parameter that trains."""
+        values = self._owner[0]._parameters[self._values_name]
+        assert isinstance(values, nn.Parameter)
+        return values
+
+    @property
+    def rank(self) -> int | None:
+        """The adapter's rank, or None without one."""
+        return None if self.lora_A is None else self.lora_A.shape[0]
+
+    def forward_mask(self) -> Tensor:
+        """bool (d_out, d_in): the elements of ``W^R``."""
+        return unpack(self.forward_bits, self.d_in)
+
+    def backward_mask(self) -> Tensor:
+        """bool (d_out, d_in): the elements of ``W^{R,C}``, a subset of the forward mask's."""
+        bits = unpack(self.backward_bits, self.d_in * self.n // self.m)
+        return ops.expand(
+            bits.to(torch.uint8), self.forward_bits, self.backward_bits, self.n, self.m
+        ).bool()
+
+    def to_dense(self) -> Tensor:
+        """``W^R`` (d_out, d_in), without the adapter; its gradient reaches the values."""
+        return ops.expand(self.values, self.forward_bits, self.backward_bits, self.n, self.m)
+
+    @torch.no_grad()
+    def refresh_backward_mask(self) -> None:
+        """Choose the backward mask anew, from the current values."""
+        bits = ops.backward_mask(self.values, self.forward_bits, self.n, self.m)
+        self.backward_bits.copy_(bits)
+
+    def read(self, values: Tensor) -> Tensor:
+        """What the layer's ``weight`` reads as: the markers that the passes look for."""
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and values.requires_grad:
+            self.report_expanded("its weight was read outside of a compiled graph")
+        weight = torch.ops.slope_fx.expand.default(
+            values, self.forward_bits, self.backward_bits, self.n, self.m
+        )
+        if self.adapter_active:
+            weight = torch.ops.slope_fx.add_adapter.default(
+                weight, self.lora_A, self.lora_B, self.scale
+            )
+        return weight.t() if self.stored_transposed else weight
+
+    def report_expanded(self, reason: str) -> None:
+        """Say, once, that this layer trains with its dense weight rebuilt.
+
+        Raises:
+            ExpandedWeightError: with ``on_fallback="error"``.
+        """
+        message = (
+            f"{self.name}: {reason}, so it trains with its dense weight rebuilt: the loss is "
+            "right, but the layer is slow and its input gradient is that of W^R, not of the "
+            "double-pruned W^{R,C}. Call the compiled model itself rather than its submodules, "
+            "and see TORCH_LOGS=recompiles,graph_breaks for why Dynamo gave up, if it did."
+        )
+        if self.on_fallback == "error":
+            raise ExpandedWeightError(message)
+        if self.on_fallback == "warn" and self.expanded_because is None:
+            warnings.warn(message, ExpandedWeightWarning, stacklevel=4)
+        self.expanded_because = reason
+
+    def extra_repr(self) -> str:
+        adapter = f", rank={self.rank}" if self.rank else ""
+        return f"{self.pattern}, d_in={self.d_in}, d_out={self.d_out}{adapter}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _alive.add(self)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A mask of another pattern can have the right shape (2:4 and 4:8 do); the
+        # engines rely on exactly N a group, so nothing else may get in.
+        bits = state_dict.get(f"{prefix}forward_bits")
+        if isinstance(bits, Tensor) and bits.shape == self.forward_bits.shape:
+            problem = mask_problem(unpack(bits.to(torch.uint8), self.d_in), self.pattern)
+            if problem:
+                error_msgs.append(f"{prefix}forward_bits: {problem}; the layer is {self.pattern}.")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.lora_B is not None and f"{prefix}lora_B" in state_dict:
+            # While B is zero the adapter adds nothing, so this flag follows from the
+            # weights alone: a checkpoint of the adapter phase evaluates as it was saved.
+            self.adapter_active = bool(self.lora_B.any())
+
+
+def values_name(attribute: str) -> str:
+    """The name of the parameter that holds the values of ``attribute``."""
+    return f"{attribute}_values"
+
+
+def sparse_name(attribute: str) -> str:
+    """The name of the submodule that holds the masks and the adapter of ``attribute``."""
+    return f"{attribute}_sparse"
+
+
+def find_alive(matches: Callable[[SparseWeight], bool]) -> list[SparseWeight]:
+    """The living sparse weights that ``matches`` holds for."""
+    return [weight for weight in list(_alive) if matches(weight)]
+
+
+def mask_problem(mask: Tensor, pattern: Pattern) -> str:
+    """What keeps a bool (d_out, d_in) mask from being N:M, or "" if nothing does."""
+    kept = mask.view(mask.shape[0], -1, pattern.m).sum(-1)
+    wrong = (kept != pattern.n).nonzero()
+    if not len(wrong):
+        return ""
+    row, group = wrong[0].tolist()
+    return (
+        f"the mask keeps {int(kept[row, group])} elements in group {group} of row {row} "
+        f"({len(wrong)} such groups), where exactly {pattern.n} of each {pattern.m} are allowed"
+    )
+
+
+__all__ = ["OnFallback", "SparseWeight", "find_alive", "mask_problem", "sparse_name", "values_name"]
