@@ -57,28 +57,26 @@ def run_passes(gm: GraphModule) -> Rewrites:
 
     Running them again changes nothing.
     """
-    totals = dict.fromkeys(("find_linears", "insert_adapters", "sparsify_linears"), 0)
+    linears = adapters = sparse_linears = 0
     leftovers: list[Leftover] = []
     for graph_module in graphs_of(gm):
-        counts = {
-            "find_linears": len(find_linears(graph_module)),
-            "insert_adapters": insert_adapters(graph_module),
-            "sparsify_linears": sparsify_linears(graph_module),
-        }
-        changed = counts["insert_adapters"] + counts["sparsify_linears"]
-        if changed:
+        found = len(find_linears(graph_module))
+        inserted = insert_adapters(graph_module)
+        rewritten = sparsify_linears(graph_module)
+        if inserted or rewritten:
             graph_module.graph.lint()
             graph_module.recompile()
-        for name, count in counts.items():
-            totals[name] += count
-            log.debug("%s: %d in %s", name, count, graph_module._get_name())
-        leftovers += _leftovers(graph_module)
-    log.info(
-        "find_linears: %d, insert_adapters: %d, sparsify_linears: %d, left expanded: %d",
-        *totals.values(),
-        len(leftovers),
-    )
-    return Rewrites(*totals.values(), tuple(leftovers))
+        linears += found
+        adapters += inserted
+        sparse_linears += rewritten
+        left = _leftovers(graph_module)
+        leftovers += left
+        log.debug(_COUNTS, graph_module.__class__.__name__, found, inserted, rewritten, len(left))
+    log.info(_COUNTS, "in all", linears, adapters, sparse_linears, len(leftovers))
+    return Rewrites(linears, adapters, sparse_linears, tuple(leftovers))
+
+
+_COUNTS = "%s: find_linears %d, insert_adapters %d, sparsify_linears %d, left expanded %d"
 
 
 def _leftovers(gm: GraphModule) -> list[Leftover]:

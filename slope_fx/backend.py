@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,13 @@ def _resolve(inner: str | BackendFunction) -> BackendFunction:
             )
         return inner
     try:
-        backend: BackendFunction = lookup_backend(inner)
+        backend = lookup_backend(inner)
     except Exception as error:
         names = ", ".join(sorted(torch.compiler.list_backends(exclude_tags=())))
         raise ArgumentError(
             f"backend={inner!r} is not a torch.compile backend; there are: {names}."
         ) from error
-    return backend
+    return cast(BackendFunction, backend)
 
 
 def _report(gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]) -> None:

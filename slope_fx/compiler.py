@@ -18,7 +18,7 @@ from slope_fx.errors import (
     NotCompiledError,
     UntracedModelWarning,
 )
-from slope_fx.install import install, set_kind, warn_of_stale_optimizers
+from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
     AdapterRank,
@@ -147,8 +147,7 @@ def compile(
     )
     with ExitStack() as undo:
         replaced = install(model, sparse_plans, masks, ranks, on_fallback, undo)
-        undo.callback(lambda cls=type(model): setattr(model, "__class__", cls))
-        undo.callback(lambda: model.__dict__.pop(_RECORD, None))
+        undo.callback(restore, model, type(model), dict(model.__dict__))
         model.__dict__[_RECORD] = record
         set_kind(model, after_copy=_compile_regions)
         _compile_regions(model)

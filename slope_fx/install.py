@@ -124,7 +124,7 @@ def install(
         owner, attribute = locations[id(dense)][0]
         sparse: SparseWeight | None = None
         for module, name in locations[id(dense)]:
-            undo.callback(_restore, module, name, type(module), dict(module.__dict__))
+            undo.callback(restore, module, type(module), dict(module.__dict__))
             # A shared weight stays shared: the same values and masks at each of its places.
             module.__dict__["_parameters"] = dict(module._parameters)
             module.__dict__["_modules"] = dict(module._modules)
@@ -148,7 +148,8 @@ def install(
     return replaced
 
 
-def _restore(module: nn.Module, name: str, cls: type[nn.Module], state: dict[str, Any]) -> None:
+def restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    """Give ``module`` back a class and a ``__dict__`` that it had."""
     module.__class__ = cls
     module.__dict__.clear()
     module.__dict__.update(state)

@@ -33,7 +33,8 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
     """Members of a ModuleList that holds two or more modules of one class."""
     blocks = set()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1:
-            if len({type(block) for block in module}) == 1:
-                blocks |= {f"{path}.{i}" if path else str(i) for i in range(len(module))}
+        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+            continue
+        if len({type(block) for block in module}) == 1:
+            blocks |= {f"{path}.{i}" if path else str(i) for i in range(len(module))}
     return blocks

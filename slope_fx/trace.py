@@ -78,11 +78,12 @@ def first_names(model: nn.Module) -> dict[int, str]:
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are linears by their type: ``nn.Linear`` and transformers' ``Conv1D``."""
-    types = (nn.Linear, *_conv1d())
+    types: tuple[type[nn.Module], ...] = (nn.Linear, *_conv1d())
     return {name: module for name, module in model.named_modules() if isinstance(module, types)}
 
 
 def _conv1d() -> tuple[type[nn.Module], ...]:
+    # Not imported for this: a model has one only if transformers is loaded already.
     utilities = sys.modules.get("transformers.pytorch_utils")
     return () if utilities is None else (utilities.Conv1D,)
 

@@ -150,7 +150,7 @@ class SparseWeight(nn.Module):
         return f"{self.pattern}, d_in={self.d_in}, d_out={self.d_out}{adapter}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         _alive.add(self)
 
     def _load_from_state_dict(
