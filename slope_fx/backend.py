@@ -1,6 +1,7 @@
 """The torch.compile backend that runs the passes and hands the graph on."""
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -14,6 +15,10 @@ from slope_fx.errors import ArgumentError, ExpandedWeightError
 from slope_fx.passes import Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.weights import SparseWeight, find_alive
+
+RECOMPILE_LIMIT = 32
+"""Dynamo's own limit of 8 is soon reached by one block's code in two phases, training and
+evaluating, with and without a cache; past it a sparse layer runs expanded."""
 
 log = logging.getLogger(__name__)
 
@@ -127,4 +132,8 @@ def _raiser(error: Exception) -> CompiledFunction:
 
 def compile_module(module: nn.Module, backend: RewritingBackend) -> None:
     """Compile ``module`` in place, keeping its identity and its parameters' names."""
-    module.compile(backend=backend)
+    options: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it
+        limit = torch._dynamo.config.recompile_limit
+        options["recompile_limit"] = max(limit, RECOMPILE_LIMIT)
+    module.compile(backend=backend, **options)
