@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
-_LINEAR = {torch.nn.functional.linear, torch._C._nn.linear, aten.linear.default}
+_LINEAR = {torch.nn.functional.linear, aten.linear.default}
 _ADDMM = {torch.addmm, aten.addmm.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default}
 _TRANSPOSE = {

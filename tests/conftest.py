@@ -1,0 +1,33 @@
+"""What all tests share: repeatable draws, a fresh Dynamo, and no unexpected warnings of ours."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "explore", deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_torch():
+    """Each test starts with the same random state and nothing compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def backend():
+    """The rewriting backend over ``aot_eager``, its count of compiled graphs at zero."""
+    import slope_fx
+
+    backend = slope_fx.rewriting_backend("aot_eager")
+    backend.graphs = 0
+    return backend

@@ -1,0 +1,147 @@
+"""The ops as torch.library sees them: schema, fake kernels, autograd, autocast."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from slope_fx import ops
+from slope_fx.kernels import reference
+from slope_fx.patterns import Pattern
+from tests.strategies import dtypes, normal, patterns, seeds, sizes, tokens
+
+NAMESPACE = torch.ops.slope_fx
+
+
+def layer(pattern: Pattern, d_out: int, d_in: int, seed: int, dtype=torch.float32):
+    """Values and both masks of a random layer."""
+    weight = normal((d_out, d_in), seed, dtype)
+    forward = ops.magnitude_mask(weight, pattern.n, pattern.m)
+    values = ops.compress(weight, forward, pattern.n, pattern.m)
+    backward = ops.backward_mask(values, forward, pattern.n, pattern.m)
+    return weight, values, forward, backward
+
+
+@settings(max_examples=8)
+@given(st.data(), patterns, dtypes, tokens, seeds)
+def test_opcheck_every_op(data, pattern, dtype, leading, seed):
+    d_out, d_in = data.draw(sizes(pattern))
+    n, m = pattern.n, pattern.m
+    weight, values, forward, backward = layer(pattern, d_out, d_in, seed, dtype)
+    x = normal((*leading, d_in), seed + 1, dtype)
+    grad = normal((*leading, d_out), seed + 2, dtype)
+    a, b = normal((2, d_in), seed, dtype), normal((d_out, 2), seed, dtype)
+    bias = normal((d_out,), seed, dtype)
+
+    def leaf(t):
+        return t.clone().requires_grad_()
+
+    calls = {
+        "magnitude_mask": (weight, n, m),
+        "backward_mask": (values, forward, n, m),
+        "compress": (leaf(weight), forward, n, m),
+        "expand": (leaf(values), forward, backward, n, m),
+        "add_adapter": (leaf(weight), leaf(a), leaf(b), 0.5),
+        "sparse_linear": (leaf(x), leaf(values), forward, backward, leaf(bias), n, m),
+        "sparse_input_grad": (grad, values, forward, backward, n, m),
+        "sparse_weight_grad": (grad, x, forward, n, m),
+    }
+    assert set(calls) == set(ops.__all__)
+    for name, args in calls.items():
+        opcheck(getattr(NAMESPACE, name).default, args)
+    opcheck(NAMESPACE.sparse_linear.default, (x, values, forward, backward, None, n, m))
+
+
+@settings(max_examples=10)
+@given(st.data(), patterns, seeds)
+def test_gradcheck_where_the_gradient_is_the_derivative(data, pattern, seed):
+    """All but the input gradient of ``sparse_linear``, which is an approximation by design.
+
+    With a backward mask of all kept values it isn't one, and is checked too.
+    """
+    d_out, d_in = data.draw(sizes(pattern))
+    n, m = pattern.n, pattern.m
+    weight, values, forward, backward = layer(pattern, d_out, d_in, seed, torch.float64)
+    weight, values = weight.requires_grad_(), values.requires_grad_()
+    everything = torch.full_like(backward, 255)
+    a = normal((2, d_in), seed, torch.float64).requires_grad_()
+    b = normal((d_out, 2), seed, torch.float64).requires_grad_()
+    x = normal((3, d_in), seed + 1, torch.float64).requires_grad_()
+    bias = normal((d_out,), seed + 2, torch.float64).requires_grad_()
+
+    check = torch.autograd.gradcheck
+    assert check(lambda v: ops.expand(v, forward, backward, n, m), values, fast_mode=True)
+    assert check(lambda w: ops.compress(w, forward, n, m), weight, fast_mode=True)
+    assert check(lambda *t: ops.add_adapter(*t, 0.5), (weight, a, b), fast_mode=True)
+    assert check(
+        lambda x, v, c: ops.sparse_linear(x, v, forward, everything, c, n, m),
+        (x, values, bias),
+        fast_mode=True,
+    )
+    frozen = x.detach()
+    assert check(
+        lambda v, c: ops.sparse_linear(frozen, v, forward, backward, c, n, m),
+        (values, bias),
+        fast_mode=True,
+    )
+
+
+@given(st.data(), patterns, tokens, seeds, st.booleans(), st.booleans(), st.booleans())
+def test_only_needed_gradients(data, pattern, leading, seed, needs_x, needs_values, needs_bias):
+    d_out, d_in = data.draw(sizes(pattern))
+    _, values, forward, backward = layer(pattern, d_out, d_in, seed)
+    x, bias = normal((*leading, d_in), seed + 1), normal((d_out,), seed + 2)
+    for tensor, needed in ((x, needs_x), (values, needs_values), (bias, needs_bias)):
+        tensor.requires_grad_(needed)
+    y = ops.sparse_linear(x, values, forward, backward, bias, pattern.n, pattern.m)
+    assert y.requires_grad == (needs_x or needs_values or needs_bias)
+    if y.requires_grad:
+        y.sum().backward()
+    for tensor, needed in ((x, needs_x), (values, needs_values), (bias, needs_bias)):
+        assert (tensor.grad is not None) == needed
+        assert not needed or tensor.grad.shape == tensor.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_follows_the_context(dtype, x_dtype):
+    """The product runs in the context's dtype; fp32 values get fp32 gradients."""
+    n, m = 2, 4
+    _, values, forward, backward = layer(Pattern(n, m), 8, 16, seed=0)
+    values.requires_grad_()
+    bias = torch.randn(8, requires_grad=True)
+    x = torch.randn(5, 16).to(x_dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = ops.sparse_linear(x, values, forward, backward, bias, n, m)
+    assert y.dtype == dtype
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    assert values.grad.dtype == bias.grad.dtype == torch.float32
+    assert x.grad.dtype == x_dtype
+    want = reference.sparse_linear(
+        x.detach().to(dtype).double(), values.detach().to(dtype).double(), forward, None, n, m
+    )
+    want = want + bias.detach().to(dtype).double()
+    torch.testing.assert_close(y.double(), want, rtol=2e-2, atol=2e-2)
+    want = reference.sparse_weight_grad(grad.double(), x.detach().to(dtype).double(), forward, n, m)
+    torch.testing.assert_close(values.grad.double(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_leaves_float64_alone():
+    n, m = 2, 4
+    _, values, forward, backward = layer(Pattern(n, m), 8, 16, seed=0, dtype=torch.float64)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.sparse_linear(x, values, forward, backward, None, n, m)
+    assert y.dtype == torch.float64
+
+
+def test_misfits_are_refused_under_fake_tensors():
+    n, m = 2, 4
+    _, values, forward, backward = layer(Pattern(n, m), 8, 16, seed=0)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(RuntimeError, match="x has 12 features, the weight reads 16"):
+            ops.sparse_linear(torch.randn(5, 12), values, forward, backward, None, n, m)
+        with pytest.raises(RuntimeError, match=r"x is torch.float64, the weight torch.float32"):
+            ops.sparse_linear(torch.randn(5, 16).double(), values, forward, backward, None, n, m)
