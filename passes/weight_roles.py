@@ -148,7 +148,7 @@ class _Walk:
         weight = _merge(flows[call.weight]) if call else _Flow()
         for operand_node, flow in operands.items():
             is_weight = call is not None and operand_node is call.weight_operand
-            if flow.parameter is not None and not is_weight:
+            if flow.parameter is not None and not is_weight and node.users:
                 self.other_uses.setdefault(flow.parameter, []).append(_op_name(node))
         merged = _merge(tuple(operands.values()))
         if call is not None and weight.parameter is not None:

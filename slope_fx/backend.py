@@ -136,4 +136,16 @@ def compile_module(module: nn.Module, backend: RewritingBackend) -> None:
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it
         limit = torch._dynamo.config.recompile_limit
         options["recompile_limit"] = max(limit, RECOMPILE_LIMIT)
-    module.compile(backend=backend, **options)
+    call: Callable[..., Any] = module._call_impl
+    if type(module).__module__.startswith("torch.nn."):
+        # Dynamo steps over the frames of torch's own modules and would leave an
+        # nn.Sequential or nn.Linear uncompiled, so it is given a frame of ours.
+        call = _framed(call)
+    module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+
+
+def _framed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def framed(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return framed

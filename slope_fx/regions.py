@@ -24,20 +24,9 @@ def choose_regions(model: nn.Module, region: Region, scopes: Iterable[str]) -> l
     chosen = set()
     for scope in scopes:
         containing = [b for b in blocks if scope == b or scope.startswith(f"{b}.")]
-        chosen.add(min(containing, key=len) if containing else _compilable(model, scope))
+        chosen.add(min(containing, key=len) if containing else scope)
     inside = {c for c in chosen if any(o == "" or c.startswith(f"{o}.") for o in chosen if o != c)}
     return sorted(chosen - inside)
-
-
-def _compilable(model: nn.Module, path: str) -> str:
-    """The nearest module at or above ``path`` that Dynamo compiles when it is called.
-
-    It steps over the frames of torch's own modules: an ``nn.Linear`` compiled by itself
-    would run uncompiled.
-    """
-    while path and type(model.get_submodule(path)).__module__.startswith("torch.nn."):
-        path = path.rpartition(".")[0]
-    return path
 
 
 def _repeated_blocks(model: nn.Module) -> set[str]:

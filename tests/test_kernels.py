@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import formulas
 from slope_fx.kernels import ENGINES, OPERATIONS, packing, reference
 from slope_fx.patterns import Pattern
-from tests import formulas
-from tests.strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
+from strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
 
 engines = st.sampled_from([name for name in ENGINES if name != "reference"]).map(ENGINES.get)
 

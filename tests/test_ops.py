@@ -9,7 +9,7 @@ from torch.library import opcheck
 from slope_fx import ops
 from slope_fx.kernels import reference
 from slope_fx.patterns import Pattern
-from tests.strategies import dtypes, normal, patterns, seeds, sizes, tokens
+from strategies import dtypes, normal, patterns, seeds, sizes, tokens
 
 NAMESPACE = torch.ops.slope_fx
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from slope_fx import ops
 from slope_fx.passes import find_linears, insert_adapters, run_passes, sparsify_linears
 from slope_fx.passes.graph import graphs_of
-from tests.strategies import normal, seeds
+from strategies import normal, seeds
 
 N, M, D_OUT, D_IN, RANK = 2, 4, 8, 16, 3
 EXPAND = torch.ops.slope_fx.expand.default
