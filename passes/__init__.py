@@ -60,7 +60,7 @@ def run_passes(gm: GraphModule) -> Rewrites:
     linears = adapters = sparse_linears = 0
     leftovers: list[Leftover] = []
     for graph_module in graphs_of(gm):
-        found = len(find_linears(graph_module))
+        found = sum(1 for _ in find_linears(graph_module))
         inserted = insert_adapters(graph_module)
         rewritten = sparsify_linears(graph_module)
         if inserted or rewritten:

@@ -20,6 +20,7 @@ from slope_fx.passes.graph import (
     nested_graph,
 )
 
+_CHECKS = {aten._assert_tensor_metadata.default}  # what export adds ahead of a cast
 _EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default}
 
 
@@ -148,7 +149,7 @@ class _Walk:
         weight = _merge(flows[call.weight]) if call else _Flow()
         for operand_node, flow in operands.items():
             is_weight = call is not None and operand_node is call.weight_operand
-            if flow.parameter is not None and not is_weight and node.users:
+            if flow.parameter and not is_weight and node.target not in _CHECKS:
                 self.other_uses.setdefault(flow.parameter, []).append(_op_name(node))
         merged = _merge(tuple(operands.values()))
         if call is not None and weight.parameter is not None:

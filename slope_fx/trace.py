@@ -50,6 +50,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     if inputs is None:
         return Trace(_roles_by_type(model), "no example_inputs were given")
     args, kwargs = inputs
+    if hasattr(model, "config") and "use_cache" in inspect.signature(model.forward).parameters:
+        # A cache would return keys and values, whose projections aren't the output head.
+        kwargs.setdefault("use_cache", False)
     _check_signature(model, args, kwargs)
     try:
         # A traced dropout must not move the random state of the training to come.
@@ -166,9 +169,6 @@ def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
         return None
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         kwargs["decoder_input_ids"] = ids
-    if "use_cache" in accepted:
-        # A cache would return keys and values, and their projections aren't the output head.
-        kwargs["use_cache"] = False
     return (), kwargs
 
 

@@ -213,6 +213,25 @@ def test_the_order_of_the_two_rewrites_is_what_makes_them_work():
     assert sparsify_linears(gm) == 1
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["sparse", "adapter"])
+def test_a_linear_that_reads_another(adapter):
+    """Each is replaced while the next still refers to it."""
+
+    def function(x, values, forward, backward, bias, a, b):
+        for _ in range(3):
+            weight = EXPAND(values, forward, backward, N, M)
+            if adapter:
+                weight = ADD_ADAPTER(weight, a, b, 0.25)
+            x = F.linear(F.linear(x, weight), weight.t()[:D_OUT], bias).repeat(1, 2)
+            x = F.linear(x, weight).repeat(1, 2) / 100
+        return x
+
+    arguments = inputs()
+    gm = capture(function, arguments)
+    assert run_passes(gm).sparse_linears == 6
+    assert_same_results(function, gm, arguments)
+
+
 def test_find_linears_reads_both_dialects():
     class Model(nn.Module):
         def __init__(self):
@@ -226,7 +245,7 @@ def test_find_linears_reads_both_dialects():
     torch_level = capture(model, [x])
     aten_level = torch.export.export(model, (x,), strict=False).graph_module
     for gm in (torch_level, aten_level):
-        calls = find_linears(gm)
+        calls = list(find_linears(gm))
         assert [c.stored_transposed for c in calls] == [False, True]
         assert [c.bias is None for c in calls] == [False, False]
         assert all(c.weight.op == "placeholder" for c in calls)
