@@ -1,0 +1,56 @@
+"""A run that was interrupted and resumed equals one that was not, bit for bit."""
+
+import io
+
+import pytest
+import torch
+
+import models
+import slope_fx
+from models import batch, loss_of
+
+STEPS = 12
+
+
+def start():
+    torch.manual_seed(0)
+    model = models.gpt2()
+    slope_fx.compile(model, "2:4", adapter_rank=4, backend="aot_eager", on_fallback="error")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    schedule = slope_fx.Schedule(model, STEPS, adapter_start=0.5, backward_mask_interval=3)
+    return {"model": model, "optimizer": optimizer, "rates": rates, "schedule": schedule}
+
+
+def train(run, first, last):
+    losses = []
+    for step in range(first, last):
+        loss = loss_of(run["model"], batch(seed=step))
+        loss.backward()
+        run["optimizer"].step()
+        run["optimizer"].zero_grad()
+        run["rates"].step()
+        run["schedule"].step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("stop", [2, 6, 7, 11], ids=["sparse", "switch", "adapter", "end"])
+def test_interrupted_equals_uninterrupted(stop):
+    whole = start()
+    want = train(whole, 0, STEPS)
+
+    first = start()
+    got = train(first, 0, stop)
+    buffer = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in first.items()}, buffer)
+    buffer.seek(0)
+
+    second = start()
+    for name, state in torch.load(buffer, weights_only=True).items():
+        second[name].load_state_dict(state)
+    got += train(second, stop, STEPS)
+
+    assert got == want
+    for name, value in whole["model"].state_dict().items():
+        assert torch.equal(second["model"].state_dict()[name], value), name
