@@ -193,7 +193,7 @@ class Run:
             "arguments": vars(self.args),
             "versions": {
                 "slope_fx": slope_fx.__version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },

