@@ -197,7 +197,9 @@ class Run:
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
             },
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else _processor(),
+            "device": torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else platform.machine(),
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "linears": None if self.args.dense else slope_fx.explain(self.model).to_dict(),
@@ -316,14 +318,6 @@ def _rank(rank: float) -> int | float | None:
     if rank == 0:
         return None
     return int(rank) if rank >= 1 and rank == int(rank) else rank
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -20,13 +20,14 @@ if __name__ != "slope_fx.ops":
 from slope_fx.ops.adapter import add_adapter
 from slope_fx.ops.masks import backward_mask, magnitude_mask
 from slope_fx.ops.sparse_linear import sparse_input_grad, sparse_linear, sparse_weight_grad
-from slope_fx.ops.weights import compress, expand
+from slope_fx.ops.weights import compress, expand, expand_grad
 
 __all__ = [
     "add_adapter",
     "backward_mask",
     "compress",
     "expand",
+    "expand_grad",
     "magnitude_mask",
     "sparse_input_grad",
     "sparse_linear",

@@ -1,5 +1,6 @@
 """``expand`` and ``compress``: between kept values and the dense weight."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,34 @@ def _(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: in
     return values.new_empty((values.shape[0], values.shape[1] * m // n))
 
 
+expand_grad_observers: list[Callable[[Tensor], None]] = []
+"""Called with a layer's packed forward mask whenever a gradient truly runs through ``expand``:
+the one sure sign, in whatever way the model was compiled, that it trains expanded."""
+
+
+@torch.library.custom_op("slope_fx::expand_grad", mutates_args=())
+def expand_grad(grad: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    """The gradient of :func:`expand`: :func:`compress`, under a name that can be noticed.
+
+    Args:
+        grad: of the dense weight, (d_out, d_in).
+        forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
+        n, m: the pattern.
+
+    Returns:
+        (d_out, d_in * N / M).
+    """
+    for observer in expand_grad_observers:
+        observer(forward_mask)
+    values: Tensor = engine(grad).compress(grad, forward_mask, n, m)
+    return values
+
+
+@expand_grad.register_fake
+def _(grad: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    return grad.new_empty((grad.shape[0], grad.shape[1] * n // m))
+
+
 def _save_for_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, forward_mask, _, ctx.n, ctx.m = inputs
     ctx.save_for_backward(forward_mask)
@@ -63,21 +92,7 @@ def _save_for_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (forward_mask,) = ctx.saved_tensors
-    return compress(grad, forward_mask, ctx.n, ctx.m), None, None, None, None
+    return expand_grad(grad, forward_mask, ctx.n, ctx.m), None, None, None, None
 
 
 expand.register_autograd(_expand_backward, setup_context=_save_for_expand)
-
-
-def _save_for_compress(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, forward_mask, ctx.n, ctx.m = inputs
-    ctx.save_for_backward(forward_mask)
-
-
-def _compress_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # The two ops are each other's gradient, so either can be differentiated again.
-    (forward_mask,) = ctx.saved_tensors
-    return expand(grad, forward_mask, forward_mask, ctx.n, ctx.m), None, None, None
-
-
-compress.register_autograd(_compress_backward, setup_context=_save_for_compress)

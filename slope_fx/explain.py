@@ -65,6 +65,12 @@ class Explanation:
         """All of it as plain data, fit for JSON."""
         return {"linears": [asdict(linear) for linear in self.linears], "note": self.note}
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Explanation":
+        """The explanation that :meth:`to_dict` gave ``data`` of."""
+        linears = (LinearReport(**{**r, "shape": tuple(r["shape"])}) for r in data["linears"])
+        return cls(tuple(linears), data["note"])
+
     def __str__(self) -> str:
         rows = [
             (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slope_fx import ops
 from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
 from slope_fx.kernels.packing import unpack
+from slope_fx.ops.weights import expand_grad_observers
 from slope_fx.patterns import Pattern
 
 OnFallback = Literal["warn", "error", "ignore"]
@@ -104,8 +105,9 @@ class SparseWeight(nn.Module):
             bits.to(torch.uint8), self.forward_bits, self.backward_bits, self.n, self.m
         ).bool()
 
+    @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """``W^R`` (d_out, d_in), without the adapter; its gradient reaches the values."""
+        """A copy of ``W^R`` (d_out, d_in), without the adapter and without gradients."""
         return ops.expand(self.values, self.forward_bits, self.backward_bits, self.n, self.m)
 
     @torch.no_grad()
@@ -178,6 +180,19 @@ class SparseWeight(nn.Module):
             # While B is zero the adapter adds nothing, so this flag follows from the
             # weights alone: a checkpoint of the adapter phase evaluates as it was saved.
             self.adapter_active = bool(self.lora_B.any())
+
+
+def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
+    """The last resort: what reading the weight and the backend didn't notice, the ops do.
+
+    That is a model compiled by another hand, ``torch.compile(model)`` say.
+    """
+    for weight in find_alive(lambda w: w.forward_bits.data_ptr() == forward_mask.data_ptr()):
+        if weight.expanded_because is None or weight.on_fallback == "error":
+            weight.report_expanded("a gradient ran through its dense weight")
+
+
+expand_grad_observers.append(_tell_of_expanded_gradient)
 
 
 def values_name(attribute: str) -> str:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import json
 import pickle
 import warnings
 
@@ -359,7 +360,8 @@ def test_explain_as_table_and_as_data():
     table = str(explanation)
     assert "transformer.h.0.attn.c_attn" in table
     assert "7 of 9 linears are sparse." in table
-    data = explanation.to_dict()
+    data = json.loads(json.dumps(explanation.to_dict()))
+    assert slope_fx.Explanation.from_dict(data) == explanation
     assert len(data["linears"]) == 9
     weights = slope_fx.sparse_weights(model)
     for row in explanation.sparse:

@@ -142,6 +142,22 @@ def test_the_recompile_limit_is_told(monkeypatch):
     assert names == ["seen", "behind", "read"]
 
 
+def test_another_backend_is_told():
+    """The user compiles the training step, with a backend that knows no passes of ours."""
+    model = compiled()
+    outer = torch.compile(lambda x: model(x), backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            outer(X).sum().backward()
+    names = [str(w.message).split(":")[0] for w in caught if w.category is ExpandedWeightWarning]
+    assert sorted(names) == ["behind", "read", "seen"]
+    strict = compiled("error")
+    loss = torch.compile(lambda x: strict(x), backend="aot_eager")(X).sum()
+    with pytest.raises(ExpandedWeightError, match="a gradient ran through"):
+        loss.backward()
+
+
 def test_a_functional_linear_of_a_foreign_weight_is_none_of_our_business():
     class Model(Broken):
         def forward(self, x):
