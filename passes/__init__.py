@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.passes.find_linears import find_linears
 from slope_fx.passes.graph import graphs_of
-from slope_fx.passes.insert_adapters import ADD_ADAPTER, insert_adapters
-from slope_fx.passes.sparsify_linears import EXPAND, sparsify_linears
+from slope_fx.passes.insert_adapters import insert_adapters
+from slope_fx.passes.sparsify_linears import sparsify_linears
 from slope_fx.passes.weight_roles import WeightRole, weight_roles
 
 log = logging.getLogger(__name__)

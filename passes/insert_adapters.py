@@ -3,12 +3,9 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from slope_fx import ops
+from slope_fx.ops.targets import ADD_ADAPTER
 from slope_fx.passes.find_linears import find_linears
 from slope_fx.passes.graph import erase_if_unused, replace
-
-ADD_ADAPTER = torch.ops.slope_fx.add_adapter.default
-assert ops.add_adapter is not None  # importing the ops is what registers them
 
 
 def insert_adapters(gm: GraphModule) -> int:

@@ -4,13 +4,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from slope_fx import ops
+from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears
-from slope_fx.passes.graph import LinearCall, erase_if_unused, replace, value_of
-
-EXPAND = torch.ops.slope_fx.expand.default
-SPARSE_LINEAR = torch.ops.slope_fx.sparse_linear.default
-assert ops.sparse_linear is not None  # importing the ops is what registers them
+from slope_fx.passes.graph import erase_if_unused, replace, value_of
 
 
 def sparsify_linears(gm: GraphModule) -> int:
@@ -45,6 +41,3 @@ def _is_vector(bias: Node | None) -> bool:
     """Whether ``bias`` is (d_out,), as the op takes it, or broadcasts some other way."""
     value = None if bias is None else value_of(bias)
     return bias is None or (isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != 1)
-
-
-__all__ = ["EXPAND", "SPARSE_LINEAR", "LinearCall", "sparsify_linears"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slope_fx import ops
 from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
 from slope_fx.kernels.packing import unpack
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
 from slope_fx.patterns import Pattern
 
@@ -120,13 +121,9 @@ class SparseWeight(nn.Module):
         """What the layer's ``weight`` reads as: the markers that the passes look for."""
         if not torch.compiler.is_compiling() and torch.is_grad_enabled() and values.requires_grad:
             self.report_expanded("its weight was read outside of a compiled graph")
-        weight = torch.ops.slope_fx.expand.default(
-            values, self.forward_bits, self.backward_bits, self.n, self.m
-        )
+        weight: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
         if self.adapter_active:
-            weight = torch.ops.slope_fx.add_adapter.default(
-                weight, self.lora_A, self.lora_B, self.scale
-            )
+            weight = ADD_ADAPTER(weight, self.lora_A, self.lora_B, self.scale)
         return weight.t() if self.stored_transposed else weight
 
     def report_expanded(self, reason: str) -> None:

@@ -1,0 +1,51 @@
+"""The README's code runs as written, and its generated parts are the committed results'."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_snippet_runs(index, tmp_path):
+    strict = "import slope_fx, warnings; warnings.simplefilter('error', slope_fx.SlopeWarning)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", strict + SNIPPETS[index]],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_there_are_snippets():
+    assert len(SNIPPETS) == 2
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"train", "test"} <= set(re.findall(r"`?make ([a-z-]+)", README)) <= targets
+
+
+def test_generated_parts_are_those_of_the_committed_results(tmp_path):
+    """`make readme` would change nothing."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import make_readme
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    sparse, dense = (make_readme.read(f"train_{kind}.json") for kind in ("sparse", "dense"))
+    assert make_readme.explain_block(sparse) in README
+    step = make_readme.read("training_step.json")
+    assert make_readme.figures_block(sparse, dense, step) in README
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
