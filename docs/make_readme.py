@@ -76,12 +76,12 @@ def figures_block(sparse: dict[str, Any], dense: dict[str, Any], step: dict[str,
             "are kernels for sparse products. (`make bench`, "
             "`benchmarks/results/training_step.json`.)",
             "",
-            f"And what sparsity costs in quality, on `make train` ({last['step']} steps, "
-            f"{sparse['parameters'] / 1e6:.1f} M trained parameters of "
-            f"{dense['parameters'] / 1e6:.1f} M dense): held-out perplexity falls from "
-            f"{first['perplexity']:.0f} to {last['perplexity']:.1f}, the dense run's to "
-            f"{dense_last['perplexity']:.1f}; a step takes {seconds['sparse']:.2f} s, dense "
-            f"{seconds['dense']:.2f} s (separate runs).",
+            f"On `make train` ({last['step']} steps, {sparse['parameters'] / 1e6:.1f} M trained "
+            f"parameters, dense {dense['parameters'] / 1e6:.1f} M) held-out perplexity falls from "
+            f"{first['perplexity']:.0f} to {last['perplexity']:.1f}, that of the same run dense "
+            f"(`make train-dense`) to {dense_last['perplexity']:.1f}. One short run each, at one "
+            "learning rate: they show that both learn, not which is better. A step takes "
+            f"{seconds['sparse']:.2f} s, dense {seconds['dense']:.2f} s.",
         ]
     )
 

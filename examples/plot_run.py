@@ -48,9 +48,10 @@ def plot(logs: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _moving_average(values: list[float], weight: float = 0.9) -> list[float]:
-    averages: list[float] = []
-    for value in values:
-        averages.append(weight * averages[-1] + (1 - weight) * value if averages else value)
+    averages, total = [], 0.0
+    for count, value in enumerate(values, 1):
+        total = weight * total + (1 - weight) * value
+        averages.append(total / (1 - weight**count))  # else the first value would weigh too much
     return averages
 
 
