@@ -10,11 +10,15 @@ agree with its own dense weights (``to_dense``) in a plain eager forward.
 
 import argparse
 import copy
+import ctypes
 import datetime
+import gc
 import json
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import slope_fx
 
 RESULTS = Path(__file__).parent / "results"
+MODELS = ("dense", "sparse")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--sparsity", default="2:4")
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each model")
+    parser.add_argument("--peak-of", choices=MODELS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS / "training_step.json")
     return parser.parse_args()
 
@@ -117,6 +123,9 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor)
 
 def main() -> None:
     args = parse_arguments()
+    if args.peak_of:
+        print(peak(args))
+        return
     torch.manual_seed(0)
     ids = torch.randint(0, args.vocab_size, (args.rows, args.context))
     dense = make_model(args)
@@ -139,9 +148,10 @@ def main() -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     memory = {name: state(m, optimizers[name], ids) for name, m in
               (("dense", dense), ("sparse", sparse))}  # fmt: skip
+    resident = peaks()
     result = {
         "benchmark": "training_step",
-        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "peak_of")},
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "device": _processor(),
@@ -155,6 +165,7 @@ def main() -> None:
         "ratio_quartiles": statistics.quantiles(ratios, n=4),
         "first_step_seconds": compile_seconds,
         "state_bytes": memory,
+        "peak_resident_bytes": resident,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -169,10 +180,47 @@ def main() -> None:
             )
             for what in ("pruned_linears", "model")
         ),
+        (
+            "peak resident memory, MiB",
+            resident["dense"] / 2**20,
+            resident["sparse"] / 2**20,
+            resident["sparse"] / resident["dense"],
+        ),
     ]
     print(tabulate(rows, ("", "dense", f"SLoPe {args.sparsity}", "ratio"), floatfmt=".3f"))
     low, _, high = result["ratio_quartiles"]
     print(f"Half of the paired ratios lie between {low:.3f} and {high:.3f}. Written to {args.out}.")
+
+
+def peak(args: argparse.Namespace) -> int:
+    """Most bytes resident during three steps of one model, in a process of its own (Linux)."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, args.vocab_size, (args.rows, args.context))
+    model = make_model(args)
+    if args.peak_of == "sparse":
+        slope_fx.compile(model, args.sparsity, backend="inductor")
+    else:
+        model.compile(backend="inductor")
+    step, _ = stepper(model, ids)
+    step()
+    # What compiling took isn't the steps': give it back, and let the kernel count anew.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
+
+
+def peaks() -> dict[str, int]:
+    """The peak of each model, measured in a process of its own with this one's arguments."""
+    found = {}
+    for name in MODELS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[name] = int(done.stdout.split()[-1])
+    return found
 
 
 def _commit() -> str:

@@ -48,6 +48,11 @@ def figures_block(sparse: dict[str, Any], dense: dict[str, Any], step: dict[str,
         ),
         ("the same for the whole model, embeddings included, MiB", *_pair(state, "model", 2**20)),
         (
+            "peak resident memory of the process in a step, MiB",
+            *(f"{step['peak_resident_bytes'][name] / 2**20:.0f}" for name in ("dense", "sparse")),
+            f"{step['peak_resident_bytes']['sparse'] / step['peak_resident_bytes']['dense']:.3f}",
+        ),
+        (
             "a training step, s",
             f"{medians['dense']:.2f}",
             f"{medians['sparse']:.2f}",

@@ -7,11 +7,15 @@ list of flat positions that a table turns the packed mask into, a byte at a time
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from slope_fx.kernels.packing import pack, unpack
+
+_BLOCK = 2**19
+"""Elements whose positions are listed at a time."""
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
@@ -39,17 +43,21 @@ def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tenso
 def expand(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     """Dense ``W^R`` (d_out, d_in) from its kept values (d_out, d_in * N / M)."""
     rows, kept = values.shape
-    columns = kept * m // n
-    dense = values.new_zeros(rows * columns)
-    dense.index_copy_(0, _positions(forward_mask, columns, n, m), values.reshape(-1))
-    return dense.view(rows, columns)
+    dense = values.new_zeros(rows, kept * m // n)
+    for block in _row_blocks(dense):
+        positions = _positions(forward_mask[block], dense.shape[1], n, m)
+        dense[block].view(-1).index_copy_(0, positions, values[block].reshape(-1))
+    return dense
 
 
 def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     """The kept values (d_out, d_in * N / M) of ``dense`` (d_out, d_in)."""
     rows, columns = dense.shape
-    positions = _positions(forward_mask, columns, n, m)
-    return dense.reshape(-1).index_select(0, positions).view(rows, columns * n // m)
+    values = dense.new_empty(rows, columns * n // m)
+    for block in _row_blocks(dense):
+        positions = _positions(forward_mask[block], columns, n, m)
+        torch.index_select(dense[block].reshape(-1), 0, positions, out=values[block].view(-1))
+    return values
 
 
 def sparse_linear(
@@ -91,6 +99,14 @@ def _keep_top(scores: Tensor, n: int, dim: int) -> Tensor:
             ranks[later] += wins
             ranks[earlier] += ~wins
     return torch.stack([rank < n for rank in ranks], dim)
+
+
+def _row_blocks(dense: Tensor) -> Iterator[slice]:
+    """Slices of rows whose lists of positions stay in cache, and don't fragment the heap."""
+    rows, columns = dense.shape
+    step = max(1, _BLOCK // columns)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 def _positions(forward_mask: Tensor, columns: int, n: int, m: int) -> Tensor:
