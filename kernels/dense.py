@@ -6,6 +6,7 @@ list of flat positions that a table turns the packed mask into, a byte at a time
 ``cumsum`` over the mask or a ``masked_select`` costs more than the product itself.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from slope_fx.kernels.packing import pack, unpack
 
+_NOWHERE = 2**60
 _BLOCK = 2**19
 """Elements whose positions are listed at a time."""
 
@@ -46,7 +48,8 @@ def expand(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     dense = values.new_zeros(rows, kept * m // n)
     for block in _row_blocks(dense):
         positions = _positions(forward_mask[block], dense.shape[1], n, m)
-        dense[block].view(-1).index_copy_(0, positions, values[block].reshape(-1))
+        with _told_of_bad_masks(n, m):
+            dense[block].view(-1).index_copy_(0, positions, values[block].reshape(-1))
     return dense
 
 
@@ -56,7 +59,8 @@ def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     values = dense.new_empty(rows, columns * n // m)
     for block in _row_blocks(dense):
         positions = _positions(forward_mask[block], columns, n, m)
-        torch.index_select(dense[block].reshape(-1), 0, positions, out=values[block].view(-1))
+        with _told_of_bad_masks(n, m):
+            torch.index_select(dense[block].reshape(-1), 0, positions, out=values[block].view(-1))
     return values
 
 
@@ -101,6 +105,20 @@ def _keep_top(scores: Tensor, n: int, dim: int) -> Tensor:
     return torch.stack([rank < n for rank in ranks], dim)
 
 
+@contextlib.contextmanager
+def _told_of_bad_masks(n: int, m: int) -> Iterator[None]:
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        if "index" not in str(error).lower():
+            raise
+        raise ValueError(
+            f"a forward mask isn't {n}:{m} any more: something wrote into it, such as a moving "
+            "average or a clamp over all of model.parameters(). Masks are frozen uint8 "
+            "parameters; let it take just those with requires_grad."
+        ) from error
+
+
 def _row_blocks(dense: Tensor) -> Iterator[slice]:
     """Slices of rows whose lists of positions stay in cache, and don't fragment the heap."""
     rows, columns = dense.shape
@@ -113,7 +131,10 @@ def _positions(forward_mask: Tensor, columns: int, n: int, m: int) -> Tensor:
     """Flat positions of the kept elements in a (rows, columns) tensor, ascending, int64."""
     unit = max(8, m)
     if columns % unit:  # the last byte of a row is partly padding
-        return unpack(forward_mask, columns).reshape(-1).nonzero().view(-1)
+        mask = unpack(forward_mask, columns).reshape(-1)
+        positions = mask.nonzero().view(-1)
+        valid = bool((mask.view(-1, m).sum(-1) == n).all())
+        return positions if valid else positions.fill_(_NOWHERE)
     codes = forward_mask.reshape(-1)
     if unit == 16:
         codes = codes.view(torch.int16).to(torch.int32) & 0xFFFF
@@ -126,11 +147,14 @@ def _positions(forward_mask: Tensor, columns: int, n: int, m: int) -> Tensor:
 def _position_table(n: int, m: int, device: torch.device) -> Tensor:
     """For each code of max(8, M) mask bits, the places of its set bits, ascending.
 
-    Codes that aren't N:M have rows too, of no meaning; masks are checked before they
-    get here.
+    A code that isn't N:M has places out of any range, so that a mask which something
+    wrote into (a moving average over all parameters, say) makes an error of every use
+    instead of wrong numbers, at no cost.
     """
     unit = max(8, m)
     codes = torch.arange(2**unit, dtype=torch.int32, device=device)
     bits = codes.unsqueeze(1) >> torch.arange(unit, dtype=torch.int32, device=device) & 1
     order = torch.sort(bits, dim=1, descending=True, stable=True).indices
-    return order[:, : unit * n // m].contiguous()
+    places = order[:, : unit * n // m].contiguous()
+    invalid = (bits.view(len(codes), -1, m).sum(-1) != n).any(-1)
+    return places.masked_fill_(invalid.unsqueeze(1), _NOWHERE)

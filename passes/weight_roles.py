@@ -154,10 +154,12 @@ class _Walk:
         merged = _merge(tuple(operands.values()))
         if call is not None and weight.parameter is not None:
             return self.linear(call, weight, operands[call.x], merged)
-        if call is not None and weight.derived is not None:
-            # A slice, a view or a cast of a parameter: a linear all the same, if not one
-            # that can be compressed; it has a role without a layout.
-            self.roles.setdefault(weight.derived, WeightRole())
+        # A slice, a view or a cast of a parameter, or one on the left of the product: a
+        # linear all the same, if not one that can be compressed. Its role has no layout.
+        left = operands[call.x].parameter if call is not None and weight.on_input else None
+        for parameter in (weight.derived, left):
+            if call is not None and parameter is not None:
+                self.roles.setdefault(parameter, WeightRole()).scopes.append(_scope(node))
         embedded = merged.embedded or node.target in _EMBEDDINGS
         activations = [f for f in operands.values() if f.on_input and f.on_parameter]
         fresh = {f.fresh for f in activations}

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule, Node
 
 from slope_fx.errors import ArgumentError, ExpandedWeightError
 from slope_fx.passes import Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
-from slope_fx.weights import SparseWeight, find_alive
+from slope_fx.weights import find_alive
 
 RECOMPILE_LIMIT = 32
 """Dynamo's own limit of 8 is soon reached by one block's code in two phases, training and
@@ -57,7 +57,6 @@ class RewritingBackend:
         return rewriting_backend, (self.inner,)
 
 
-@functools.cache
 def rewriting_backend(inner: str | BackendFunction = "inductor") -> RewritingBackend:
     """The backend that rewrites for slope_fx ahead of ``inner``.
 
@@ -72,6 +71,14 @@ def rewriting_backend(inner: str | BackendFunction = "inductor") -> RewritingBac
         ArgumentError: there is no backend of that name.
     """
     _resolve(inner)
+    try:
+        return _backend_of(inner)
+    except TypeError as error:
+        raise ArgumentError(f"backend={inner!r} must be hashable: {error}.") from None
+
+
+@functools.cache
+def _backend_of(inner: str | BackendFunction) -> RewritingBackend:
     return RewritingBackend(inner)
 
 
@@ -94,21 +101,22 @@ def _resolve(inner: str | BackendFunction) -> BackendFunction:
 
 
 def _report(gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]) -> None:
-    """Say which layer a leftover marker belongs to, if it is going to be trained."""
+    """Tell the layer that a leftover marker belongs to, if the graph is for training."""
     placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
     placeholders = gm.graph.find_nodes(op="placeholder")
     if placeholder not in placeholders:
         return
     values = example_inputs[placeholders.index(placeholder)]
-    if not (isinstance(values, Tensor) and values.requires_grad and torch.is_grad_enabled()):
+    if not torch.is_grad_enabled():
         return
     reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
-    for weight in find_alive(lambda weight: _is_values(weight, values)):
-        weight.report_expanded(reason)
-
-
-def _is_values(weight: SparseWeight, values: Tensor) -> bool:
-    return weight.values is values
+    if leftover.used_by == ("output",):
+        reason = (
+            "Dynamo compiled the reading of its weight by itself, as it does below a graph break "
+            "in one of torch's own containers (nn.Sequential, nn.LSTM)"
+        )
+    for weight in find_alive(lambda weight: weight.values is values):
+        weight.note_expanded(reason)
 
 
 def _outer_placeholder(outer: GraphModule, gm: GraphModule, node: Node) -> Node:

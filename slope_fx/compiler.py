@@ -1,5 +1,6 @@
 """``compile``: a dense model in, the same model with N:M weights out."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Mapping
@@ -8,6 +9,9 @@ from dataclasses import dataclass
 from typing import TypeVar, get_args
 
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from slope_fx.backend import BackendFunction, compile_module, rewriting_backend
 from slope_fx.errors import (
@@ -38,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 _RECORD = "_slope_fx"
+_WRAPPERS = (DataParallel, DistributedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -105,22 +110,13 @@ def compile(
         SlopeError: one of its subclasses for each mistake; the model is then as it was.
     """
     rules = PatternRules(sparsity)
-    check_adapter_rank(adapter_rank)
+    adapter_rank = check_adapter_rank(adapter_rank)
     check_mask_choice(mask)
     _check_choice("region", region, get_args(Region))
     _check_choice("on_fallback", on_fallback, get_args(OnFallback))
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
-    if sparse_weights_of(model):
-        raise AlreadyCompiledError(
-            "model is compiled already: it holds sparse weights. Compile a fresh dense model, or "
-            "keep using this one."
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ArgumentError(
-            "model has parameters on the meta device, which have no values to choose a mask "
-            "from. Give it storage first, with model.to_empty(device=...) and an initialisation."
-        )
+    _check_choice("skip_first", skip_first, (True, False))
+    _check_choice("skip_head", skip_head, (True, False))
+    _check_model(model)
     if backend is not None:
         rewriting_backend(backend)  # so that a wrong name fails before anything is done
 
@@ -196,8 +192,46 @@ def _compile_regions(model: nn.Module) -> None:
         compile_module(model.get_submodule(path), rewriting_backend(record.backend))
 
 
-def _check_choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+def _check_model(model: nn.Module) -> None:
+    """Raise unless ``model`` is one that can be compiled, and isn't compiled or wrapped yet."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    already = list(sparse_weights_of(model))
+    if already:
+        raise AlreadyCompiledError(
+            f"model is compiled already: {already[0]} holds a sparse weight, and {len(already)} "
+            "layers in all. Compile a fresh dense model, or keep using this one."
+        )
+    modules = list(model.modules())
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), _WRAPPERS)]
+    for wrapper in wrappers:
+        inner = getattr(wrapper, "module", None)
+        if any(module is wrapper or module is inner for module in modules):
+            raise ArgumentError(
+                f"model is wrapped in {type(wrapper).__name__}, which goes on synchronising the "
+                "parameters that compile replaces. Call slope_fx.compile first, then wrap."
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            raise ArgumentError(
+                f"{name or 'model'} is compiled by torch.compile already, with a backend that "
+                "knows no sparse weights. Pass the model as it was before: slope_fx.compile "
+                "compiles it, with backend= and region= to say how."
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ArgumentError(
+                f"{name} is not initialised yet. Run a lazy module once before compile."
+            )
+        if parameter.is_meta:
+            raise ArgumentError(
+                f"{name} is on the meta device and has no values to choose a mask from. Give the "
+                "model storage first, with model.to_empty(device=...) and an initialisation."
+            )
+
+
+def _check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
         raise ArgumentError(f"{argument}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 

@@ -38,6 +38,7 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         "__doc__": kind.base.__doc__,
         "_slope_kind": kind,
         "__reduce_ex__": _reduce,
+        "requires_grad_": _requires_grad,
         **{attribute: _weight_property(attribute) for attribute in kind.attributes},
     }
     if kind.after_copy is not None:
@@ -58,6 +59,14 @@ def _weight_property(attribute: str) -> property:
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
     # Generated classes can't be imported by name; copies and pickles name their kind.
     return _blank, tuple(type(module)._slope_kind), module.__getstate__()  # type: ignore[attr-defined]
+
+
+def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
+    # As nn.Module's, but for the masks, which can't.
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(requires_grad)
+    return module
 
 
 def _blank(*kind: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from slope_fx.errors import PatternError
 
 GROUP_SIZES = (2, 4, 8, 16)
+_ALLOWED = 'allowed is "N:M" with M one of 2, 4, 8, 16 and 1 <= N < M, such as "2:4" or "1:8"'
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,21 @@ class Pattern:
         Raises:
             PatternError: ``text`` isn't ``"N:M"`` with M in 2, 4, 8, 16 and 1 <= N < M.
         """
-        allowed = (
-            'allowed is "N:M" with M one of 2, 4, 8, 16 and 1 <= N < M, such as "2:4" or "1:8"'
-        )
         if isinstance(text, Pattern):
             return text
         match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
         if match is None:
-            raise PatternError(f"{argument}={text!r} is not an N:M pattern; {allowed}.")
-        n, m = int(match[1]), int(match[2])
-        if m not in GROUP_SIZES:
-            raise PatternError(f"{argument}={text!r} has groups of {m}; {allowed}.")
-        if not 1 <= n < m:
-            raise PatternError(f"{argument}={text!r} keeps {n} of each {m} elements; {allowed}.")
-        return cls(n, m)
+            raise PatternError(f"{argument}={text!r} is not an N:M pattern; {_ALLOWED}.")
+        try:
+            return cls(int(match[1]), int(match[2]))
+        except PatternError as error:
+            raise PatternError(f"{argument}={text!r}: {error}") from None
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or type(self.m) is not int or self.m not in GROUP_SIZES:
+            raise PatternError(f"the pattern has groups of {self.m}; {_ALLOWED}.")
+        if not 1 <= self.n < self.m:
+            raise PatternError(f"the pattern keeps {self.n} of each {self.m}; {_ALLOWED}.")
 
     @property
     def density(self) -> float:

@@ -1,5 +1,6 @@
 """Decide, before anything is changed, what becomes of every linear."""
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from slope_fx.kernels.packing import pack
 from slope_fx.passes import WeightRole
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.trace import Trace, linear_modules
-from slope_fx.weights import mask_problem
+from slope_fx.weights import mask_problem, sparse_name, values_name
 
 MaskChoice = str | Callable[[str, Tensor], Tensor]
 AdapterRank = int | float | None
@@ -65,6 +66,7 @@ def plan_linears(
         pattern, reason = rules.select(layer)
         if pattern is not None:
             reason = _why_dense(parameter, role, shape, pattern, skip_first, skip_head)
+            reason = reason or _why_not_here(model, aliases[id(parameter)], role)
         plans.append(
             LinearPlan(
                 name=layer,
@@ -132,11 +134,27 @@ def _why_dense(
     return ""
 
 
+def _why_not_here(model: nn.Module, aliases: list[str], role: WeightRole) -> str:
+    """A reason to leave a weight dense that lies in the modules around it, or ""."""
+    for scope in role.scopes:
+        if isinstance(model.get_submodule(scope), nn.MultiheadAttention):
+            return "used inside torch's multi_head_attention_forward, which no pass rewrites"
+    for alias in aliases:
+        path, _, attribute = alias.rpartition(".")
+        owner = model.get_submodule(path)
+        for name in (values_name(attribute), sparse_name(attribute)):
+            if hasattr(owner, name):
+                return f"its module has a {name} of its own"
+    return ""
+
+
 def check_mask_choice(mask: MaskChoice) -> None:
     """Raise ArgumentError unless ``mask`` is one of the allowed choices."""
-    if not callable(mask) and mask not in ("magnitude", "random"):
+    known = isinstance(mask, str) and mask in ("magnitude", "random")
+    if not known and not callable(mask):
+        got = repr(mask) if isinstance(mask, str) else f"a {type(mask).__name__}"
         raise ArgumentError(
-            f'mask={mask!r}; allowed are "magnitude", "random", or a callable '
+            f'mask is {got}; allowed are "magnitude", "random", or a callable '
             "(name, weight) -> bool tensor like weight."
         )
 
@@ -177,17 +195,25 @@ def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -
     return pack(chosen.to(weight.device))
 
 
-def check_adapter_rank(adapter_rank: AdapterRank) -> None:
-    """Raise AdapterRankError unless ``adapter_rank`` could be a rank of some layer."""
-    number = isinstance(adapter_rank, (int, float)) and not isinstance(adapter_rank, bool)
-    good = adapter_rank is None or (
-        number and (adapter_rank >= 1 if isinstance(adapter_rank, int) else 0 < adapter_rank < 1)
-    )
+def check_adapter_rank(adapter_rank: AdapterRank) -> AdapterRank:
+    """``adapter_rank`` as a plain number.
+
+    Raises:
+        AdapterRankError: it could not be a rank of any layer.
+    """
+    good = adapter_rank is None
+    if not good and not isinstance(adapter_rank, bool):
+        if hasattr(adapter_rank, "__index__"):  # NumPy's integers are welcome
+            adapter_rank = operator.index(adapter_rank)
+            good = adapter_rank >= 1
+        else:
+            good = isinstance(adapter_rank, float) and 0 < adapter_rank < 1
     if not good:
         raise AdapterRankError(
             f"adapter_rank={adapter_rank!r}; allowed are a positive int, a float between 0 and 1 "
             "(a fraction of each layer's input width), or None for no adapters."
         )
+    return adapter_rank
 
 
 def layer_rank(adapter_rank: AdapterRank, plan: LinearPlan) -> int | None:

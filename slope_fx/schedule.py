@@ -3,12 +3,14 @@
 import logging
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from slope_fx.compiler import sparse_weights
 from slope_fx.errors import IgnoredArgumentWarning, ScheduleError, ScheduleWarning
+from slope_fx.weights import whole
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Schedule:
         self.adapter_step = math.floor(adapter_start * total_steps + 1e-9)
         self.last_step = 0
         self._resumed = False
+        self._logged: Phase | None = None
         if not self._has_adapters and adapter_start != _DEFAULT_START:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
@@ -89,8 +92,8 @@ class Schedule:
             for weight in self._weights:
                 weight.refresh_backward_mask()
             log.info("step %d: backward masks refreshed", self.last_step)
-        if self.last_step == self.adapter_step:
-            self._apply_phase()
+        # Each time, for something else may have touched it: loading weights, say.
+        self._apply_phase()
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from: plain numbers."""
@@ -108,10 +111,9 @@ class Schedule:
             ScheduleError: ``state`` is of a run with other steps, or isn't a Schedule's.
         """
         mine = self.state_dict()
-        if set(state) != set(mine):
-            raise ScheduleError(
-                f"state has the keys {sorted(state)}; a Schedule's has {sorted(mine)}."
-            )
+        if not isinstance(state, Mapping) or set(state) != set(mine):
+            got = f"the keys {list(state)}" if isinstance(state, Mapping) else type(state).__name__
+            raise ScheduleError(f"state has {got}; a Schedule's has the keys {list(mine)}.")
         for key in ("total_steps", "adapter_step", "backward_mask_interval"):
             if state[key] != mine[key]:
                 raise ScheduleError(
@@ -129,11 +131,13 @@ class Schedule:
         active = self.phase == "adapter"
         for weight in self._weights:
             weight.adapter_active = active and weight.rank is not None
-        log.info("step %d: %s phase", self.last_step, self.phase)
+        if self.phase != self._logged:
+            log.info("step %d: %s phase", self.last_step, self.phase)
+            self._logged = self.phase
 
     def _warn_if_trained(self) -> None:
         if self.phase == "sparse" and any(
-            weight.lora_B is not None and weight.lora_B.any() for weight in self._weights
+            weight.lora_B is not None and whole(weight.lora_B).any() for weight in self._weights
         ):
             warnings.warn(
                 "The model's adapters are trained already, but this Schedule starts at step 0, "

@@ -1,15 +1,16 @@
 """Learn, without touching data, what a model does with its parameters."""
 
+import copy
 import inspect
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slope_fx.errors import ExampleInputsError
 from slope_fx.passes import WeightRole, weight_roles
@@ -55,14 +56,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         kwargs.setdefault("use_cache", False)
     _check_signature(model, args, kwargs)
     try:
-        # A traced dropout must not move the random state of the training to come.
-        with torch.random.fork_rng(devices=[]):
+        with _quiet_fake_tensors(), _random_state_kept():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         log.info("torch.export failed", exc_info=True)
         if given:
             _check_inputs_run(model, args, kwargs)
-        reason = f"torch.export failed: {type(error).__name__}: {_first_line(error)}"
+        reason = f"torch.export failed: {type(error).__name__}: {_first_line(error)}".rstrip(".")
         return Trace(_roles_by_type(model), reason)
     signature = exported.graph_signature
     first = first_names(model)
@@ -118,33 +118,42 @@ def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell inputs that don't fit from a forward that can't be traced.
+    """Tell inputs that don't fit from a forward that can't be traced, by running it.
 
-    Python that depends on a tensor's values fails under fake tensors too, but with an
-    error of its own; any other error is one that the real model would raise as well.
+    On a copy, for a forward may keep things; it is only done when a trace has failed.
     """
-    untraceable = (
-        torch._subclasses.fake_tensor.DataDependentOutputException,
-        torch._subclasses.fake_tensor.DynamicOutputShapeException,
-        torch._subclasses.fake_tensor.UnsupportedFakeTensorException,
-        torch._subclasses.fake_tensor.UnsupportedOperatorException,
-        torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode,
-    )
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        fake_args, fake_kwargs = torch.utils._pytree.tree_map_only(
-            Tensor, mode.from_tensor, (args, kwargs)
-        )
-        with mode, torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(*fake_args, **fake_kwargs)
-    except untraceable:
+        clone = copy.deepcopy(model)
+    except Exception:
+        log.info("the model can't be copied, so example_inputs weren't tried", exc_info=True)
         return
+    try:
+        with torch.no_grad(), _random_state_kept():
+            clone(*args, **kwargs)
     except Exception as error:
         raise ExampleInputsError(
             f"example_inputs don't fit: {type(model).__name__} fails on them with "
-            f"{type(error).__name__}: {_first_line(error)}. Pass what you would call the model "
+            f"{type(error).__name__}: {_first_line(error)} Pass what you would call the model "
             "with, on the model's device."
         ) from error
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    """A traced or tried dropout must not move the random state of the training to come."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
+
+
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """A failed trace is told in our own words, not in pages of torch's log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -198,4 +207,4 @@ def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+    return lines[0].rstrip(".") + "." if lines else "no message."

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx import ops
 from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
@@ -63,6 +64,7 @@ class SparseWeight(nn.Module):
         self.stored_transposed = stored_transposed
         self.on_fallback = on_fallback
         self.expanded_because: str | None = None
+        self._expanded_hint: str | None = None
         self.adapter_active = False
         # In a tuple, so that the layer doesn't become a submodule of its own submodule.
         self._owner = (owner,)
@@ -114,17 +116,32 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def refresh_backward_mask(self) -> None:
         """Choose the backward mask anew, from the current values."""
-        bits = ops.backward_mask(self.values, self.forward_bits, self.n, self.m)
+        values, forward_bits = whole(self.values), whole(self.forward_bits)
+        bits = ops.backward_mask(values, forward_bits, self.n, self.m)
+        if isinstance(self.backward_bits, DTensor):
+            mesh, placements = self.backward_bits.device_mesh, self.backward_bits.placements
+            bits = distribute_tensor(bits, mesh, placements)
         self.backward_bits.copy_(bits)
 
     def read(self, values: Tensor) -> Tensor:
         """What the layer's ``weight`` reads as: the markers that the passes look for."""
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled() and values.requires_grad:
-            self.report_expanded("its weight was read outside of a compiled graph")
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.note_expanded("its weight was read outside of a compiled graph")
         weight: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
         if self.adapter_active:
             weight = ADD_ADAPTER(weight, self.lora_A, self.lora_B, self.scale)
         return weight.t() if self.stored_transposed else weight
+
+    def note_expanded(self, reason: str) -> None:
+        """Take note that the dense weight was rebuilt where gradients are on.
+
+        Reading it is no harm by itself. That the layer trains so shows when a gradient
+        arrives, and is reported then; a frozen layer gets none, but passes one on, so
+        that is reported at once.
+        """
+        self._expanded_hint = reason
+        if not self.values.requires_grad:
+            self.report_expanded(reason)
 
     def report_expanded(self, reason: str) -> None:
         """Say, once, that this layer trains with its dense weight rebuilt.
@@ -135,8 +152,8 @@ class SparseWeight(nn.Module):
         message = (
             f"{self.name}: {reason}, so it trains with its dense weight rebuilt: the loss is "
             "right, but the layer is slow and its input gradient is that of W^R, not of the "
-            "double-pruned W^{R,C}. Call the compiled model itself rather than its submodules, "
-            "and see TORCH_LOGS=recompiles,graph_breaks for why Dynamo gave up, if it did."
+            "double-pruned W^{R,C}. Call the object that slope_fx.compile returned, and see "
+            "TORCH_LOGS=recompiles,graph_breaks for why Dynamo gave up, if it did."
         )
         if self.on_fallback == "error":
             raise ExpandedWeightError(message)
@@ -164,19 +181,36 @@ class SparseWeight(nn.Module):
     ) -> None:
         # A mask of another pattern can have the right shape (2:4 and 4:8 do); the
         # engines rely on exactly N a group, so nothing else may get in.
-        bits = state_dict.get(f"{prefix}forward_bits")
-        if isinstance(bits, Tensor) and bits.shape == self.forward_bits.shape:
-            problem = mask_problem(unpack(bits.to(torch.uint8), self.d_in), self.pattern)
-            if problem:
-                error_msgs.append(f"{prefix}forward_bits: {problem}; the layer is {self.pattern}.")
-                return
+        problem = self._stored_mask_problem(
+            state_dict.get(f"{prefix}forward_bits"), state_dict.get(f"{prefix}backward_bits")
+        )
+        if problem:
+            error_msgs.append(f"{prefix}{problem}; the layer is {self.pattern}.")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if self.lora_B is not None and f"{prefix}lora_B" in state_dict:
-            # While B is zero the adapter adds nothing, so this flag follows from the
-            # weights alone: a checkpoint of the adapter phase evaluates as it was saved.
-            self.adapter_active = bool(self.lora_B.any())
+            # While B is zero the adapter adds nothing, so a checkpoint needs no flag to
+            # evaluate as it was saved. Only on, never off: that is the Schedule's to say.
+            self.adapter_active |= bool(whole(self.lora_B).any())
+
+    def _stored_mask_problem(self, forward: object, backward: object) -> str:
+        """What is wrong with masks about to be loaded, or "". Missing ones are torch's to tell."""
+        if not isinstance(forward, Tensor) or forward.shape != self.forward_bits.shape:
+            return ""
+        forward = whole(forward.detach()).to(torch.uint8)
+        problem = mask_problem(unpack(forward, self.d_in), self.pattern)
+        if problem:
+            return f"forward_bits: {problem}"
+        if not isinstance(backward, Tensor) or backward.shape != self.backward_bits.shape:
+            return ""
+        kept = unpack(whole(backward.detach()).to(torch.uint8), self.d_in * self.n // self.m)
+        both = ops.expand(kept.to(torch.uint8), forward, forward, self.n, self.m)
+        columns = both.t().reshape(self.d_in, -1, self.m).sum(-1)
+        if (columns > self.n).any():
+            return f"backward_bits: the mask keeps more than {self.n} of {self.m} outputs"
+        return ""
 
 
 def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
@@ -185,8 +219,9 @@ def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
     That is a model compiled by another hand, ``torch.compile(model)`` say.
     """
     for weight in find_alive(lambda w: w.forward_bits.data_ptr() == forward_mask.data_ptr()):
+        hint = weight._expanded_hint or "it was compiled by another backend than slope_fx's"
         if weight.expanded_because is None or weight.on_fallback == "error":
-            weight.report_expanded("a gradient ran through its dense weight")
+            weight.report_expanded(hint)
 
 
 expand_grad_observers.append(_tell_of_expanded_gradient)
@@ -205,6 +240,11 @@ def sparse_name(attribute: str) -> str:
 def find_alive(matches: Callable[[SparseWeight], bool]) -> list[SparseWeight]:
     """The living sparse weights that ``matches`` holds for."""
     return [weight for weight in list(_alive) if matches(weight)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which FSDP keeps a shard here; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def mask_problem(mask: Tensor, pattern: Pattern) -> str:

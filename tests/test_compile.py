@@ -79,6 +79,14 @@ def test_a_mask_of_another_pattern_does_not_load():
     assert torch.equal(two.w_in_sparse.forward_bits, before["w_in_sparse.forward_bits"])
 
 
+def test_a_backward_mask_that_is_not_n_of_m_does_not_load():
+    model = plain()
+    state = copy.deepcopy(model.state_dict())
+    state["w_in_sparse.backward_bits"].fill_(255)
+    with pytest.raises(RuntimeError, match=r"backward_bits: the mask keeps more than 2 of 4"):
+        model.load_state_dict(state)
+
+
 def test_a_dense_checkpoint_does_not_load_silently():
     with pytest.raises(RuntimeError, match="w_in_values"):
         plain().load_state_dict(Plain().state_dict())
@@ -244,12 +252,16 @@ MISTAKES = {
     "rank as a bool": ({"adapter_rank": True}, slope_fx.AdapterRankError, "True"),
     "fraction above 1": ({"adapter_rank": 1.5}, slope_fx.AdapterRankError, "1.5"),
     "fraction too large": ({"adapter_rank": 0.9}, slope_fx.AdapterRankError, "w_out"),
+    "skip_first": ({"skip_first": "no"}, slope_fx.ArgumentError, "skip_first='no'"),
+    "skip_head": ({"skip_head": 1}, slope_fx.ArgumentError, "skip_head=1"),
+    "mask tensor": ({"mask": torch.ones(9)}, slope_fx.ArgumentError, "mask is a Tensor"),
     "mask name": ({"mask": "biggest"}, slope_fx.ArgumentError, "biggest"),
     "mask shape": ({"mask": wrong_shape}, slope_fx.MaskError, r"shape \(3, 3\)"),
     "mask dtype": ({"mask": not_bool}, slope_fx.MaskError, "float32"),
     "mask not N:M": ({"mask": not_n_of_m}, slope_fx.MaskError, "keeps 4 elements in group 0"),
     "mask raises": ({"mask": raises}, KeyError, "the second layer"),
     "backend": ({"backend": "indcutor"}, slope_fx.ArgumentError, "indcutor"),
+    "backend list": ({"backend": ["inductor"]}, slope_fx.ArgumentError, "inductor"),
     "backend type": ({"backend": 3}, slope_fx.ArgumentError, "backend=3"),
     "region": ({"region": "block"}, slope_fx.ArgumentError, "'blocks'"),
     "on_fallback": ({"on_fallback": "raise"}, slope_fx.ArgumentError, "'error'"),
@@ -340,6 +352,68 @@ def test_not_a_module_and_no_data():
         model = Plain()
     with pytest.raises(slope_fx.ArgumentError, match="meta device"):
         slope_fx.compile(model, example_inputs=X)
+
+
+def test_frozen_and_thawed():
+    model = plain(adapter_rank=2)
+    model.requires_grad_(False)
+    assert not any(p.requires_grad for p in model.parameters())
+    model.requires_grad_(True)
+    assert all(p.requires_grad == p.is_floating_point() for p in model.parameters())
+
+
+def test_a_name_that_is_taken_keeps_the_layer_dense():
+    class Model(Plain):
+        def __init__(self):
+            super().__init__()
+            self.w_in_values = nn.Parameter(torch.ones(3))
+
+    model = slope_fx.compile(Model(), example_inputs=X, backend=None)
+    assert set(slope_fx.sparse_weights(model)) == {"w_out"}
+    rows = {r.name: r.reason for r in slope_fx.explain(model).linears}
+    assert rows["w_in"] == "its module has a w_in_values of its own"
+
+
+def test_models_that_are_wrapped_or_compiled_already():
+    model = Plain()
+    with pytest.raises(slope_fx.ArgumentError, match="compiled by torch.compile already"):
+        slope_fx.compile(torch.compile(model), example_inputs=X)
+    model.head.compile()
+    with pytest.raises(slope_fx.ArgumentError, match="head is compiled by torch.compile"):
+        slope_fx.compile(model, example_inputs=X)
+    wrapped = nn.DataParallel(Plain())
+    for each in (wrapped, wrapped.module):
+        with pytest.raises(slope_fx.ArgumentError, match="wrapped in DataParallel"):
+            slope_fx.compile(each, example_inputs=X)
+
+
+def test_a_lazy_module_is_left_as_it_was():
+    model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 16))
+    with pytest.raises(slope_fx.ArgumentError, match=r"0.weight is not initialised yet"):
+        slope_fx.compile(model, example_inputs=X)
+    assert isinstance(model[0], nn.LazyLinear)
+
+
+def test_an_untraceable_forward_leaves_nothing_behind(capfd):
+    """It is run to see whether the inputs fit, but on a copy."""
+
+    class Remembers(Plain):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = x.sum()
+            scale = float(x.detach().numpy().mean())
+            return super().forward(x) * scale
+
+    model = Remembers()
+    with pytest.warns(slope_fx.UntracedModelWarning, match="torch.export failed"):
+        slope_fx.compile(model, {"head": None, "*": "2:4"}, example_inputs=X, skip_first=False,
+                         skip_head=False, backend=None)  # fmt: skip
+    assert model.cache is None
+    with pytest.raises(slope_fx.ExampleInputsError):
+        slope_fx.compile(Plain(), example_inputs=torch.randn(3, 9))
+    assert len(capfd.readouterr().err.splitlines()) < 20
 
 
 def test_an_optimizer_made_too_early_is_told():

@@ -123,12 +123,10 @@ def test_optimizers_and_accumulation_leave_masks_and_sleeping_adapters_alone(mak
         assert not torch.equal(weight.values, values[name])
 
 
-def test_a_moving_average_keeps_the_masks():
-    """torch's AveragedModel does; the test holds it to that."""
+def test_an_average_of_weights_keeps_the_masks():
+    """torch's AveragedModel, with its plain average, leaves equal bytes equal."""
     model = slope_fx.compile(models.gpt2(), backend="eager", on_fallback="error")
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-    )
+    averaged = torch.optim.swa_utils.AveragedModel(model)
     ids = batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(3):
@@ -139,3 +137,20 @@ def test_a_moving_average_keeps_the_masks():
     for name, weight in slope_fx.sparse_weights(averaged.module).items():
         assert torch.equal(weight.forward_bits, slope_fx.sparse_weights(model)[name].forward_bits)
     assert averaged(input_ids=ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("width", [32, 36], ids=["whole bytes", "padded rows"])
+def test_an_average_that_changes_the_masks_is_an_error_not_a_wrong_model(width):
+    """An exponential average truncates bytes; what it leaves isn't N:M, and no engine takes it."""
+    layers = [torch.nn.Linear(width, width) for _ in range(4)]
+    model, x = torch.nn.Sequential(*layers), torch.randn(2, width)
+    slope_fx.compile(model, example_inputs=x, backend="eager")
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    for _ in range(3):
+        averaged.update_parameters(model)
+    with pytest.raises(ValueError, match="a forward mask isn't 2:4 any more"):
+        averaged(x)
+    trained = [p for p in averaged.module.parameters() if p.requires_grad]
+    assert len(trained) == 8

@@ -17,6 +17,12 @@ def test_bad_patterns_name_the_argument_and_what_is_allowed(text):
         Pattern.parse(text)
 
 
+@pytest.mark.parametrize("numbers", [(4, 4), (0, 4), (2, 3), (2, 32), (2.0, 4), (True, 2)])
+def test_patterns_made_by_hand_are_checked_too(numbers):
+    with pytest.raises(slope_fx.PatternError, match="allowed is"):
+        Pattern(*numbers)
+
+
 def test_first_match_wins_and_none_is_dense():
     rules = PatternRules({"h.0.*": None, "*.mlp.*": "2:8", "*": "2:4"})
     assert rules.select("h.0.mlp.c_fc") == (None, "sparsity['h.0.*'] is None")

@@ -82,6 +82,7 @@ def test_state_is_plain_numbers_and_resumes():
     "state",
     [
         {},
+        None,
         {"last_step": 3, "total_steps": 11, "adapter_step": 5, "backward_mask_interval": 100},
         {"last_step": 11, "total_steps": 10, "adapter_step": 5, "backward_mask_interval": 100},
         {"last_step": 3, "total_steps": 10, "adapter_step": 6, "backward_mask_interval": 100},
@@ -130,6 +131,23 @@ def test_without_adapters_there_is_one_phase():
         assert schedule.phase == "sparse"
     with pytest.warns(slope_fx.IgnoredArgumentWarning, match=r"adapter_start=0.5 has no effect"):
         slope_fx.Schedule(model, 2, adapter_start=0.5)
+
+
+def test_loading_weights_does_not_switch_the_phase():
+    """In whatever order weights and schedule are loaded; B may still be zero."""
+    model = compiled()
+    schedule = slope_fx.Schedule(model, 10, adapter_start=0.5)
+    for _ in range(5):
+        schedule.step()
+    weights, state = model.state_dict(), schedule.state_dict()
+    other = compiled()
+    resumed = slope_fx.Schedule(other, 10, adapter_start=0.5)
+    resumed.load_state_dict(state)
+    other.load_state_dict(weights)
+    assert all(w.adapter_active for w in slope_fx.sparse_weights(other).values())
+    slope_fx.Schedule(other, 10, adapter_start=0.5)  # another one says sparse, for now
+    resumed.step()
+    assert all(w.adapter_active for w in slope_fx.sparse_weights(other).values())
 
 
 def test_starting_over_with_trained_adapters_is_told():
