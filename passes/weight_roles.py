@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.passes.graph import (
@@ -18,8 +19,19 @@ from slope_fx.passes.graph import (
     match_linear,
     nested_calls,
     nested_graph,
+    value_of,
 )
 
+_PRODUCTS = {
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.mv.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+}
 _CHECKS = {aten._assert_tensor_metadata.default}  # what export adds ahead of a cast
 _EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default}
 
@@ -154,12 +166,13 @@ class _Walk:
         merged = _merge(tuple(operands.values()))
         if call is not None and weight.parameter is not None:
             return self.linear(call, weight, operands[call.x], merged)
-        # A slice, a view or a cast of a parameter, or one on the left of the product: a
-        # linear all the same, if not one that can be compressed. Its role has no layout.
-        left = operands[call.x].parameter if call is not None and weight.on_input else None
-        for parameter in (weight.derived, left):
-            if call is not None and parameter is not None:
-                self.roles.setdefault(parameter, WeightRole()).scopes.append(_scope(node))
+        if node.target in _PRODUCTS:
+            # A slice or a cast of a parameter, one on the left, one in an einsum: a linear
+            # all the same, if not one that can be compressed. Its role has no layout.
+            for operand_node, flow in operands.items():
+                value, name = value_of(operand_node), flow.parameter or flow.derived
+                if name is not None and isinstance(value, Tensor) and value.dim() > 1:
+                    self.roles.setdefault(name, WeightRole()).scopes.append(_scope(node))
         embedded = merged.embedded or node.target in _EMBEDDINGS
         activations = [f for f in operands.values() if f.on_input and f.on_parameter]
         fresh = {f.fresh for f in activations}

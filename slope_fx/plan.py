@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +205,7 @@ def check_adapter_rank(adapter_rank: AdapterRank) -> AdapterRank:
     good = adapter_rank is None
     if not good and not isinstance(adapter_rank, bool):
         if hasattr(adapter_rank, "__index__"):  # NumPy's integers are welcome
-            adapter_rank = operator.index(adapter_rank)
+            adapter_rank = operator.index(cast(SupportsIndex, adapter_rank))
             good = adapter_rank >= 1
         else:
             good = isinstance(adapter_rank, float) and 0 < adapter_rank < 1

@@ -56,7 +56,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         kwargs.setdefault("use_cache", False)
     _check_signature(model, args, kwargs)
     try:
-        with _quiet_fake_tensors(), _random_state_kept():
+        with _quiet_fake_tensors(), _random_state_kept(), _attributes_kept(model):
             exported = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         log.info("torch.export failed", exc_info=True)
@@ -142,6 +142,33 @@ def _random_state_kept() -> AbstractContextManager[None]:
     """A traced or tried dropout must not move the random state of the training to come."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices=devices)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a traced forward sets on its modules: the values are fake."""
+    before = {
+        module: {k: dict(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+        for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            kept = {}
+            for name, value in attributes.items():
+                now = module.__dict__.get(name)
+                if isinstance(now, dict) and isinstance(value, dict):
+                    # The same dict, for others may hold it.
+                    if [(k, id(v)) for k, v in now.items()] != [
+                        (k, id(v)) for k, v in value.items()
+                    ]:
+                        now.clear()
+                        now.update(value)
+                    value = now
+                kept[name] = value
+            module.__dict__.clear()
+            module.__dict__.update(kept)
 
 
 @contextmanager

@@ -125,8 +125,17 @@ class SparseWeight(nn.Module):
 
     def read(self, values: Tensor) -> Tensor:
         """What the layer's ``weight`` reads as: the markers that the passes look for."""
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self.note_expanded("its weight was read outside of a compiled graph")
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                self.note_expanded("its weight was read outside of a compiled graph")
+            elif not torch.is_inference_mode_enabled():
+                # An inference tensor refuses to be written to, where a write into a
+                # temporary (`layer.weight.mul_(0)`) would be lost without a word.
+                with torch.inference_mode():
+                    return self._markers(values)
+        return self._markers(values)
+
+    def _markers(self, values: Tensor) -> Tensor:
         weight: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
         if self.adapter_active:
             weight = ADD_ADAPTER(weight, self.lora_A, self.lora_B, self.scale)
@@ -219,7 +228,10 @@ def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
     That is a model compiled by another hand, ``torch.compile(model)`` say.
     """
     for weight in find_alive(lambda w: w.forward_bits.data_ptr() == forward_mask.data_ptr()):
-        hint = weight._expanded_hint or "it was compiled by another backend than slope_fx's"
+        hint = weight._expanded_hint or (
+            "it is in a graph that no pass rewrote (one compiled by another backend, or shared "
+            "with a layer already named)"
+        )
         if weight.expanded_because is None or weight.on_fallback == "error":
             weight.report_expanded(hint)
 

@@ -354,6 +354,18 @@ def test_not_a_module_and_no_data():
         slope_fx.compile(model, example_inputs=X)
 
 
+def test_writes_to_a_rebuilt_weight_are_refused():
+    model = slope_fx.compile(models.llama(), backend=None)
+    layer = model.model.layers[1].mlp.up_proj
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        layer.weight.mul_(0)
+    with pytest.raises(KeyError, match="already exists"):
+        layer.weight = nn.Parameter(torch.zeros(64, 32))
+    with torch.no_grad():
+        copied = layer.weight.clone()
+    copied.mul_(0)
+
+
 def test_frozen_and_thawed():
     model = plain(adapter_rank=2)
     model.requires_grad_(False)
@@ -376,10 +388,10 @@ def test_a_name_that_is_taken_keeps_the_layer_dense():
 
 def test_models_that_are_wrapped_or_compiled_already():
     model = Plain()
-    with pytest.raises(slope_fx.ArgumentError, match="compiled by torch.compile already"):
+    with pytest.raises(slope_fx.ArgumentError, match=r"compiled by torch.compile already"):
         slope_fx.compile(torch.compile(model), example_inputs=X)
     model.head.compile()
-    with pytest.raises(slope_fx.ArgumentError, match="head is compiled by torch.compile"):
+    with pytest.raises(slope_fx.ArgumentError, match=r"head is compiled by torch.compile"):
         slope_fx.compile(model, example_inputs=X)
     wrapped = nn.DataParallel(Plain())
     for each in (wrapped, wrapped.module):

@@ -123,15 +123,21 @@ def test_weights_on_the_left_and_inside_torchs_attention_are_told():
             super().__init__()
             self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
             self.left = nn.Parameter(torch.randn(16, 16))
+            self.summed = nn.Parameter(torch.randn(16, 16))
+            self.experts = nn.Parameter(torch.randn(2, 16, 16))
             self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 
         def forward(self, x):
-            return self.head(self.layer((self.left @ self.first(x).mT).mT))
+            h = (self.left @ self.first(x).mT).mT
+            h = torch.bmm(torch.einsum("bti,oi->bto", h, self.summed), self.experts)
+            return self.head(self.layer(h))
 
     model = Model()
     slope_fx.compile(model, example_inputs=torch.randn(2, 5, 16), backend=None)
     dense = reasons(model)
     assert "its weight is used through matmul" in dense["left"]
+    assert "its weight is used through einsum" in dense["summed"]
+    assert "its weight is used through bmm" in dense["experts"]
     assert "multi_head_attention_forward" in dense["layer.self_attn.in_proj_weight"]
     assert "multi_head_attention_forward" in dense["layer.self_attn.out_proj"]
     assert set(slope_fx.sparse_weights(model)) == {"layer.linear1", "layer.linear2"}

@@ -1,0 +1,65 @@
+"""DDP and FSDP2 around a compiled model, in one process: the plumbing, not the scaling."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+import slope_fx
+from models import batch, loss_of
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def ddp(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def fsdp(model):
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("wrap", [ddp, fsdp])
+def test_wrapped_trains_as_bare(wrap, one_process):
+    """Both phases, a refresh of the masks at each step, the same losses."""
+    start = slope_fx.compile(models.gpt2(), adapter_rank=2, backend="aot_eager")
+
+    def train(model, compiled):
+        optimizer = torch.optim.AdamW(compiled.parameters(), lr=3e-3)
+        schedule = slope_fx.Schedule(compiled, 6, adapter_start=0.5, backward_mask_interval=1)
+        losses = []
+        for step in range(6):
+            loss = loss_of(model, batch(seed=step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+        return losses
+
+    bare, compiled = copy.deepcopy(start), copy.deepcopy(start)
+    want = train(bare, bare)
+    assert train(wrap(compiled), compiled) == pytest.approx(want, rel=1e-5)
+    assert all(w.adapter_active for w in slope_fx.sparse_weights(compiled).values())
+    assert all(row.reason == "" for row in slope_fx.explain(compiled).sparse)
+
+
+def test_ddp_made_first_is_refused(one_process):
+    model = models.gpt2()
+    wrapped = ddp(model)
+    for each in (model, wrapped):
+        with pytest.raises(slope_fx.ArgumentError, match="wrapped in DistributedDataParallel"):
+            slope_fx.compile(each, backend="aot_eager")
