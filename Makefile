@@ -24,8 +24,8 @@ train: $(INSTALLED) ## pretrain a small GPT-2 on Shakespeare, 2:4, about four mi
 train-dense: $(INSTALLED) ## the same run, dense
 	$(BIN)/python examples/pretrain_gpt2.py --out runs/gpt2-dense --overwrite --dense
 
-test: $(INSTALLED) ## all tests
-	$(BIN)/pytest
+test: $(INSTALLED) ## all tests, a worker a core (at most four); each runs on one thread
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
