@@ -77,8 +77,9 @@ def figures_block(sparse: dict[str, Any], dense: dict[str, Any], step: dict[str,
             "",
             table,
             "",
-            "Memory is where it should be; the step is slower than dense, not faster, until there "
-            "are kernels for sparse products. (`make bench`, "
+            "The state shrinks as the method says. The peak also holds activations, logits and the "
+            "libraries themselves, which SLoPe leaves as they are. The step is slower than dense, "
+            "not faster, until there are kernels for sparse products. (`make bench`, "
             "`benchmarks/results/training_step.json`.)",
             "",
             f"On `make train` ({last['step']} steps, {sparse['parameters'] / 1e6:.1f} M trained "
