@@ -173,15 +173,21 @@ def graphs_of(gm: GraphModule) -> Iterator[GraphModule]:
 
 
 def replace(gm: GraphModule, old: Node, new: Node) -> None:
-    """Put ``new`` in the place of ``old``, with the source lines it came from."""
+    """Put ``new`` in the place of ``old``, with the source lines it came from.
+
+    What ``old`` read and nothing reads any more goes too.
+    """
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "example_value", "val"):
         if key in old.meta:
             new.meta.setdefault(key, old.meta[key])
+    operands = old.all_input_nodes
     old.replace_all_uses_with(new)
     gm.graph.erase_node(old)
+    for operand in operands:
+        _erase_if_unused(gm, operand)
 
 
-def erase_if_unused(gm: GraphModule, node: Node) -> None:
+def _erase_if_unused(gm: GraphModule, node: Node) -> None:
     """Erase ``node``, and the transposes it came through, if nothing reads them."""
     while not node.users and node.op in ("call_function", "call_method"):
         source = node.args[0] if is_transpose(node) else None

@@ -5,7 +5,7 @@ from torch.fx import GraphModule, Node
 
 from slope_fx.ops.targets import ADD_ADAPTER
 from slope_fx.passes.find_linears import find_linears
-from slope_fx.passes.graph import erase_if_unused, replace
+from slope_fx.passes.graph import replace
 
 
 def insert_adapters(gm: GraphModule) -> int:
@@ -31,9 +31,6 @@ def insert_adapters(gm: GraphModule) -> int:
             if call.bias is not None:
                 product.args = (call.x, weight, call.bias)
             result = gm.graph.call_function(torch.add, (product, up), {"alpha": scale})
-        used = call.node.all_input_nodes
         replace(gm, call.node, result)
-        for node in used:
-            erase_if_unused(gm, node)
         matches += 1
     return matches

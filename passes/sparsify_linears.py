@@ -6,7 +6,7 @@ from torch.fx import GraphModule, Node
 
 from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears
-from slope_fx.passes.graph import erase_if_unused, replace, value_of
+from slope_fx.passes.graph import replace, value_of
 
 
 def sparsify_linears(gm: GraphModule) -> int:
@@ -29,10 +29,7 @@ def sparsify_linears(gm: GraphModule) -> int:
             )
             if separate is not None:
                 result = gm.graph.call_function(torch.add, (result, separate))
-        used = call.node.all_input_nodes
         replace(gm, call.node, result)
-        for node in used:
-            erase_if_unused(gm, node)
         matches += 1
     return matches
 
