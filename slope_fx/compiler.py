@@ -101,7 +101,8 @@ def compile(
         region: "model" compiles one graph; "blocks" the repeated blocks one by one,
             which takes a fraction of the time to compile.
         on_fallback: what to do when a sparse layer trains with its dense weight rebuilt
-            because no pass saw its linear: "warn" once a layer, "error", "ignore".
+            because no pass saw its linear: "warn" once a layer, "error", "ignore". It shows
+            when a gradient arrives there, so that is when it is told.
 
     Returns:
         ``model`` itself.

@@ -53,7 +53,7 @@ def _weight_property(attribute: str) -> property:
         weight: Tensor = getattr(module, sparse).read(getattr(module, values))
         return weight
 
-    return property(read, doc="The dense W^R, rebuilt at each reading; train `weight_values`.")
+    return property(read, doc="The dense W^R, rebuilt at each reading; write to `weight_values` instead.")
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
