@@ -53,7 +53,8 @@ def _weight_property(attribute: str) -> property:
         weight: Tensor = getattr(module, sparse).read(getattr(module, values))
         return weight
 
-    return property(read, doc="The dense W^R, rebuilt at each reading; write to `weight_values` instead.")
+    doc = f"The dense W^R, rebuilt at each reading; what trains is `{values}`."
+    return property(read, doc=doc)
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
