@@ -7,13 +7,14 @@ and integers only; it knows nothing of modules, graphs or autograd.
     the oracle: each formula of the method written the plain way, any device, any
     dtype. The tests run it in float64.
 ``dense``
-    expand, then the vendor's matrix product; the engine that trains today.
+    expand, then the vendor's matrix product: any device, any dtype, no gain in speed.
+``cpu``
+    C for the CPU, N/M of the dense work for any N:M.
+
+``selection`` says which of them computes a given product.
 """
 
-from types import ModuleType
 from typing import NoReturn
-
-import torch
 
 if __name__ != "slope_fx.kernels":
     # Imported under its bare name, as can happen in the root of a checkout. transformers
@@ -25,7 +26,7 @@ if __name__ != "slope_fx.kernels":
         raise ImportError(f"import slope_fx.kernels, not {__name__}")
 
 else:
-    from slope_fx.kernels import dense, reference
+    from slope_fx.kernels.selection import ENGINES
 
     OPERATIONS = (
         "magnitude_mask",
@@ -37,10 +38,4 @@ else:
         "sparse_weight_grad",
     )
 
-    ENGINES: dict[str, ModuleType] = {"dense": dense, "reference": reference}
-
-    def engine_for(device: torch.device) -> str:
-        """The name of the engine that serves ``device``: today one for all of them."""
-        return "dense"
-
-    __all__ = ["ENGINES", "OPERATIONS", "engine_for"]
+    __all__ = ["ENGINES", "OPERATIONS"]

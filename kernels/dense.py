@@ -20,6 +20,11 @@ _BLOCK = 2**19
 """Elements whose positions are listed at a time."""
 
 
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """What keeps this engine from serving such tensors: nothing does."""
+    return ""
+
+
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """Packed forward mask of ``weight`` (d_out, d_in): the top N magnitudes a group.
 
@@ -112,11 +117,16 @@ def _told_of_bad_masks(n: int, m: int) -> Iterator[None]:
     except (IndexError, RuntimeError) as error:
         if "index" not in str(error).lower():
             raise
-        raise ValueError(
-            f"a forward mask isn't {n}:{m} any more: something wrote into it, such as a moving "
-            "average or a clamp over all of model.parameters(). Masks are frozen uint8 "
-            "parameters; let it take just those with requires_grad."
-        ) from error
+        raise bad_forward_mask(n, m) from error
+
+
+def bad_forward_mask(n: int, m: int) -> ValueError:
+    """The error for a mask that has not exactly N set bits in each group."""
+    return ValueError(
+        f"a forward mask isn't {n}:{m} any more: something wrote into it, such as a moving "
+        "average or a clamp over all of model.parameters(). Masks are frozen uint8 "
+        "parameters; let it take just those with requires_grad."
+    )
 
 
 def _row_blocks(dense: Tensor) -> Iterator[slice]:

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def why_not(device: torch.device, dtype: torch.dtype) -> str:
+    """What keeps this engine from serving such tensors: nothing does."""
+    return ""
+
+
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
     """uint8 ``(rows, ceil(columns / 8))`` to bool ``(rows, columns)``, low bit first."""
     rows = [

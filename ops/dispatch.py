@@ -3,10 +3,38 @@
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from slope_fx.kernels import ENGINES, engine_for
+from slope_fx.kernels.selection import ENGINES, choose, engines_for
 
 
-def engine(tensor: torch.Tensor) -> ModuleType:
-    """The engine for the device of ``tensor``."""
-    return ENGINES[engine_for(tensor.device)]
+def engine(tensor: Tensor) -> ModuleType:
+    """The engine of the ops that aren't products: the first that serves such tensors."""
+    return ENGINES[engines_for(tensor.device, tensor.dtype)[0]]
+
+
+def choose_engine(
+    op: str, tokens_of: Tensor, values_shape: tuple[int, int], n: int, m: int, engines: str
+) -> str:
+    """The engine of a product, as it goes into the graph.
+
+    Args:
+        op: "sparse_linear", "sparse_input_grad" or "sparse_weight_grad".
+        tokens_of: (..., features): the input or the output's gradient, real or fake.
+        values_shape: (d_out, d_in * N / M).
+        n, m: the pattern.
+        engines: who may compute it: "auto", or names separated by commas.
+    """
+    tokens = 1
+    for length in tokens_of.shape[:-1]:
+        tokens *= _hint(length)
+    shape = (_hint(values_shape[0]), _hint(values_shape[1]))
+    return choose(op, tokens, shape, n, m, tokens_of.dtype, tokens_of.device, engines)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size as a number, without tying the graph to it if it is dynamic."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    return int(node.hint) if node.has_hint() else 1024

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.ops.dispatch import engine
+from slope_fx.kernels.selection import AUTO, ENGINES
+from slope_fx.ops.dispatch import choose_engine
 
 
 @torch.library.custom_op("slope_fx::sparse_linear", mutates_args=())
@@ -17,6 +18,8 @@ def sparse_linear(
     bias: Tensor | None,
     n: int,
     m: int,
+    engine: str = "",
+    engines: str = AUTO,
 ) -> Tensor:
     """``Y = X (W^R)^T + b``, with ``grad_X = grad_Y W^{R,C}`` and a compressed ``grad_W``.
 
@@ -29,12 +32,19 @@ def sparse_linear(
         backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)).
         bias: (d_out,) or None.
         n, m: the pattern.
+        engine: what computes it, by name; "" for whatever of ``engines`` proves fastest.
+        engines: who may compute its gradients: "auto", or names separated by commas.
 
     Returns:
         (..., d_out).
     """
-    y: Tensor = engine(x).sparse_linear(x, values, forward_mask, bias, n, m)
+    engine = engine or choose_engine("sparse_linear", x, _size(values), n, m, engines)
+    y: Tensor = ENGINES[engine].sparse_linear(x, values, forward_mask, bias, n, m)
     return y
+
+
+def _size(values: Tensor) -> tuple[int, int]:
+    return values.shape[0], values.shape[1]
 
 
 @sparse_linear.register_fake
@@ -46,6 +56,8 @@ def _(
     bias: Tensor | None,
     n: int,
     m: int,
+    engine: str = "",
+    engines: str = AUTO,
 ) -> Tensor:
     d_in = values.shape[1] * m // n
     torch._check(
@@ -61,48 +73,71 @@ def _(
 
 @torch.library.custom_op("slope_fx::sparse_input_grad", mutates_args=())
 def sparse_input_grad(
-    grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    grad: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    backward_mask: Tensor,
+    n: int,
+    m: int,
+    engine: str = "",
 ) -> Tensor:
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
-    dx: Tensor = engine(grad).sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
+    engine = engine or choose_engine("sparse_input_grad", grad, _size(values), n, m, AUTO)
+    operation = ENGINES[engine].sparse_input_grad
+    dx: Tensor = operation(grad, values, forward_mask, backward_mask, n, m)
     return dx
 
 
 @sparse_input_grad.register_fake
 def _(
-    grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    grad: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    backward_mask: Tensor,
+    n: int,
+    m: int,
+    engine: str = "",
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], values.shape[1] * m // n))
 
 
 @torch.library.custom_op("slope_fx::sparse_weight_grad", mutates_args=())
-def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+def sparse_weight_grad(
+    grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int, engine: str = ""
+) -> Tensor:
     """``grad_W = grad_Y^T X`` at the forward mask's positions: (d_out, d_in * N / M)."""
-    dw: Tensor = engine(grad).sparse_weight_grad(grad, x, forward_mask, n, m)
+    size = (grad.shape[-1], x.shape[-1] * n // m)
+    engine = engine or choose_engine("sparse_weight_grad", grad, size, n, m, AUTO)
+    dw: Tensor = ENGINES[engine].sparse_weight_grad(grad, x, forward_mask, n, m)
     return dw
 
 
 @sparse_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+def _(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int, engine: str = "") -> Tensor:
     return grad.new_empty((grad.shape[-1], x.shape[-1] * n // m))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, forward_mask, backward_mask, _, ctx.n, ctx.m = inputs
+    x, values, forward_mask, backward_mask, _, ctx.n, ctx.m, _, ctx.engines = inputs
     ctx.save_for_backward(x, values, forward_mask, backward_mask)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, forward_mask, backward_mask = ctx.saved_tensors
-    needs_x, needs_values, _, _, needs_bias, _, _ = ctx.needs_input_grad
+    needs_x, needs_values, _, _, needs_bias, *_ = ctx.needs_input_grad
+    n, m, engines = ctx.n, ctx.m, ctx.engines
     dx = dvalues = dbias = None
+    # Under torch.compile this runs while the backward graph is traced, so the engines are
+    # chosen then, and the graph has their names.
     if needs_x:
-        dx = sparse_input_grad(grad, values, forward_mask, backward_mask, ctx.n, ctx.m)
+        engine = choose_engine("sparse_input_grad", grad, _size(values), n, m, engines)
+        dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
     if needs_values:
-        dvalues = sparse_weight_grad(grad, x, forward_mask, ctx.n, ctx.m)
+        engine = choose_engine("sparse_weight_grad", grad, _size(values), n, m, engines)
+        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine)
     if needs_bias:
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return dx, dvalues, None, None, dbias, None, None
+    return dx, dvalues, None, None, dbias, None, None, None, None
 
 
 sparse_linear.register_autograd(_backward, setup_context=_save)
@@ -122,12 +157,17 @@ def _register_autocast(device_type: str, key: str) -> None:
         bias: Tensor | None,
         n: int,
         m: int,
+        engine: str = "",
+        engines: str = AUTO,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         x, values = (_cast(t, dtype) for t in (x, values))
         bias = None if bias is None else _cast(bias, dtype)
+        # Chosen anew, for the dtype that the product now has. The tracer of torch.compile
+        # passes here too, so that this choice is the one in the graph.
+        engine = choose_engine("sparse_linear", x, _size(values), n, m, engines)
         with torch._C._ExcludeDispatchKeyGuard(autocast):
-            y: Tensor = op(x, values, forward_mask, backward_mask, bias, n, m)
+            y: Tensor = op(x, values, forward_mask, backward_mask, bias, n, m, engine, engines)
             return y
 
     _LIBRARY.impl("sparse_linear", autocast_sparse_linear, key)

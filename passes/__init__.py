@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
+from slope_fx.kernels.selection import AUTO
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.passes.find_linears import find_linears
 from slope_fx.passes.graph import graphs_of
@@ -53,17 +54,18 @@ class Rewrites:
     leftovers: tuple[Leftover, ...]
 
 
-def run_passes(gm: GraphModule) -> Rewrites:
+def run_passes(gm: GraphModule, engines: str = AUTO) -> Rewrites:
     """Run the passes over ``gm`` and every graph nested in it, in place.
 
-    Running them again changes nothing.
+    ``engines`` may compute the products: "auto", or names separated by commas. Running
+    the passes again changes nothing.
     """
     linears = adapters = sparse_linears = 0
     leftovers: list[Leftover] = []
     for graph_module in graphs_of(gm):
         found = sum(1 for _ in find_linears(graph_module))
         inserted = insert_adapters(graph_module)
-        rewritten = sparsify_linears(graph_module)
+        rewritten = sparsify_linears(graph_module, engines)
         if inserted or rewritten:
             graph_module.graph.lint()
             graph_module.recompile()

@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from slope_fx.kernels.selection import AUTO
+from slope_fx.ops.dispatch import choose_engine
 from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears
 from slope_fx.passes.graph import replace, value_of
 
 
-def sparsify_linears(gm: GraphModule) -> int:
+def sparsify_linears(gm: GraphModule, engines: str = AUTO) -> int:
     """``linear(x, expand(values, masks), b)`` to ``sparse_linear(x, values, masks, b)``.
 
+    The engine that computes it is chosen here, among ``engines``, and named in the graph.
     Works on ``gm`` alone, nested graphs aside. Returns the number of linears rewritten.
     """
     matches = 0
@@ -22,16 +25,37 @@ def sparsify_linears(gm: GraphModule) -> int:
         if marker.target is not EXPAND or call.stored_transposed:
             continue
         values, forward_mask, backward_mask, n, m = marker.args
+        assert isinstance(values, Node) and isinstance(n, int) and isinstance(m, int)
         fused, separate = (call.bias, None) if _is_vector(call.bias) else (None, call.bias)
         with gm.graph.inserting_before(call.node):
             result = gm.graph.call_function(
-                SPARSE_LINEAR, (call.x, values, forward_mask, backward_mask, fused, n, m)
+                SPARSE_LINEAR,
+                (call.x, values, forward_mask, backward_mask, fused, n, m),
+                {"engine": _engine(call.x, values, n, m, engines), "engines": engines},
             )
             if separate is not None:
                 result = gm.graph.call_function(torch.add, (result, separate))
         replace(gm, call.node, result)
         matches += 1
     return matches
+
+
+def _engine(x: Node, values: Node, n: int, m: int, engines: str) -> str:
+    """The engine for a product, or "" where the graph doesn't tell the dtype it will have.
+
+    That is so under autocast, whose kernel chooses when it has cast.
+    """
+    x_value, weight = value_of(x), value_of(values)
+    if not isinstance(x_value, Tensor) or not isinstance(weight, Tensor):
+        return ""
+    device = x_value.device.type
+    casts = torch.is_autocast_enabled(device) or x.graph.find_nodes(
+        op="call_function", target=torch.amp.autocast_mode._enter_autocast
+    )
+    if casts:
+        return ""
+    size = (weight.shape[0], weight.shape[1])
+    return choose_engine("sparse_linear", x_value, size, n, m, engines)
 
 
 def _is_vector(bias: Node | None) -> bool:

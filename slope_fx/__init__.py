@@ -11,6 +11,8 @@ from slope_fx.errors import (
     AdapterRankError,
     AlreadyCompiledError,
     ArgumentError,
+    EngineError,
+    EngineWarning,
     ExampleInputsError,
     ExpandedWeightError,
     ExpandedWeightWarning,
@@ -26,7 +28,7 @@ from slope_fx.errors import (
     StaleOptimizerWarning,
     UntracedModelWarning,
 )
-from slope_fx.explain import Explanation, LinearReport, explain
+from slope_fx.explain import Explanation, LinearReport, ProductReport, explain
 from slope_fx.patterns import Pattern
 from slope_fx.schedule import Schedule
 from slope_fx.weights import SparseWeight
@@ -37,6 +39,8 @@ __all__ = [
     "AdapterRankError",
     "AlreadyCompiledError",
     "ArgumentError",
+    "EngineError",
+    "EngineWarning",
     "ExampleInputsError",
     "ExpandedWeightError",
     "ExpandedWeightWarning",
@@ -48,6 +52,7 @@ __all__ = [
     "NotCompiledError",
     "Pattern",
     "PatternError",
+    "ProductReport",
     "Schedule",
     "ScheduleError",
     "ScheduleWarning",

@@ -11,7 +11,9 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule, Node
 
-from slope_fx.errors import ArgumentError, ExpandedWeightError
+from slope_fx.errors import ArgumentError, EngineError, ExpandedWeightError
+from slope_fx.kernels.cpu.build import BuildError, library
+from slope_fx.kernels.selection import AUTO, ENGINES, allowed_engines
 from slope_fx.passes import Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.weights import find_alive
@@ -33,14 +35,15 @@ class RewritingBackend:
     of the backend, so there must be one object for each inner backend.
     """
 
-    def __init__(self, inner: str | BackendFunction) -> None:
+    def __init__(self, inner: str | BackendFunction, engine: str = AUTO) -> None:
         self.inner = inner
+        self.engine = engine
         self.graphs = 0
         """Graphs compiled so far, recompiles included."""
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         self.graphs += 1
-        rewrites = run_passes(gm)
+        rewrites = run_passes(gm, self.engine)
         try:
             for leftover in rewrites.leftovers:
                 _report(gm, leftover, example_inputs)
@@ -54,10 +57,12 @@ class RewritingBackend:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rewriting_backend, (self.inner,)
+        return rewriting_backend, (self.inner, self.engine)
 
 
-def rewriting_backend(inner: str | BackendFunction = "inductor") -> RewritingBackend:
+def rewriting_backend(
+    inner: str | BackendFunction = "inductor", engine: str = AUTO
+) -> RewritingBackend:
     """The backend that rewrites for slope_fx ahead of ``inner``.
 
     For compiling parts of a model by hand, as in
@@ -66,20 +71,46 @@ def rewriting_backend(inner: str | BackendFunction = "inductor") -> RewritingBac
 
     Args:
         inner: a torch.compile backend, by name or as a function.
+        engine: what may compute the sparse products, as for ``compile``.
 
     Raises:
-        ArgumentError: there is no backend of that name.
+        ArgumentError: there is no backend or engine of that name.
     """
     _resolve(inner)
+    check_engine(engine)
     try:
-        return _backend_of(inner)
+        return _backend_of(inner, engine)
     except TypeError as error:
         raise ArgumentError(f"backend={inner!r} must be hashable: {error}.") from None
 
 
 @functools.cache
-def _backend_of(inner: str | BackendFunction) -> RewritingBackend:
-    return RewritingBackend(inner)
+def _backend_of(inner: str | BackendFunction, engine: str) -> RewritingBackend:
+    return RewritingBackend(inner, engine)
+
+
+def check_engine(engine: object) -> None:
+    """See that ``engine`` names engines that exist, and that a lone one can run here.
+
+    Raises:
+        ArgumentError: it doesn't, or it can't.
+    """
+    if not isinstance(engine, str) or not engine:
+        raise ArgumentError(
+            f'engine={engine!r}; allowed are "auto", or names of {", ".join(ENGINES)} '
+            "separated by commas."
+        )
+    try:
+        named = allowed_engines(engine)
+    except EngineError as error:
+        raise ArgumentError(str(error)) from None
+    if named == ("cpu",) and engine != AUTO:
+        try:
+            library()
+        except BuildError as error:
+            raise ArgumentError(
+                f'engine={engine!r} can\'t be had: {error}. "auto" takes the best there is.'
+            ) from None
 
 
 def _resolve(inner: str | BackendFunction) -> BackendFunction:

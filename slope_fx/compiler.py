@@ -13,7 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from slope_fx.backend import BackendFunction, compile_module, rewriting_backend
+from slope_fx.backend import BackendFunction, check_engine, compile_module, rewriting_backend
 from slope_fx.errors import (
     AlreadyCompiledError,
     ArgumentError,
@@ -23,6 +23,7 @@ from slope_fx.errors import (
     UntracedModelWarning,
 )
 from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
+from slope_fx.kernels.selection import AUTO
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
     AdapterRank,
@@ -53,12 +54,14 @@ class Compilation:
         plans: the fate of each linear.
         untraced_because: why the model's graph could not be had; "" if it was.
         backend: what compiles the rewritten graph; None if nothing does.
+        engine: who may compute the sparse products.
         regions: paths of the modules that are compiled, "" for the model itself.
     """
 
     plans: tuple[LinearPlan, ...]
     untraced_because: str
     backend: str | BackendFunction | None
+    engine: str
     regions: tuple[str, ...]
 
 
@@ -73,6 +76,7 @@ def compile(
     example_inputs: ExampleInputs = None,
     backend: str | BackendFunction | None = "inductor",
     region: Region = "model",
+    engine: str = AUTO,
     on_fallback: OnFallback = "warn",
 ) -> Model:
     """Make ``model`` train with SLoPe: N:M weights, double-pruned gradients, lazy adapters.
@@ -100,6 +104,10 @@ def compile(
             leaves compiling to you (see :func:`~slope_fx.rewriting_backend`).
         region: "model" compiles one graph; "blocks" the repeated blocks one by one,
             which takes a fraction of the time to compile.
+        engine: what computes the sparse products. "auto" measures the engines on each
+            kind of product that it meets and takes the fastest; a name ("cpu", "dense",
+            "reference") fixes it, so that a run doesn't depend on timings; several, with
+            commas, limit the choice. Overrides the environment's ``SLOPE_FX_ENGINES``.
         on_fallback: what to do when a sparse layer trains with its dense weight rebuilt
             because no pass saw its linear: "warn" once a layer, "error", "ignore". It shows
             when a gradient arrives there, so that is when it is told.
@@ -118,8 +126,15 @@ def compile(
     _check_choice("skip_first", skip_first, (True, False))
     _check_choice("skip_head", skip_head, (True, False))
     _check_model(model)
+    check_engine(engine)
     if backend is not None:
         rewriting_backend(backend)  # so that a wrong name fails before anything is done
+    elif engine != AUTO:
+        warnings.warn(
+            f"engine={engine!r} has no effect with backend=None; give it to rewriting_backend.",
+            IgnoredArgumentWarning,
+            stacklevel=2,
+        )
 
     traced = trace(model, example_inputs)
     plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
@@ -140,6 +155,7 @@ def compile(
         tuple(plans),
         traced.untraced_because,
         backend,
+        engine,
         tuple(choose_regions(model, region, scopes)) if backend is not None else (),
     )
     with ExitStack() as undo:
@@ -190,7 +206,8 @@ def _compile_regions(model: nn.Module) -> None:
     if record.backend is None:
         return
     for path in record.regions:
-        compile_module(model.get_submodule(path), rewriting_backend(record.backend))
+        backend = rewriting_backend(record.backend, record.engine)
+        compile_module(model.get_submodule(path), backend)
 
 
 def _check_model(model: nn.Module) -> None:

@@ -4,9 +4,10 @@
 built-in error a caller would expect (``ValueError``, ``RuntimeError``).
 """
 
-
-class SlopeError(Exception):
-    """Base of all errors that slope_fx raises."""
+from slope_fx.kernels.errors import EngineError as EngineError
+from slope_fx.kernels.errors import EngineWarning as EngineWarning
+from slope_fx.kernels.errors import SlopeError as SlopeError
+from slope_fx.kernels.errors import SlopeWarning as SlopeWarning
 
 
 class PatternError(SlopeError, ValueError):
@@ -47,10 +48,6 @@ class ScheduleError(SlopeError, ValueError):
 
 class ExpandedWeightError(SlopeError, RuntimeError):
     """With ``on_fallback="error"``: a sparse weight is used where no pass can see it."""
-
-
-class SlopeWarning(UserWarning):
-    """Base of all warnings that slope_fx issues."""
 
 
 class ExpandedWeightWarning(SlopeWarning):

@@ -8,9 +8,31 @@ from tabulate import tabulate
 from torch import nn
 
 from slope_fx.compiler import compilation_of, sparse_weights
-from slope_fx.kernels import engine_for
+from slope_fx.kernels import selection
 from slope_fx.plan import LinearPlan
 from slope_fx.weights import SparseWeight
+
+
+@dataclass(frozen=True)
+class ProductReport:
+    """What computes one product of a sparse linear, and how that was found.
+
+    Attributes:
+        product: "forward", "input gradient" or "weight gradient".
+        tokens: rows of the input, rounded up to a power of two.
+        dtype: of the product.
+        threads: that it was chosen for.
+        engine: its name.
+        speedup: measured, against the dense product with a dense weight; None if the engine
+            was given and not measured.
+    """
+
+    product: str
+    tokens: int
+    dtype: str
+    threads: int
+    engine: str
+    speedup: float | None
 
 
 @dataclass(frozen=True)
@@ -22,7 +44,8 @@ class LinearReport:
         kind: "sparse" or "dense".
         shape: (d_out, d_in).
         pattern: "N:M", or None for dense.
-        engine: what computes a sparse linear; None for dense.
+        products: what computes its products, for each kind met so far; empty for dense
+            and before the first run.
         rank: of its adapter, or None.
         reason: why it is dense; for a sparse one that trained with its dense weight
             rebuilt, why it did; else "".
@@ -35,7 +58,7 @@ class LinearReport:
     kind: Literal["sparse", "dense"]
     shape: tuple[int, ...]
     pattern: str | None
-    engine: str | None
+    products: tuple[ProductReport, ...]
     rank: int | None
     reason: str
     bytes_before: int
@@ -68,7 +91,11 @@ class Explanation:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Explanation":
         """The explanation that :meth:`to_dict` gave ``data`` of."""
-        linears = (LinearReport(**{**r, "shape": tuple(r["shape"])}) for r in data["linears"])
+        linears = []
+        for report in data["linears"]:
+            products = tuple(ProductReport(**product) for product in report["products"])
+            shape = tuple(report["shape"])
+            linears.append(LinearReport(**{**report, "shape": shape, "products": products}))
         return cls(tuple(linears), data["note"])
 
     def __str__(self) -> str:
@@ -78,7 +105,7 @@ class Explanation:
                 r.kind,
                 "x".join(map(str, r.shape)),
                 r.pattern or "",
-                r.engine or "",
+                _engines(r),
                 _size(r.bytes_before),
                 _size(r.bytes_after) if r.kind == "sparse" else "",
                 ("trains expanded: " if r.kind == "sparse" and r.reason else "") + r.reason,
@@ -99,6 +126,11 @@ class Explanation:
                 f"with gradients and Adam's moments "
                 f"{_change([(r.state_before, r.state_after) for r in group])}."
             )
+        if any(product.speedup is not None for r in self.sparse for product in r.products):
+            lines.append(
+                "engine: what computes the forward product, the input and the weight gradient, and "
+                "how many times faster than the dense product it was when measured here."
+            )
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)
@@ -118,16 +150,14 @@ def explain(model: nn.Module) -> Explanation:
             f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
             "Conv1D modules, and first and last are by module order."
         )
-    return Explanation(
-        tuple(_report(plan, weights.get(plan.name), model) for plan in record.plans), note
-    )
+    return Explanation(tuple(_report(plan, weights.get(plan.name)) for plan in record.plans), note)
 
 
-def _report(plan: LinearPlan, weight: SparseWeight | None, model: nn.Module) -> LinearReport:
+def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
     if weight is None:
         state = 2 * plan.bytes_dense + 8 * math.prod(plan.shape)
         return LinearReport(
-            plan.name, "dense", plan.shape, None, None, None, plan.reason,
+            plan.name, "dense", plan.shape, None, (), None, plan.reason,
             plan.bytes_dense, plan.bytes_dense, state, state,
         )  # fmt: skip
     values = weight.values
@@ -140,7 +170,7 @@ def _report(plan: LinearPlan, weight: SparseWeight | None, model: nn.Module) -> 
         kind="sparse",
         shape=plan.shape,
         pattern=str(weight.pattern),
-        engine=engine_for(values.device),
+        products=_products(weight),
         rank=weight.rank,
         reason=weight.expanded_because or "",
         bytes_before=dense * size,
@@ -148,6 +178,57 @@ def _report(plan: LinearPlan, weight: SparseWeight | None, model: nn.Module) -> 
         state_before=dense * (2 * size + 8),
         state_after=2 * _bytes(trained) + 8 * sum(p.numel() for p in trained) + _bytes(frozen),
     )
+
+
+_PRODUCTS = {
+    "sparse_linear": "forward",
+    "sparse_input_grad": "input gradient",
+    "sparse_weight_grad": "weight gradient",
+}
+
+
+def _products(weight: SparseWeight) -> tuple[ProductReport, ...]:
+    # A choice depends on the size and the pattern of a weight alone, so all that was chosen
+    # for such weights is what was, or would be, chosen for this one.
+    chosen = selection.choices(weight.d_out, weight.d_in, weight.n, weight.m)
+    reports = (
+        ProductReport(
+            _PRODUCTS[problem.op],
+            problem.tokens,
+            problem.dtype,
+            problem.threads,
+            choice.engine,
+            choice.speedup,
+        )
+        for problem, choice in chosen
+    )
+    order = list(_PRODUCTS.values())
+    return tuple(sorted(reports, key=lambda r: (-r.tokens, r.dtype, order.index(r.product))))
+
+
+def _engines(report: LinearReport) -> str:
+    """The engines for the largest number of tokens met, as one cell of the table."""
+    if report.kind == "dense":
+        return ""
+    if not report.products:
+        return "(not run yet)"
+    first = report.products[0]
+    met = {
+        p.product: p for p in report.products
+        if (p.tokens, p.dtype, p.threads) == (first.tokens, first.dtype, first.threads)
+    }  # fmt: skip
+    parts, last = [], ""
+    for name in _PRODUCTS.values():
+        product = met.get(name)
+        if product is None:
+            parts.append("-")
+            continue
+        if product.engine != last:
+            parts.append(product.engine)
+        if product.speedup is not None:
+            parts.append(f"{product.speedup:.2f}x")
+        last = product.engine
+    return " ".join(parts)
 
 
 def _bytes(tensors: list[nn.Parameter]) -> int:

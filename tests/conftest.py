@@ -1,10 +1,16 @@
 """What all tests share: repeatable draws, a fresh Dynamo, and no unexpected warnings of ours."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# The suite runs on the CPU engine, whatever a measurement on a busy machine would choose, and
+# away from the user's cache. Tests of the choice itself say otherwise.
+os.environ["SLOPE_FX_ENGINES"] = "cpu"
+os.environ["SLOPE_FX_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "cache")
 
 settings.register_profile(
     "ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -19,6 +19,8 @@ ROOMS = {
     "slope_fx.ops": "ops",
     "slope_fx.kernels": "kernels",
 }
+FOLDERS = {**ROOMS, "slope_fx.kernels.cpu": "kernels/cpu"}
+"""Of every package."""
 
 
 def configuration():
@@ -27,7 +29,7 @@ def configuration():
 
 def test_the_list_of_packages_is_the_folders_on_disk():
     listed = configuration()
-    assert listed["package-dir"] == ROOMS
+    assert listed["package-dir"] == FOLDERS
     on_disk = {"slope_fx"}
     for package, folder in ROOMS.items():
         for init in (ROOT / folder).rglob("__init__.py"):
@@ -72,8 +74,9 @@ def test_the_wheel_holds_every_module_once(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
     want = {"slope_fx/py.typed"}
-    for package, folder in ROOMS.items():
-        want |= {f"{package.replace('.', '/')}/{f.name}" for f in (ROOT / folder).glob("*.py")}
+    for package, folder in FOLDERS.items():
+        files = [f for f in (ROOT / folder).iterdir() if f.suffix in (".py", ".c", ".h")]
+        want |= {f"{package.replace('.', '/')}/{f.name}" for f in files}
     assert sorted(names) == sorted(want)
 
     target = tmp_path / "site"

@@ -1,0 +1,156 @@
+"""The engine's C library: compiled on first use, kept in the user's cache, loaded with ctypes.
+
+The library is named by a hash of the source, the flags, the compiler and the CPU. It is
+written under another name and moved into place, so that of two processes which build it
+at once each finds a whole one. Nothing is loaded from a place that another user could
+have written to.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
+_ENTRIES = (
+    "slope_linear",
+    "slope_weight_grad",
+    "slope_transpose",
+    "slope_expand",
+    "slope_compress",
+)
+_MACHINES = {"x86_64": "-march=native", "amd64": "-march=native",
+             "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """The library can't be had on this machine; the message says why."""
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels and measured choices are kept: a directory of the user's own.
+
+    ``SLOPE_FX_CACHE_DIR``, or ``slope_fx`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises:
+        BuildError: it can't be made, or somebody else may write to it.
+    """
+    named = os.environ.get("SLOPE_FX_CACHE_DIR")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    path = (Path(named) if named else base / "slope_fx").expanduser()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(path)
+    except OSError as error:
+        raise BuildError(f"the cache directory {path} can't be used: {error}") from None
+    return path
+
+
+def _check_private(path: Path) -> None:
+    if not hasattr(os, "getuid"):
+        return
+    found = path.stat()
+    if found.st_uid != os.getuid():
+        raise BuildError(f"{path} belongs to another user; set SLOPE_FX_CACHE_DIR")
+    if found.st_mode & 0o022:
+        raise BuildError(f"others may write to {path} (run chmod go-w on it)")
+
+
+@functools.cache
+def cpu_identity() -> str:
+    """What tells this CPU from one that the same library or timings would not suit."""
+    parts = [platform.machine(), platform.processor()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for field in ("model name", "flags", "Features", "CPU part"):
+        parts += [line for line in lines if line.startswith(field)][:1]
+    return "\n".join(parts)
+
+
+def digest(*parts: str) -> str:
+    """A short name for ``parts``."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
+    """Compile the sources to the shared library ``target``.
+
+    Raises:
+        BuildError: there is no compiler, or it failed.
+    """
+    compiler, tuning = _compiler(), _tuning()
+    handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        # A compiler without OpenMP still makes a library: one that runs on one thread.
+        for openmp in (("-fopenmp",), ()):
+            command = [compiler, *FLAGS, tuning, *openmp, *extra_flags,
+                       "-o", partial, str(SOURCES / "engine.c"), "-lm"]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                os.chmod(partial, 0o700)
+                os.replace(partial, target)
+                return
+        raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+    except OSError as error:
+        raise BuildError(f"{compiler} can't be run: {error}") from None
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _compiler() -> str:
+    named = os.environ.get("CC")
+    for name in (named,) if named else ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return found
+    raise BuildError(
+        f"there is no C compiler {named!r} (from CC)" if named
+        else "there is no C compiler (cc, gcc or clang) on the PATH"
+    )  # fmt: skip
+
+
+def _tuning() -> str:
+    machine = platform.machine().lower()
+    if machine not in _MACHINES or sys.byteorder != "little" or os.name != "posix":
+        raise BuildError(f"{platform.system()} on {machine} is not a system it knows")
+    return _MACHINES[machine]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled library, compiling it first if the cache doesn't hold it.
+
+    Raises:
+        BuildError: it can't be had; asking again gives the same answer without trying.
+    """
+    if isinstance(result := _library_or_error(), BuildError):
+        raise result
+    return result
+
+
+@functools.cache
+def _library_or_error() -> ctypes.CDLL | BuildError:
+    try:
+        text = "".join(path.read_text() for path in sorted(SOURCES.glob("*.[ch]")))
+        name = digest(text, *FLAGS, _tuning(), _compiler(), cpu_identity())
+        path = cache_directory() / f"cpu-{name}.so"
+        if not path.exists():
+            compile_library(path)
+        _check_private(path)
+        loaded = ctypes.CDLL(str(path))
+    except BuildError as error:
+        return error
+    except OSError as error:
+        return BuildError(f"its library can't be loaded: {error}")
+    for entry in _ENTRIES:
+        getattr(loaded, f"slope_{entry}").restype = ctypes.c_int
+    return loaded

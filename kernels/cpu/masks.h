@@ -1,0 +1,87 @@
+/* Bit-packed masks: one bit an element, rows padded to whole bytes (kernels/packing.py).
+ * Groups have M = 2, 4, 8 or 16 bits, so a word of 64 bits holds whole groups. */
+#ifndef SLOPE_MASKS_H
+#define SLOPE_MASKS_H
+
+#include "vectors.h"
+
+typedef struct {
+    const uint8_t *bytes;
+    long rows, columns, stride; /* stride: bytes in a row */
+    int n, m;
+} mask_t;
+
+INLINE mask_t mask_of(const uint8_t *bytes, long rows, long columns, int n, int m) {
+    return (mask_t){bytes, rows, columns, (columns + 7) / 8, n, m};
+}
+
+INLINE uint64_t low_bits(long count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+
+/* `count` (at most 64) bits of a row from `column`, a multiple of 8. Stays within the mask. */
+INLINE uint64_t mask_bits(const mask_t *mask, long row, long column, long count) {
+    long first = row * mask->stride + column / 8, left = mask->rows * mask->stride - first;
+    uint64_t word = 0;
+    if (left >= 8)
+        memcpy(&word, mask->bytes + first, 8);
+    else
+        memcpy(&word, mask->bytes + first, left);
+    return word & low_bits(count);
+}
+
+/* `count` (at most 57) bits of a row from any column. */
+INLINE uint64_t mask_bits_anywhere(const mask_t *mask, long row, long column, long count) {
+    return mask_bits(mask, row, column & ~7l, (column & 7) + count) >> (column & 7);
+}
+
+/* A word with `x` in each field of m bits. */
+INLINE uint64_t in_each_field(uint64_t x, int m) { return ~0ull / low_bits(m) * x; }
+
+/* The number of set bits of each field of m bits, in that field. (With m = 16 fields hold
+ * 16 as well as 0, all in five bits.) */
+INLINE uint64_t field_counts(uint64_t word, int m) {
+    word -= word >> 1 & 0x5555555555555555ull;
+    if (m >= 4) word = (word & 0x3333333333333333ull) + (word >> 2 & 0x3333333333333333ull);
+    if (m >= 8) word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0full;
+    if (m >= 16) word = (word + (word >> 8)) & 0x00ff00ff00ff00ffull;
+    return word;
+}
+
+/* Whether each group of a row has exactly n set bits, and the padding none. What follows
+ * counts values by the pattern, not by the bits, so this is also what keeps a mask that
+ * something wrote into from being followed out of bounds. */
+INLINE int row_is_valid(const mask_t *mask, long row) {
+    uint64_t wrong = 0, want = in_each_field(mask->n, mask->m);
+    long column = 0;
+    for (; column + 64 <= mask->columns; column += 64)
+        wrong |= field_counts(mask_bits(mask, row, column, 64), mask->m) ^ want;
+    if (column < mask->columns) {
+        long left = mask->columns - column;
+        uint64_t word = mask_bits(mask, row, column, 8 * (mask->stride - column / 8));
+        wrong |= field_counts(word, mask->m) ^ (want & low_bits(left));
+    }
+    return !wrong;
+}
+
+/* What a bit-by-bit transpose of 8 bytes gives: bit i of byte j from bit j of byte i. */
+INLINE uint64_t transpose_8x8(uint64_t x) {
+    uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;
+    x ^= t ^ t << 7;
+    t = (x ^ x >> 14) & 0x0000cccc0000ccccull;
+    x ^= t ^ t << 14;
+    t = (x ^ x >> 28) & 0x00000000f0f0f0f0ull;
+    return x ^ t ^ t << 28;
+}
+
+/* The bits of `source`, lowest first, placed at the set bits of `where`. */
+INLINE uint64_t deposit(uint64_t source, uint64_t where) {
+#if defined(__BMI2__) && defined(__x86_64__)
+    return _pdep_u64(source, where);
+#else
+    uint64_t result = 0;
+    for (; where; where &= where - 1, source >>= 1)
+        if (source & 1) result |= where & -where;
+    return result;
+#endif
+}
+
+#endif
