@@ -46,8 +46,8 @@ MOST_TOKENS = 2048
 
 _ROUNDS = 7
 _SECONDS = 0.5
-_HOPELESS = 3.0
-"""An engine this many times slower than another on its first run gets no second one."""
+_HOPELESS, _COSTLY = 3.0, 0.01
+"""A run that takes so many seconds, and so many times the fastest, isn't repeated."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def _random_mask(d_out: int, d_in: int, n: int, m: int, generator: torch.Generat
 
 
 def _race(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each, run in turns; the hopelessly slow drop out after one round."""
+    """Median seconds of each, run in turns; the hopelessly slow drop out after a round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -288,7 +288,7 @@ def _race(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
     for turn in range(_ROUNDS):
         fastest = min((min(t) for t in times.values() if t), default=0.0)
         for name, run in runs.items():
-            if turn and min(times[name]) > _HOPELESS * fastest:
+            if turn and min(times[name]) > max(_HOPELESS * fastest, _COSTLY):
                 continue
             begun = time.perf_counter()
             run()

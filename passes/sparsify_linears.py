@@ -25,7 +25,9 @@ def sparsify_linears(gm: GraphModule, engines: str = AUTO) -> int:
         if marker.target is not EXPAND or call.stored_transposed:
             continue
         values, forward_mask, backward_mask, n, m = marker.args
-        assert isinstance(values, Node) and isinstance(n, int) and isinstance(m, int)
+        assert isinstance(values, Node)
+        assert isinstance(n, int)
+        assert isinstance(m, int)
         fused, separate = (call.bias, None) if _is_vector(call.bias) else (None, call.bias)
         with gm.graph.inserting_before(call.node):
             result = gm.graph.call_function(

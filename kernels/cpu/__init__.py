@@ -4,9 +4,9 @@ Here tensors become pointers; the arithmetic is in ``linear.c`` (the product, an
 gradient through the compressed transpose), ``weight_grad.c`` and ``weights.c`` (expand,
 compress, the transpose). ``build.py`` compiles and loads them.
 
-fp32, bf16 and fp16, summed in fp32. Results don't depend on the number of threads. A pruned
-weight is skipped rather than multiplied with: NaN or infinity in a feature reaches only the
-outputs that keep a weight for it.
+fp32, bf16 and fp16, summed in fp32. Results don't depend on the number of threads. NaN or
+infinity in a feature always shows in the outputs that keep a weight for it; in those that
+don't, it may (as zero times infinity in a dense product does) or may not.
 """
 
 import ctypes

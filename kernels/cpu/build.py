@@ -19,13 +19,6 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
-_ENTRIES = (
-    "slope_linear",
-    "slope_weight_grad",
-    "slope_transpose",
-    "slope_expand",
-    "slope_compress",
-)
 _MACHINES = {"x86_64": "-march=native", "amd64": "-march=native",
              "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
 
@@ -146,11 +139,8 @@ def _library_or_error() -> ctypes.CDLL | BuildError:
         if not path.exists():
             compile_library(path)
         _check_private(path)
-        loaded = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except BuildError as error:
         return error
     except OSError as error:
         return BuildError(f"its library can't be loaded: {error}")
-    for entry in _ENTRIES:
-        getattr(loaded, f"slope_{entry}").restype = ctypes.c_int
-    return loaded

@@ -40,7 +40,8 @@ int slope_linear(const void *x, long x_stride, long tokens, const void *values,
     matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
     weight_t w = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask, bias};
     if (tokens == 0) return OK;
-    return (tokens <= FEW ? linear_few : linear_panels)(&input, &w, &output, threads);
+    int few = tokens <= FEW && d_out >= FEWEST_ROWS;
+    return (few ? linear_streamed : linear_panels)(&input, &w, &output, threads);
 }
 
 /* dw (d_out, d_in * N / M) = grad^T x at the mask's positions. */

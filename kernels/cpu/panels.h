@@ -60,6 +60,8 @@ static void pack_f32(const matrix_t *x, long token, long from, long to, int T, f
     }
 }
 
+#define PAIRS 6 /* ways to keep two of four: see pack_pairs */
+
 #if defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 
@@ -99,8 +101,6 @@ static void pack_bf16(const matrix_t *x, long token, long from, long to, int T, 
         }
     }
 }
-
-#define PAIRS 6 /* ways to keep two of four */
 
 /* Where a group's pair lies among the six, by the four bits of its mask. */
 static const uint8_t pair_of_bits[16] = {[3] = 0, [5] = 1, [9] = 2, [6] = 3, [10] = 4, [12] = 5};

@@ -23,6 +23,7 @@ typedef struct {
 } grad_block_t;
 
 INLINE vf multiply_add(const int bf16, vf acc, vf a, vf b) {
+    (void)bf16;
 #if HAS_BF16_DOT
     if (bf16) return dot_bf16(acc, a, b);
 #endif
