@@ -36,11 +36,15 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## a training step, sparse against dense, into benchmarks/results/
+bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; under ten minutes on two cores
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/memory.py
 
-readme: $(INSTALLED) ## write the README's table and figures again from the committed results
+readme: $(INSTALLED) ## write the README's table and figures, and docs/results.md, from the committed results
 	$(BIN)/python docs/make_readme.py
+	$(BIN)/python docs/make_results.py
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -37,29 +37,52 @@ def explain_block(sparse: dict[str, Any]) -> str:
     return f"```\n{slope_fx.Explanation.from_dict(sparse['linears'])}\n```"
 
 
-def figures_block(sparse: dict[str, Any], dense: dict[str, Any], step: dict[str, Any]) -> str:
-    """What the runs and the benchmark measured, losses beside gains."""
-    size, low_high = step["arguments"], step["ratio_quartiles"]
-    state, medians = step["state_bytes"], step["median_seconds"]
+def figures_block(
+    sparse: dict[str, Any],
+    dense: dict[str, Any],
+    step: dict[str, Any],
+    decoding: dict[str, Any],
+    memory: dict[str, Any],
+) -> str:
+    """What the runs and the benchmarks measured, losses beside gains."""
+    size, steps = step["arguments"], step["runs"]
     rows = [
-        (
-            "state of the pruned linears (weights, gradients, Adam's moments), MiB",
-            *_pair(state, "pruned_linears", 2**20),
+        *(
+            (
+                f"a training step at {pattern}, {label}, s",
+                f"{entry['dense_seconds']:.2f}",
+                f"{entry['sparse_seconds']:.2f}",
+                f"{entry['speedup']:.2f}x faster",
+            )
+            for dtype, label in (("float32", "fp32"), ("bfloat16", "bf16 autocast"))
+            for pattern, entry in steps[dtype]["steps"].items()
         ),
-        ("the same for the whole model, embeddings included, MiB", *_pair(state, "model", 2**20)),
-        (
-            "peak resident memory of the process in a step, MiB",
-            *(f"{step['peak_resident_bytes'][name] / 2**20:.0f}" for name in ("dense", "sparse")),
-            f"{step['peak_resident_bytes']['sparse'] / step['peak_resident_bytes']['dense']:.3f}",
+        *(
+            (
+                f"`generate`, one sequence, {parameters(decoding)}, {label}, tokens/s",
+                f"{entry['dense_tokens_per_second']:.1f}",
+                f"{entry['sparse_tokens_per_second']:.1f}",
+                f"{entry['speedup']:.2f}x faster",
+            )
+            for label, entry in zip(("fp32", "bf16"), decoding["decoding"].values(), strict=True)
         ),
-        (
-            "a training step, s",
-            f"{medians['dense']:.2f}",
-            f"{medians['sparse']:.2f}",
-            f"{step['ratio_of_medians']:.2f}",
+        *(
+            (
+                what,
+                *(f"{memory['bytes'][name][key] / 2**20:.0f}" for name in ("dense", "sparse")),
+                f"{memory['bytes']['sparse'][key] / memory['bytes']['dense'][key]:.3f} of dense",
+            )
+            for key, what in (
+                (
+                    "pruned_linears",
+                    "state of the pruned linears (weights, gradients, Adam's moments), MiB",
+                ),
+                ("model", "the same for the whole model, embeddings included, MiB"),
+                ("peak_resident", "peak resident memory of the process in a step, MiB"),
+            )
         ),
     ]
-    table = tabulate(rows, ("", "dense", "SLoPe 2:4", "ratio"), "github", disable_numparse=True)
+    table = tabulate(rows, ("", "dense", "SLoPe", ""), "github", disable_numparse=True)
     first, last = sparse["evaluations"][0], sparse["evaluations"][-1]
     dense_last = dense["evaluations"][-1]
     seconds = {
@@ -69,18 +92,17 @@ def figures_block(sparse: dict[str, Any], dense: dict[str, Any], step: dict[str,
     return "\n".join(
         [
             f"GPT-2 of {size['layers']} layers and width {size['width']}, "
-            f"{size['rows'] * size['context']} tokens a step, fp32, against `torch.compile` of the "
-            f"dense model with the same AdamW, interleaved in one run ({step['device']}, "
-            f"{step['threads']} threads, torch {step['versions']['torch']}; medians of "
-            f"{size['steps']} steps; half of the paired step ratios lie between "
-            f"{low_high[0]:.2f} and {low_high[2]:.2f}):",
+            f"{size['rows'] * size['context']} tokens a step, against `torch.compile` of the dense "
+            f"model with the same AdamW, in turns in one run ({step['device']}, {step['threads']} "
+            f"threads, torch {step['versions']['torch']}; medians; 2:4 unless it says otherwise):",
             "",
             table,
             "",
-            "The state shrinks as the method says. The peak also holds activations, logits and the "
-            "libraries themselves, which SLoPe leaves as they are. The step is slower than dense, "
-            "not faster, until there are kernels for sparse products. (`make bench`, "
-            "`benchmarks/results/training_step.json`.)",
+            "[docs/results.md](docs/results.md) has the rest: every product by shape, pattern and "
+            "dtype, where the engine loses too, the spread, and what a step is made of. The state "
+            "shrinks as the method says; the peak also holds activations, logits and the libraries "
+            "themselves, which SLoPe leaves as they are. `make bench` measures all of it anew, in "
+            "under ten minutes.",
             "",
             f"On `make train` ({last['step']} steps, {sparse['parameters'] / 1e6:.1f} M trained "
             f"parameters, dense {dense['parameters'] / 1e6:.1f} M) held-out perplexity falls from "
@@ -92,9 +114,8 @@ def figures_block(sparse: dict[str, Any], dense: dict[str, Any], step: dict[str,
     )
 
 
-def _pair(sizes: dict[str, dict[str, int]], what: str, unit: int) -> tuple[str, str, str]:
-    dense, sparse = sizes["dense"][what], sizes["sparse"][what]
-    return f"{dense / unit:.1f}", f"{sparse / unit:.1f}", f"{sparse / dense:.3f}"
+def parameters(decoding: dict[str, Any]) -> str:
+    return f"{decoding['parameters'] / 1e6:.0f} M parameters"
 
 
 def main() -> None:
@@ -108,7 +129,9 @@ def main() -> None:
     sparse, dense = read("train_sparse.json"), read("train_dense.json")
     blocks = {
         "explain": explain_block(sparse),
-        "figures": figures_block(sparse, dense, read("training_step.json")),
+        "figures": figures_block(
+            sparse, dense, *(read(f"{n}.json") for n in ("training_step", "decoding", "memory"))
+        ),
     }
     readme = (ROOT / "README.md").read_text()
     for name, text in blocks.items():

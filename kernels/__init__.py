@@ -10,6 +10,8 @@ and integers only; it knows nothing of modules, graphs or autograd.
     expand, then the vendor's matrix product: any device, any dtype, no gain in speed.
 ``cpu``
     C for the CPU, N/M of the dense work for any N:M.
+``cpu_dense``
+    ``dense`` with C for what surrounds the product.
 
 ``selection`` says which of them computes a given product.
 """

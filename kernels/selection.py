@@ -1,15 +1,16 @@
 """Which engine computes a product: the fastest that was measured, or the one that was named.
 
 A :class:`Problem` is a product as far as speed goes. The first time one is met, the engines
-that can serve it run it on made-up data, in turns; the medians decide, and are kept on disk
+that can serve it run it on made-up data, in turns; the best runs decide, and are kept on disk
 beside the compiled kernels, so that a machine measures a problem once. The plain dense
 product is timed along with them: it computes what a dense layer would, so it takes no part
 in the choice, but says what was gained.
 
 ``SLOPE_FX_ENGINES`` limits the choice: names separated by commas are the engines allowed,
 names after a minus are forbidden (``cpu``; ``cpu,dense``; ``-cpu``). With one engine left
-there is nothing to measure. ``reference`` does the work of ``dense`` and more, so it
-takes part only if it is named.
+there is nothing to measure. ``dense`` does what ``cpu-dense`` does, slower, and ``reference``
+slower still: unless it is named, the one takes part only where the other can't, the other
+not at all.
 """
 
 import contextlib
@@ -31,21 +32,29 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slope_fx.kernels import cpu, dense, reference
+from slope_fx.kernels import cpu, cpu_dense, dense, reference
 from slope_fx.kernels.cpu.build import SOURCES, BuildError, cache_directory, cpu_identity, digest
 from slope_fx.kernels.errors import EngineError, EngineWarning
 from slope_fx.kernels.packing import pack
 
-ENGINES: dict[str, ModuleType] = {"cpu": cpu, "dense": dense, "reference": reference}
-COMPETING = ("cpu", "dense")
+ENGINES: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cpu-dense": cpu_dense,
+    "dense": dense,
+    "reference": reference,
+}
+COMPETING = ("cpu", "cpu-dense", "dense")
 AUTO = "auto"
 PRODUCTS = ("sparse_linear", "sparse_input_grad", "sparse_weight_grad")
 
 MOST_TOKENS = 2048
 """More tokens than these are measured as so many: time grows in proportion by then."""
 
-_ROUNDS = 7
-_SECONDS = 0.5
+_MOST_ROUNDS = 25
+_SECONDS, _PATIENCE = 0.2, 2.0
+"""How long a race goes on, on a quiet machine and on a busy one."""
+_QUIET = 1.5
+"""What the median may be of the best run on a quiet machine."""
 _HOPELESS, _COSTLY = 3.0, 0.01
 """A run that takes so many seconds, and so many times the fastest, isn't repeated."""
 
@@ -79,7 +88,7 @@ class Choice:
 
     Attributes:
         engine: its name.
-        seconds: median time by engine, and under "plain" that of the dense product with a
+        seconds: best time by engine, and under "plain" that of the dense product with a
             dense weight; empty if nothing was measured.
     """
 
@@ -131,11 +140,15 @@ def engines_for(device: torch.device, dtype: torch.dtype, engines: str = AUTO) -
     What can't serve is said once, with the reason.
     """
     names = allowed_engines(engines)
-    able = []
+    able: list[str] = []
     for name in names:
         reason = _why_not(name, device, dtype)
         if not reason:
+            if name == "dense" and "cpu-dense" in able and not _is_named(name, engines):
+                continue
             able.append(name)
+        elif name == "cpu-dense" and "cpu" in names:
+            continue  # for the same reason as cpu
         elif not dtype.is_floating_point:
             continue  # a mask on its way through expand; no product
         elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -143,6 +156,11 @@ def engines_for(device: torch.device, dtype: torch.dtype, engines: str = AUTO) -
         elif len(names) == 1:
             _say_once(f"slope_fx's {name} engine was asked for, but {reason}; dense serves.")
     return tuple(able) or ("dense",)
+
+
+def _is_named(name: str, engines: str) -> bool:
+    text = os.environ.get("SLOPE_FX_ENGINES", "") if engines == AUTO else engines
+    return name in [part.strip() for part in text.split(",")]
 
 
 @functools.cache
@@ -221,10 +239,11 @@ def forget() -> None:
 def _measured(problem: Problem, candidates: tuple[str, ...], device: torch.device) -> Choice:
     with _undisturbed(device):
         runs = _runs(problem, candidates, device)
-        seconds = _race(runs)
+        seconds, quiet = _race(runs)
     best = min(candidates, key=lambda name: seconds[name])
     choice = Choice(best, seconds)
-    _to_disk(problem, candidates, choice)
+    if quiet:  # a doubtful choice serves this process, and no later one
+        _to_disk(problem, candidates, choice)
     return choice
 
 
@@ -279,13 +298,19 @@ def _random_mask(d_out: int, d_in: int, n: int, m: int, generator: torch.Generat
     return (order < n).view(rows, d_in).repeat(-(-d_out // rows), 1)[:d_out]
 
 
-def _race(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median seconds of each, run in turns; the hopelessly slow drop out after a round."""
+def _race(runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], bool]:
+    """Seconds of each at its best, run in turns, and whether the machine was quiet.
+
+    The best run is the least disturbed one. Graphs are compiled at the same time, as a rule,
+    and a product that shares its cores with a compiler can take ten times as long; so
+    the race goes on for a while if its runs differ much.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     started = time.perf_counter()
-    for turn in range(_ROUNDS):
+    quiet = False
+    for turn in range(_MOST_ROUNDS):
         fastest = min((min(t) for t in times.values() if t), default=0.0)
         for name, run in runs.items():
             if turn and min(times[name]) > max(_HOPELESS * fastest, _COSTLY):
@@ -293,9 +318,12 @@ def _race(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
             begun = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - begun)
-        if turn >= 2 and time.perf_counter() - started > _SECONDS:
+        best = {name: min(taken) for name, taken in times.items()}
+        quiet = all(statistics.median(times[name]) < _QUIET * best[name] for name in runs)
+        spent = time.perf_counter() - started
+        if turn >= 2 and spent > (_SECONDS if quiet else _PATIENCE):
             break
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return best, quiet
 
 
 # --- on disk -------------------------------------------------------------------------------
@@ -306,7 +334,7 @@ def _store() -> Path | None:
     """The file of this machine's choices, or None if there is no place for one."""
     try:
         sources = "".join(path.read_text() for path in sorted(SOURCES.glob("*.[ch]")))
-        name = digest("1", torch.__version__, torch.__config__.show(), cpu_identity(), sources)
+        name = digest("2", torch.__version__, torch.__config__.show(), cpu_identity(), sources)
         return cache_directory() / f"choices-{name}.json"
     except (BuildError, OSError):
         return None

@@ -105,9 +105,9 @@ def compile(
         region: "model" compiles one graph; "blocks" the repeated blocks one by one,
             which takes a fraction of the time to compile.
         engine: what computes the sparse products. "auto" measures the engines on each
-            kind of product that it meets and takes the fastest; a name ("cpu", "dense",
-            "reference") fixes it, so that a run doesn't depend on timings; several, with
-            commas, limit the choice. Overrides the environment's ``SLOPE_FX_ENGINES``.
+            kind of product that it meets and takes the fastest; a name ("cpu", "cpu-dense",
+            "dense", "reference") fixes it, so that a run doesn't depend on timings; several,
+            with commas, limit the choice. Overrides the environment's ``SLOPE_FX_ENGINES``.
         on_fallback: what to do when a sparse layer trains with its dense weight rebuilt
             because no pass saw its linear: "warn" once a layer, "error", "ignore". It shows
             when a gradient arrives there, so that is when it is told.

@@ -38,12 +38,15 @@ def test_generated_parts_are_those_of_the_committed_results(tmp_path):
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         import make_readme
+        import make_results
     finally:
         sys.path.remove(str(ROOT / "docs"))
     sparse, dense = (make_readme.read(f"train_{kind}.json") for kind in ("sparse", "dense"))
     assert make_readme.explain_block(sparse) in README
-    step = make_readme.read("training_step.json")
-    assert make_readme.figures_block(sparse, dense, step) in README
+    names = ("training_step", "decoding", "memory")
+    benchmarks = [make_readme.read(f"{name}.json") for name in names]
+    assert make_readme.figures_block(sparse, dense, *benchmarks) in README
+    assert make_results.page() == make_results.PAGE.read_text()
 
 
 def test_links_lead_somewhere():
