@@ -38,10 +38,10 @@ def check(dense: nn.Module, sparse: nn.Module, ids: torch.Tensor, tolerance: flo
 @torch.no_grad()
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--layers", type=int, default=8)
     arguments.add_argument("--width", type=int, default=2048)
     arguments.add_argument("--vocab-size", type=int, default=8192)
-    arguments.add_argument("--prompt", type=int, default=16, help="tokens")
+    arguments.add_argument("--prompt", type=int, default=1, help="tokens")
     arguments.add_argument("--tokens", type=int, default=32, help="generated in a run")
     arguments.add_argument("--rounds", type=int, default=5)
     args = arguments.parse_args()
