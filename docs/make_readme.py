@@ -32,9 +32,9 @@ def read(name: str) -> dict[str, Any]:
     return result
 
 
-def explain_block(sparse: dict[str, Any]) -> str:
-    """The table of ``explain``, as ``make train`` printed it."""
-    return f"```\n{slope_fx.Explanation.from_dict(sparse['linears'])}\n```"
+def explain_block(step: dict[str, Any]) -> str:
+    """The table of ``explain`` for the model of the training step, once it had run."""
+    return f"```\n{slope_fx.Explanation.from_dict(step['explain'])}\n```"
 
 
 def figures_block(
@@ -128,7 +128,7 @@ def main() -> None:
             (RESULTS / name).write_text(json.dumps(log, separators=(",", ":")) + "\n")
     sparse, dense = read("train_sparse.json"), read("train_dense.json")
     blocks = {
-        "explain": explain_block(sparse),
+        "explain": explain_block(read("training_step.json")),
         "figures": figures_block(
             sparse, dense, *(read(f"{n}.json") for n in ("training_step", "decoding", "memory"))
         ),

@@ -118,6 +118,14 @@ def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
     return _parse(source, text)
 
 
+def limited(engines: str) -> str:
+    """``engines`` with what the environment says in the place of "auto".
+
+    So a graph that has it is a graph of that environment, in torch.compile's caches too.
+    """
+    return (os.environ.get("SLOPE_FX_ENGINES", "").strip() or AUTO) if engines == AUTO else engines
+
+
 @functools.cache
 def _parse(source: str, text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]

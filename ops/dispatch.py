@@ -14,7 +14,13 @@ def engine(tensor: Tensor) -> ModuleType:
 
 
 def choose_engine(
-    op: str, tokens_of: Tensor, values_shape: tuple[int, int], n: int, m: int, engines: str
+    op: str,
+    tokens_of: Tensor,
+    values_shape: tuple[int, int],
+    n: int,
+    m: int,
+    engines: str,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """The engine of a product, as it goes into the graph.
 
@@ -24,12 +30,13 @@ def choose_engine(
         values_shape: (d_out, d_in * N / M).
         n, m: the pattern.
         engines: who may compute it: "auto", or names separated by commas.
+        dtype: of the product, if it will not be that of ``tokens_of``.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:
         tokens *= _hint(length)
     shape = (_hint(values_shape[0]), _hint(values_shape[1]))
-    return choose(op, tokens, shape, n, m, tokens_of.dtype, tokens_of.device, engines)
+    return choose(op, tokens, shape, n, m, dtype or tokens_of.dtype, tokens_of.device, engines)
 
 
 def _hint(size: int | torch.SymInt) -> int:

@@ -19,6 +19,8 @@ def sparse_linear(
     n: int,
     m: int,
     engine: str = "",
+    input_engine: str = "",
+    weight_engine: str = "",
     engines: str = AUTO,
 ) -> Tensor:
     """``Y = X (W^R)^T + b``, with ``grad_X = grad_Y W^{R,C}`` and a compressed ``grad_W``.
@@ -32,8 +34,9 @@ def sparse_linear(
         backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)).
         bias: (d_out,) or None.
         n, m: the pattern.
-        engine: what computes it, by name; "" for whatever of ``engines`` proves fastest.
-        engines: who may compute its gradients: "auto", or names separated by commas.
+        engine, input_engine, weight_engine: what computes it, its input gradient and its
+            weight gradient, by name; "" for whatever of ``engines`` proves fastest.
+        engines: "auto", or names separated by commas.
 
     Returns:
         (..., d_out).
@@ -57,6 +60,8 @@ def _(
     n: int,
     m: int,
     engine: str = "",
+    input_engine: str = "",
+    weight_engine: str = "",
     engines: str = AUTO,
 ) -> Tensor:
     d_in = values.shape[1] * m // n
@@ -118,26 +123,31 @@ def _(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int, engine: str
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, forward_mask, backward_mask, _, ctx.n, ctx.m, _, ctx.engines = inputs
+    x, values, forward_mask, backward_mask, _, ctx.n, ctx.m, _, *ctx.engines = inputs
     ctx.save_for_backward(x, values, forward_mask, backward_mask)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, values, forward_mask, backward_mask = ctx.saved_tensors
     needs_x, needs_values, _, _, needs_bias, *_ = ctx.needs_input_grad
-    n, m, engines = ctx.n, ctx.m, ctx.engines
+    n, m = ctx.n, ctx.m
+    input_engine, weight_engine, engines = ctx.engines
     dx = dvalues = dbias = None
-    # Under torch.compile this runs while the backward graph is traced, so the engines are
-    # chosen then, and the graph has their names.
+    # Under torch.compile this runs while the backward graph is traced, so that what isn't
+    # chosen yet is chosen then, and the graph has its name.
     if needs_x:
-        engine = choose_engine("sparse_input_grad", grad, _size(values), n, m, engines)
+        engine = input_engine or choose_engine(
+            "sparse_input_grad", grad, _size(values), n, m, engines
+        )
         dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
     if needs_values:
-        engine = choose_engine("sparse_weight_grad", grad, _size(values), n, m, engines)
+        engine = weight_engine or choose_engine(
+            "sparse_weight_grad", grad, _size(values), n, m, engines
+        )
         dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine)
     if needs_bias:
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return dx, dvalues, None, None, dbias, None, None, None, None
+    return dx, dvalues, None, None, dbias, *[None] * 6
 
 
 sparse_linear.register_autograd(_backward, setup_context=_save)
@@ -158,16 +168,21 @@ def _register_autocast(device_type: str, key: str) -> None:
         n: int,
         m: int,
         engine: str = "",
+        input_engine: str = "",
+        weight_engine: str = "",
         engines: str = AUTO,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         x, values = (_cast(t, dtype) for t in (x, values))
         bias = None if bias is None else _cast(bias, dtype)
-        # Chosen anew, for the dtype that the product now has. The tracer of torch.compile
-        # passes here too, so that this choice is the one in the graph.
-        engine = choose_engine("sparse_linear", x, _size(values), n, m, engines)
+        # Chosen here at the latest, for the dtype that the product now has. The tracer of
+        # torch.compile passes here too, so that this choice is the one in the graph.
+        engine = engine or choose_engine("sparse_linear", x, _size(values), n, m, engines)
         with torch._C._ExcludeDispatchKeyGuard(autocast):
-            y: Tensor = op(x, values, forward_mask, backward_mask, bias, n, m, engine, engines)
+            y: Tensor = op(
+                x, values, forward_mask, backward_mask, bias, n, m,
+                engine, input_engine, weight_engine, engines,
+            )  # fmt: skip
             return y
 
     _LIBRARY.impl("sparse_linear", autocast_sparse_linear, key)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from slope_fx.kernels.selection import AUTO
+from slope_fx.kernels.selection import AUTO, limited
 from slope_fx.ops.dispatch import choose_engine
 from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears
@@ -18,6 +18,7 @@ def sparsify_linears(gm: GraphModule, engines: str = AUTO) -> int:
     Works on ``gm`` alone, nested graphs aside. Returns the number of linears rewritten.
     """
     matches = 0
+    engines = limited(engines)
     for call in find_linears(gm):
         marker = call.weight
         # x @ W (without a transpose) reads the weight the other way round: its groups
@@ -33,7 +34,7 @@ def sparsify_linears(gm: GraphModule, engines: str = AUTO) -> int:
             result = gm.graph.call_function(
                 SPARSE_LINEAR,
                 (call.x, values, forward_mask, backward_mask, fused, n, m),
-                {"engine": _engine(call.x, values, n, m, engines), "engines": engines},
+                {**_choices(call.x, values, n, m, engines), "engines": engines},
             )
             if separate is not None:
                 result = gm.graph.call_function(torch.add, (result, separate))
@@ -42,22 +43,32 @@ def sparsify_linears(gm: GraphModule, engines: str = AUTO) -> int:
     return matches
 
 
-def _engine(x: Node, values: Node, n: int, m: int, engines: str) -> str:
-    """The engine for a product, or "" where the graph doesn't tell the dtype it will have.
+def _choices(x: Node, values: Node, n: int, m: int, engines: str) -> dict[str, str]:
+    """The engines of a product and of its gradients, as arguments of the op.
 
-    That is so under autocast, whose kernel chooses when it has cast.
+    They are chosen here rather than when the op is traced, because torch.compile may take
+    the traced graph from its cache, whose key is this graph. Left out is what the graph
+    doesn't tell: with autocast inside of it the op chooses when it has cast.
     """
     x_value, weight = value_of(x), value_of(values)
     if not isinstance(x_value, Tensor) or not isinstance(weight, Tensor):
-        return ""
-    device = x_value.device.type
-    casts = torch.is_autocast_enabled(device) or x.graph.find_nodes(
-        op="call_function", target=torch.amp.autocast_mode._enter_autocast
-    )
-    if casts:
-        return ""
+        return {}
+    if x.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
+        return {}
+    device, dtype = x_value.device.type, x_value.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     size = (weight.shape[0], weight.shape[1])
-    return choose_engine("sparse_linear", x_value, size, n, m, engines)
+
+    def choose(op: str) -> str:
+        return choose_engine(op, x_value, size, n, m, engines, dtype)
+
+    chosen = {"engine": choose("sparse_linear")}
+    if torch.is_grad_enabled() and weight.requires_grad:
+        chosen["weight_engine"] = choose("sparse_weight_grad")
+    if torch.is_grad_enabled() and x_value.requires_grad:
+        chosen["input_engine"] = choose("sparse_input_grad")
+    return chosen
 
 
 def _is_vector(bias: Node | None) -> bool:

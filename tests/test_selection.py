@@ -243,7 +243,7 @@ def compiled(graphs, **options):
 def engines_in(graph):
     products = (SPARSE_LINEAR, torch.ops.slope_fx.sparse_input_grad.default,
                 torch.ops.slope_fx.sparse_weight_grad.default)  # fmt: skip
-    places = {products[0]: 7, products[1]: 6, products[2]: 5}
+    places = {products[0]: 7, products[1]: 6, products[2]: 5}  # of the argument "engine"
     return [
         node.args[places[node.target]] if len(node.args) > places[node.target] else ""
         for node in graph.graph.nodes
@@ -259,6 +259,36 @@ def test_the_choice_is_in_the_graph(fresh, timings, autocast):
         model(torch.rand(5, 16)).float().sum().backward()
     assert [engines_in(graph) for graph in graphs] == [["cpu"] * 2, ["cpu"] * 3]
     assert {p.dtype for p in timings.problems} == {"bfloat16" if autocast else "float32"}
+
+
+def test_what_torch_has_cached_is_known_and_bound_to_the_environment(fresh, timings, monkeypatch):
+    """A second process would find the traced graphs in torch's cache and not trace them; the
+    choices are in the cache's key, so they must not wait for the trace."""
+    x = torch.rand(5, 16)
+    captured: list[torch.fx.GraphModule] = []
+
+    def only_forward(gm, inputs):
+        captured.append(gm)
+        return gm.forward
+
+    model = slope_fx.compile(
+        TwoLayers(), example_inputs=x, skip_first=False, skip_head=False, backend=only_forward
+    )
+    model(x)
+    (gm,) = captured
+    names = {"engine", "input_engine", "weight_engine"}
+    first, second = (node.kwargs for node in gm.graph.nodes if node.target is SPARSE_LINEAR)
+    assert {first.get(name) for name in names - {"input_engine"}} == {"cpu"}
+    assert {second.get(name) for name in names} == {"cpu"}
+    assert second["engines"] == "auto"
+    assert len(slope_fx.explain(model).sparse[1].products) == 3
+
+    monkeypatch.setenv("SLOPE_FX_ENGINES", "dense")
+    torch._dynamo.reset()
+    model(x)
+    *_, last = (node.kwargs for node in captured[-1].graph.nodes if node.target is SPARSE_LINEAR)
+    assert {last[name] for name in names} == {"dense"}
+    assert last["engines"] == "dense"
 
 
 def test_autocast_inside_of_the_graph(fresh, timings):
