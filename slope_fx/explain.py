@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from tabulate import tabulate
 from torch import nn
 
@@ -207,12 +208,19 @@ def _products(weight: SparseWeight) -> tuple[ProductReport, ...]:
 
 
 def _engines(report: LinearReport) -> str:
-    """The engines for the largest number of tokens met, as one cell of the table."""
+    """The engines for the largest number of tokens met, as one cell of the table.
+
+    Of several dtypes, that of the weight comes before what autocast makes of it.
+    """
     if report.kind == "dense":
         return ""
     if not report.products:
         return "(not run yet)"
-    first = report.products[0]
+    size = report.bytes_before // math.prod(report.shape)
+    first = max(
+        report.products,
+        key=lambda p: (p.tokens, getattr(torch, p.dtype).itemsize == size),
+    )
     met = {
         p.product: p for p in report.products
         if (p.tokens, p.dtype, p.threads) == (first.tokens, first.dtype, first.threads)
