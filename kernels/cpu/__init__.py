@@ -1,8 +1,8 @@
 """The CPU engine: N:M products in C, N/M of the dense work, for any N:M.
 
-Here tensors become pointers; the arithmetic is in ``linear.c`` (the product, and the input
-gradient through the compressed transpose), ``weight_grad.c`` and ``weights.c`` (expand,
-compress, the transpose). ``build.py`` compiles and loads them.
+Here tensors become pointers; the arithmetic is in ``linear.c`` and ``linear_few.c`` (the
+product, and the input gradient through the compressed transpose), ``weight_grad.c`` and
+``weights.c`` (expand, compress, the transpose). ``build.py`` compiles and loads them.
 
 fp32, bf16 and fp16, summed in fp32. Results don't depend on the number of threads. NaN or
 infinity in a feature always shows in the outputs that keep a weight for it; in those that

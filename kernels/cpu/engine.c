@@ -3,6 +3,7 @@
  * Shapes, strides (in elements) and dtype codes come from kernels/cpu/__init__.py, which has
  * checked them. Each entry point returns 0, or what went wrong. */
 #include "linear.c"
+#include "linear_few.c"
 #include "weight_grad.c"
 #include "weights.c"
 
