@@ -10,10 +10,13 @@ and integers only; it knows nothing of modules, graphs or autograd.
     expand, then the vendor's matrix product: any device, any dtype, no gain in speed.
 ``cpu``
     C for the CPU, N/M of the dense work for any N:M.
-``cpu_dense``
-    ``dense`` with C for what surrounds the product.
+``triton``
+    Triton for NVIDIA GPUs.
+``vendor``
+    the vendor's product, with an engine's own kernels around it: ``cpu-dense``,
+    ``triton-dense``.
 
-``selection`` says which of them computes a given product.
+``selection`` says which of them computes a given product, by the measurements of ``racing``.
 """
 
 from typing import NoReturn
@@ -38,6 +41,7 @@ else:
         "sparse_linear",
         "sparse_input_grad",
         "sparse_weight_grad",
+        "low_rank_update",
     )
 
     __all__ = ["ENGINES", "OPERATIONS"]

@@ -20,8 +20,17 @@ _BLOCK = 2**19
 """Elements whose positions are listed at a time."""
 
 
+DEVICES = None
+"""It serves everywhere."""
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """What keeps this engine from serving such tensors: nothing does."""
+    return ""
+
+
+def unavailable() -> str:
+    """What keeps this engine from serving at all on this machine: nothing does."""
     return ""
 
 
@@ -88,6 +97,14 @@ def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m:
     """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed."""
     dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return compress(dense, forward_mask, n, m)
+
+
+def low_rank_update(y: Tensor, down: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """``Y + scale * down B^T``."""
+    flat = y.reshape(-1, y.shape[-1])
+    return torch.addmm(flat, down.reshape(-1, down.shape[-1]), lora_b.t(), alpha=scale).view(
+        y.shape
+    )
 
 
 def _magnitude(weight: Tensor) -> Tensor:

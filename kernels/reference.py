@@ -13,9 +13,17 @@ import math
 import torch
 from torch import Tensor
 
+DEVICES = None
+"""It serves everywhere."""
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """What keeps this engine from serving such tensors: nothing does."""
+    return ""
+
+
+def unavailable() -> str:
+    """What keeps this engine from serving at all on this machine: nothing does."""
     return ""
 
 
@@ -106,3 +114,25 @@ def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m:
     """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed."""
     dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return compress(dense, forward_mask, n, m)
+
+
+def transpose(
+    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> tuple[Tensor, Tensor]:
+    """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask.
+
+    A group with fewer than N kept is filled up with zeros, at its lowest free places.
+    """
+    kept = unpack_bits(forward_mask, values.shape[1] * m // n)
+    twice = torch.zeros_like(kept)
+    twice[kept] = unpack_bits(backward_mask, values.shape[1]).reshape(-1)
+    dense = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
+    dense[kept] = values.reshape(-1)
+    # What is kept comes first, then what is free, each from the lowest index on.
+    full = keep_top(twice.t().double(), n, m)
+    return torch.where(twice, dense, 0).t()[full].view(dense.shape[1], -1), pack_bits(full)
+
+
+def low_rank_update(y: Tensor, down: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """``Y + scale * down B^T``, where ``down`` is ``X A^T``."""
+    return y + scale * (down @ lora_b.t())

@@ -13,50 +13,36 @@ slower still: unless it is named, the one takes part only where the other can't,
 not at all.
 """
 
-import contextlib
 import functools
 import json
 import os
-import statistics
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from slope_fx.kernels import cpu, cpu_dense, dense, reference
-from slope_fx.kernels.cpu.build import SOURCES, BuildError, cache_directory, cpu_identity, digest
+from slope_fx.kernels import cpu, dense, racing, reference, triton
 from slope_fx.kernels.errors import EngineError, EngineWarning
 from slope_fx.kernels.packing import pack
+from slope_fx.kernels.vendor import VendorProducts
 
-ENGINES: dict[str, ModuleType] = {
+Engine = ModuleType | VendorProducts
+
+ENGINES: dict[str, Engine] = {
     "cpu": cpu,
-    "cpu-dense": cpu_dense,
+    "cpu-dense": VendorProducts(cpu),
+    "triton": triton,
+    "triton-dense": VendorProducts(triton),
     "dense": dense,
     "reference": reference,
 }
-COMPETING = ("cpu", "cpu-dense", "dense")
+COMPETING = ("cpu", "cpu-dense", "triton", "triton-dense", "dense")
 AUTO = "auto"
 PRODUCTS = ("sparse_linear", "sparse_input_grad", "sparse_weight_grad")
-
-MOST_TOKENS = 2048
-"""More tokens than these are measured as so many: time grows in proportion by then."""
-
-_MOST_ROUNDS = 25
-_SECONDS, _PATIENCE = 0.2, 2.0
-"""How long a race goes on, on a quiet machine and on a busy one."""
-_QUIET = 1.5
-"""What the median may be of the best run on a quiet machine."""
-_HOPELESS, _COSTLY = 3.0, 0.01
-"""A run that takes so many seconds, and so many times the fastest, isn't repeated."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ class Problem:
         d_out, d_in: size of the weight.
         n, m: its pattern.
         dtype: "float32" and so on.
-        threads: that torch uses.
+        threads: that torch uses on a CPU; 0 on other devices.
     """
 
     op: str
@@ -145,24 +131,29 @@ def _parse(source: str, text: str) -> tuple[str, ...]:
 def engines_for(device: torch.device, dtype: torch.dtype, engines: str = AUTO) -> tuple[str, ...]:
     """Those of the allowed engines that can serve such tensors; ``dense`` if none can.
 
-    What can't serve is said once, with the reason.
+    What can't serve on its own kind of device, or was named alone, is said once with the reason.
     """
     names = allowed_engines(engines)
     able: list[str] = []
     for name in names:
+        homes = ENGINES[name].DEVICES
+        at_home = homes is None or device.type in homes
+        if not at_home and not _is_named(name, engines):
+            continue
         reason = _why_not(name, device, dtype)
         if not reason:
-            if name == "dense" and "cpu-dense" in able and not _is_named(name, engines):
-                continue
             able.append(name)
-        elif name == "cpu-dense" and "cpu" in names:
-            continue  # for the same reason as cpu
+        elif name.endswith("-dense") and name.removesuffix("-dense") in names:
+            continue  # for the same reason
         elif not dtype.is_floating_point:
             continue  # a mask on its way through expand; no product
-        elif device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        elif at_home and dtype in (torch.float32, torch.bfloat16, torch.float16):
             _say_once(f"slope_fx's {name} engine is not used: {reason}.")
         elif len(names) == 1:
             _say_once(f"slope_fx's {name} engine was asked for, but {reason}; dense serves.")
+    rebuilders = [name for name in able if name.endswith("-dense")]
+    if rebuilders and "dense" in able and not _is_named("dense", engines):
+        able.remove("dense")  # it does the same, slower
     return tuple(able) or ("dense",)
 
 
@@ -205,9 +196,9 @@ def choose(
     candidates = engines_for(device, dtype, engines)
     problem = Problem(
         op,
-        min(1 << max(tokens - 1, 0).bit_length(), MOST_TOKENS),
+        racing.bucket(tokens),
         values[0], values[1] * m // n, n, m, str(dtype).removeprefix("torch."),
-        torch.get_num_threads(),
+        torch.get_num_threads() if device.type == "cpu" else 0,
     )  # fmt: skip
     return choice_for(problem, candidates, device).engine
 
@@ -216,11 +207,18 @@ def choice_for(problem: Problem, candidates: tuple[str, ...], device: torch.devi
     """The choice among ``candidates``: from memory, from disk, or measured now."""
     key = (problem, candidates, str(device))
     if key not in _made:
-        if len(candidates) == 1:
-            _made[key] = Choice(candidates[0], {})
-        else:
-            _made[key] = _from_disk(problem, candidates) or _measured(problem, candidates, device)
+        _made[key] = _choice(problem, candidates, device)
     return _made[key]
+
+
+def _choice(problem: Problem, candidates: tuple[str, ...], device: torch.device) -> Choice:
+    if len(candidates) == 1 or not racing.can_measure(device):
+        return Choice(candidates[0], {})
+    entry = json.dumps([*asdict(problem).values(), list(candidates)])
+    result = racing.recall(entry, candidates, device)
+    if result is None:
+        result = racing.run(entry, lambda: _runs(problem, candidates, device), candidates, device)
+    return Choice(result.winner, result.seconds)
 
 
 _made: dict[tuple[Problem, tuple[str, ...], str], Choice] = {}
@@ -239,32 +237,6 @@ def choices(d_out: int, d_in: int, n: int, m: int) -> list[tuple[Problem, Choice
 def forget() -> None:
     """Forget the choices of this process; those on disk stay."""
     _made.clear()
-
-
-# --- measuring -----------------------------------------------------------------------------
-
-
-def _measured(problem: Problem, candidates: tuple[str, ...], device: torch.device) -> Choice:
-    with _undisturbed(device):
-        runs = _runs(problem, candidates, device)
-        seconds, quiet = _race(runs)
-    best = min(candidates, key=lambda name: seconds[name])
-    choice = Choice(best, seconds)
-    if quiet:  # a doubtful choice serves this process, and no later one
-        _to_disk(problem, candidates, choice)
-    return choice
-
-
-@contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Out of whatever traces, differentiates or casts the caller's tensors."""
-    with (
-        _disable_current_modes(),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch._C._DisableFuncTorch(),
-    ):
-        yield
 
 
 def _runs(
@@ -304,87 +276,3 @@ def _random_mask(d_out: int, d_in: int, n: int, m: int, generator: torch.Generat
     rows = min(d_out, 64)
     order = torch.rand(rows, d_in // m, m, generator=generator, device=generator.device).argsort(-1)
     return (order < n).view(rows, d_in).repeat(-(-d_out // rows), 1)[:d_out]
-
-
-def _race(runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], bool]:
-    """Seconds of each at its best, run in turns, and whether the machine was quiet.
-
-    The best run is the least disturbed one. Graphs are compiled at the same time, as a rule,
-    and a product that shares its cores with a compiler can take ten times as long; so
-    the race goes on for a while if its runs differ much.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    started = time.perf_counter()
-    quiet = False
-    for turn in range(_MOST_ROUNDS):
-        fastest = min((min(t) for t in times.values() if t), default=0.0)
-        for name, run in runs.items():
-            if turn and min(times[name]) > max(_HOPELESS * fastest, _COSTLY):
-                continue
-            begun = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begun)
-        best = {name: min(taken) for name, taken in times.items()}
-        quiet = all(statistics.median(times[name]) < _QUIET * best[name] for name in runs)
-        spent = time.perf_counter() - started
-        if turn >= 2 and spent > (_SECONDS if quiet else _PATIENCE):
-            break
-    return best, quiet
-
-
-# --- on disk -------------------------------------------------------------------------------
-
-
-@functools.cache
-def _store() -> Path | None:
-    """The file of this machine's choices, or None if there is no place for one."""
-    try:
-        sources = "".join(path.read_text() for path in sorted(SOURCES.glob("*.[ch]")))
-        name = digest("2", torch.__version__, torch.__config__.show(), cpu_identity(), sources)
-        return cache_directory() / f"choices-{name}.json"
-    except (BuildError, OSError):
-        return None
-
-
-def _entry(problem: Problem, candidates: tuple[str, ...]) -> str:
-    return json.dumps([*asdict(problem).values(), list(candidates)])
-
-
-@functools.cache
-def _stored() -> dict[str, Any]:
-    return _read(_store())
-
-
-def _read(path: Path | None) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text()) if path else {}
-    except (OSError, ValueError):
-        return {}
-    return stored if isinstance(stored, dict) else {}
-
-
-def _from_disk(problem: Problem, candidates: tuple[str, ...]) -> Choice | None:
-    found = _stored().get(_entry(problem, candidates), {})
-    try:
-        choice = Choice(found["engine"], {k: float(v) for k, v in found["seconds"].items()})
-    except (TypeError, KeyError, AttributeError, ValueError):
-        return None
-    return choice if choice.engine in candidates and choice.engine in choice.seconds else None
-
-
-def _to_disk(problem: Problem, candidates: tuple[str, ...], choice: Choice) -> None:
-    path = _store()
-    if path is None:
-        return
-    try:
-        with FileLock(f"{path}.lock", timeout=5):
-            stored = _read(path)
-            stored[_entry(problem, candidates)] = asdict(choice)
-            handle, partial = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "w") as file:
-                json.dump(stored, file, indent=0)
-            os.replace(partial, path)
-    except (OSError, TimeoutError):
-        return  # a choice that isn't kept is measured again, no more

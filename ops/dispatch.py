@@ -1,14 +1,12 @@
 """From an op to the engine that computes it."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.selection import ENGINES, choose, engines_for
+from slope_fx.kernels.selection import ENGINES, Engine, choose, engines_for
 
 
-def engine(tensor: Tensor) -> ModuleType:
+def engine(tensor: Tensor) -> Engine:
     """The engine of the ops that aren't products: the first that serves such tensors."""
     return ENGINES[engines_for(tensor.device, tensor.dtype)[0]]
 

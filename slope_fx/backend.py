@@ -12,7 +12,6 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule, Node
 
 from slope_fx.errors import ArgumentError, EngineError, ExpandedWeightError
-from slope_fx.kernels.cpu.build import BuildError, library
 from slope_fx.kernels.selection import AUTO, ENGINES, allowed_engines
 from slope_fx.passes import Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
@@ -104,13 +103,10 @@ def check_engine(engine: object) -> None:
         named = allowed_engines(engine)
     except EngineError as error:
         raise ArgumentError(str(error)) from None
-    if named == ("cpu",) and engine != AUTO:
-        try:
-            library()
-        except BuildError as error:
-            raise ArgumentError(
-                f'engine={engine!r} can\'t be had: {error}. "auto" takes the best there is.'
-            ) from None
+    if len(named) == 1 and engine != AUTO and (reason := ENGINES[named[0]].unavailable()):
+        raise ArgumentError(
+            f'engine={engine!r} can\'t be had: {reason}. "auto" takes the best there is.'
+        )
 
 
 def _resolve(inner: str | BackendFunction) -> BackendFunction:

@@ -12,6 +12,11 @@ from hypothesis import HealthCheck, settings
 os.environ["SLOPE_FX_ENGINES"] = "cpu"
 os.environ["SLOPE_FX_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "cache")
 
+# Triton's kernels run in its interpreter where there is no GPU. They see this when they are
+# imported; the tests of what the compiler makes of them run in processes without it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 settings.register_profile(
     "ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -6,27 +6,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import formulas
+from oracle import assert_same, assert_within_rounding
 from slope_fx.kernels import ENGINES, OPERATIONS, packing, reference
 from slope_fx.patterns import Pattern
 from strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
 
-engines = st.sampled_from([name for name in ENGINES if name != "reference"]).map(ENGINES.get)
+engines = st.sampled_from(["cpu", "cpu-dense", "dense"]).map(ENGINES.get)
+"""Those for a CPU; ``test_triton_engine.py`` has the others."""
 
 
 def serves(engine, dtype) -> bool:
     return not engine.why_not(torch.device("cpu"), dtype)
-
-
-def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_within_rounding(got, want, magnitude, dtype) -> None:
-    """``got`` within a few roundings of ``want``, given the sum of the terms' magnitudes."""
-    bound = 4 * torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).tiny
-    assert got.dtype == dtype
-    assert got.shape == want.shape
-    assert ((got.double() - want).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("name", ENGINES)

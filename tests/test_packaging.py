@@ -19,7 +19,11 @@ ROOMS = {
     "slope_fx.ops": "ops",
     "slope_fx.kernels": "kernels",
 }
-FOLDERS = {**ROOMS, "slope_fx.kernels.cpu": "kernels/cpu"}
+FOLDERS = {
+    **ROOMS,
+    "slope_fx.kernels.cpu": "kernels/cpu",
+    "slope_fx.kernels.triton": "kernels/triton",
+}
 """Of every package."""
 
 

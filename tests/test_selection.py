@@ -9,7 +9,7 @@ from torch import nn
 
 import models
 import slope_fx
-from slope_fx.kernels import selection
+from slope_fx.kernels import racing, selection
 from slope_fx.kernels.selection import Choice, Problem, choose
 from slope_fx.ops.targets import SPARSE_LINEAR
 
@@ -25,8 +25,7 @@ def fresh(tmp_path, monkeypatch):
 
     def forget():
         selection.forget()
-        selection._store.cache_clear()
-        selection._stored.cache_clear()
+        racing.forget_disk()
 
     forget()
     yield forget
@@ -39,14 +38,14 @@ def timings(monkeypatch):
     measured: list[Problem] = []
     seconds = {"cpu": 1.0, "cpu-dense": 2.0, "dense": 2.0, "plain": 3.0}
 
-    def race(runs):
+    def race(runs, device):
         return {name: seconds[name] for name in runs}, measured_with.quiet
 
     def runs(problem, candidates, device):
         measured.append(problem)
         return {**dict.fromkeys(candidates), "plain": None}
 
-    monkeypatch.setattr(selection, "_race", race)
+    monkeypatch.setattr(racing, "race", race)
     monkeypatch.setattr(selection, "_runs", runs)
     measured_with = type("Timings", (), {"problems": measured, "seconds": seconds, "quiet": True})
     return measured_with
@@ -80,7 +79,7 @@ def test_the_slow_are_dropped_and_the_rest_run_in_turns(monkeypatch):
         "slow": lambda: (calls.append("slow"), time.sleep(0.02)),
         "other": lambda: calls.append("other"),
     }
-    seconds, _ = selection._race(runs)
+    seconds, _ = racing.race(runs, CPU)
     assert calls.count("slow") == 2  # once to warm up, once timed
     assert calls.count("quick") > 10
     assert seconds["slow"] > seconds["quick"]
@@ -92,7 +91,7 @@ def test_a_problem_is_measured_once_and_kept_on_disk(fresh, timings, tmp_path):
         chosen(tokens=33)
         chosen(tokens=64)  # the same bucket
     assert len(timings.problems) == 1
-    (stored,) = (tmp_path / "cache").glob("choices-*.json")
+    (stored,) = (tmp_path / "cache").glob("races-*.json")
     assert len(json.loads(stored.read_text())) == 1
     fresh()
     assert chosen(tokens=50) == "cpu"
@@ -117,9 +116,9 @@ def test_what_a_busy_machine_measured_is_not_kept(fresh, timings, tmp_path):
 
 
 def test_a_race_tells_whether_the_machine_was_quiet(monkeypatch):
-    monkeypatch.setattr(selection, "_PATIENCE", 0.1)
+    monkeypatch.setattr(racing, "_PATIENCE", 0.1)
     pauses = iter([0.0, 0.001, 0.03, 0.03, 0.03, 0.03] + [0.03] * 30)
-    best, quiet = selection._race({"disturbed": lambda: time.sleep(next(pauses))})
+    best, quiet = racing.race({"disturbed": lambda: time.sleep(next(pauses))}, CPU)
     assert not quiet
     assert best["disturbed"] < 0.02
 
@@ -127,7 +126,7 @@ def test_a_race_tells_whether_the_machine_was_quiet(monkeypatch):
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"x": 1}', "half"])
 def test_a_damaged_file_of_choices_is_measured_anew(fresh, timings, tmp_path, damage):
     chosen()
-    (stored,) = (tmp_path / "cache").glob("choices-*.json")
+    (stored,) = (tmp_path / "cache").glob("races-*.json")
     stored.write_text(stored.read_text()[:30] if damage == "half" else damage)
     fresh()
     assert chosen() == "cpu"
@@ -135,9 +134,9 @@ def test_a_damaged_file_of_choices_is_measured_anew(fresh, timings, tmp_path, da
 
 
 def test_many_tokens_are_one_bucket(fresh, timings):
-    chosen(tokens=selection.MOST_TOKENS)
+    chosen(tokens=racing.MOST_TOKENS)
     chosen(tokens=10**6)
-    assert [p.tokens for p in timings.problems] == [selection.MOST_TOKENS]
+    assert [p.tokens for p in timings.problems] == [racing.MOST_TOKENS]
 
 
 def test_measuring_disturbs_nothing(fresh):
@@ -156,9 +155,9 @@ def test_measuring_disturbs_nothing(fresh):
 @pytest.mark.parametrize(
     ("limit", "allowed"),
     [
-        ("", ("cpu", "cpu-dense", "dense")),
+        ("", ("cpu", "cpu-dense", "triton", "triton-dense", "dense")),
         ("dense", ("dense",)),
-        ("-cpu, -cpu-dense", ("dense",)),
+        ("-cpu, -cpu-dense, -triton, -triton-dense", ("dense",)),
         ("reference", ("reference",)),
         ("dense, reference", ("dense", "reference")),
         ("cpu,dense,-dense", ("cpu",)),
@@ -174,10 +173,10 @@ def test_the_environment_forces_and_forbids(fresh, monkeypatch, limit, allowed):
         assert choice == Choice(allowed[0], {})  # nothing to measure
 
 
-@pytest.mark.parametrize("limit", ["gpu", "cpu;dense", "-cpu,-cpu-dense,-dense", "cpu,-cpu"])
+@pytest.mark.parametrize("limit", ["gpu", "cpu;dense", "dense,-dense", "cpu,-cpu"])
 def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
     monkeypatch.setenv("SLOPE_FX_ENGINES", limit)
-    with pytest.raises(slope_fx.EngineError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, dense"):
+    with pytest.raises(slope_fx.EngineError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, triton"):
         selection.allowed_engines()
     model = models.gpt2()
     before = dict(model.named_parameters())
@@ -188,7 +187,7 @@ def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
 
 @pytest.mark.parametrize("engine", ["gpu", "", None, 3, "auto,cpu"])
 def test_a_wrong_argument_is_told(engine):
-    with pytest.raises(slope_fx.ArgumentError, match=r"engine=.*cpu, cpu-dense, dense, reference"):
+    with pytest.raises(slope_fx.ArgumentError, match=r"engine=.*triton-dense, dense, reference"):
         slope_fx.compile(models.gpt2(), engine=engine)
     with pytest.raises(slope_fx.ArgumentError, match="engine="):
         slope_fx.rewriting_backend("eager", engine)

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from slope_fx.kernels.cpu.build import BuildError, library
-from slope_fx.kernels.dense import backward_mask, bad_forward_mask, magnitude_mask
+from slope_fx.kernels.dense import (
+    backward_mask,
+    bad_forward_mask,
+    low_rank_update,
+    magnitude_mask,
+)
 from slope_fx.kernels.packing import packed_width
 
+DEVICES = ("cpu",)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The codes of ``vectors.h``."""
 
@@ -29,6 +35,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
         return f"it computes on the CPU, not on {device}"
     if dtype not in _DTYPES:
         return f"it has no kernels for {dtype}"
+    return unavailable()
+
+
+def unavailable() -> str:
+    """What keeps this engine from serving at all on this machine, or ""."""
     try:
         library()
     except BuildError as error:
@@ -47,6 +58,14 @@ def expand(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
         pattern=(n, m),
     )  # fmt: skip
     return dense
+
+
+def expand_twice_pruned(
+    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> Tensor:
+    """Dense ``W^{R,C}`` (d_out, d_in), as a view of its transpose."""
+    transposed, bits = transpose(values, forward_mask, backward_mask, n, m)
+    return expand(transposed, bits, n, m).t()
 
 
 def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
@@ -155,6 +174,8 @@ __all__ = [
     "backward_mask",
     "compress",
     "expand",
+    "expand_twice_pruned",
+    "low_rank_update",
     "magnitude_mask",
     "sparse_input_grad",
     "sparse_linear",

@@ -1,0 +1,143 @@
+"""The tile sizes that a kernel may run with: a space small enough to try out whole.
+
+Pruned by what is known beforehand. A tile whose masks are stored must hold whole bytes of them.
+Beside a weight that is rebuilt, accumulators of 128 x 128 need eight warps not to spill, and fp32
+operands half of everything. A tile of more tokens than there are wastes tensor cores, which take
+no fewer than 16.
+"""
+
+from dataclasses import dataclass
+
+FEW = 64
+"""Tokens up to which a product is bound by reading the weight."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched.
+
+    Attributes:
+        blocks: tile sizes by the name of the kernel's argument.
+        warps, stages: as Triton's ``num_warps`` and ``num_stages``.
+        waves: how many programs a multiprocessor should get before sums are split over
+            several; 0 never splits.
+    """
+
+    blocks: tuple[tuple[str, int], ...]
+    warps: int
+    stages: int = 1
+    waves: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as "128x64x64 w4 s3"."""
+        tile = "x".join(str(size) for _, size in self.blocks)
+        waves = f" v{self.waves}" if self.waves else ""
+        return f"{tile} w{self.warps} s{self.stages}{waves}"
+
+    def arguments(self) -> dict[str, int]:
+        """What the kernel's launch takes by keyword."""
+        return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
+
+    def __getitem__(self, block: str) -> int:
+        return dict(self.blocks)[block]
+
+
+def mask_configs(m: int) -> list[Config]:
+    """For ``magnitude_mask``: rows, and columns in groups of 8 groups."""
+    return [_rows(rows, max(columns // m, 8), warps) for rows, columns, warps in (
+        (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4),
+    )]  # fmt: skip
+
+
+def backward_mask_configs(m: int) -> list[Config]:
+    """For ``backward_mask``: whole groups of M rows, and columns in groups of 8 groups."""
+    return [_rows(max(rows, m), max(columns // m, 8), warps) for rows, columns, warps in (
+        (16, 128, 4), (16, 256, 8), (32, 64, 4),
+    )]  # fmt: skip
+
+
+def copy_configs(m: int) -> list[Config]:
+    """For ``expand`` and ``compress``."""
+    return [_rows(rows, max(columns // m, 8), warps) for rows, columns, warps in (
+        (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4),
+    )]  # fmt: skip
+
+
+def transpose_configs(m: int) -> list[Config]:
+    """For ``transpose``: rows in groups of 8 groups too, as they become its masks' bytes."""
+    return [_rows(max(rows, 8 * m), max(columns // m, 1), warps) for rows, columns, warps in (
+        (64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 32, 4),
+    )]  # fmt: skip
+
+
+def _rows(rows: int, groups: int, warps: int) -> Config:
+    return Config((("BLOCK_OUT", rows), ("GROUPS", groups)), warps)
+
+
+def linear_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
+    """For ``linear``: outputs, tokens, columns, and how its sums are split."""
+    if tokens <= FEW:
+        few = ((64, 128, 4, 3, 2), (64, 64, 4, 4, 4), (32, 128, 4, 3, 4), (128, 64, 4, 4, 2))
+        return [
+            _product(out, _few(tokens), columns, m, warps, stages, waves, rank=16)
+            for out, columns, warps, stages, waves in (
+                few if itemsize == 2 else [(64, 32, 4, 3, 2)]
+            )
+        ]
+    many = ((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 32, 8, 4))
+    return [
+        _product(out, block, columns, m, warps, stages, 0, rank=16)
+        for out, block, columns, warps, stages in (many if itemsize == 2 else [(64, 64, 32, 4, 3)])
+    ]
+
+
+def input_grad_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
+    """For ``input_grad``: outputs, tokens, columns, and how its sums are split."""
+    if tokens <= FEW:
+        few = ((64, 64, 4, 3, 2), (64, 128, 4, 3, 4)) if itemsize == 2 else ((32, 64, 4, 3, 2),)
+        return [
+            _product(out, _few(tokens), columns, m, warps, stages, waves)
+            for out, columns, warps, stages, waves in few
+        ]
+    many = ((64, 128, 128, 8, 3), (64, 64, 128, 4, 3), (64, 128, 64, 4, 3), (32, 128, 128, 8, 4))
+    return [
+        _product(out, block, columns, m, warps, stages, 0)
+        for out, block, columns, warps, stages in (many if itemsize == 2 else [(32, 64, 64, 4, 3)])
+    ]
+
+
+def weight_grad_configs(m: int, itemsize: int) -> list[Config]:
+    """For ``weight_grad``: outputs, tokens, columns, and how its sums are split."""
+    sizes = ((128, 64, 128, 8, 3, 1), (128, 64, 256, 8, 3, 1), (64, 64, 128, 4, 4, 2),
+             (128, 32, 128, 8, 4, 1))  # fmt: skip
+    return [
+        _product(out, tokens, columns, m, warps, stages, waves)
+        for out, tokens, columns, warps, stages, waves in (
+            sizes if itemsize == 2 else [(64, 32, 64, 4, 3, 1)]
+        )
+    ]
+
+
+def _few(tokens: int) -> int:
+    return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+
+
+REDUCE = Config((("BLOCK", 1024),), 4)
+"""For ``add_up``, which is over before it could be tuned."""
+
+
+def low_rank_configs() -> list[Config]:
+    """For ``low_rank_update``: tokens, outputs, and columns of rank at a time."""
+    return [
+        Config((("BLOCK_TOKENS", tokens), ("BLOCK_OUT", out), ("BLOCK_RANK", rank)), warps, 2)
+        for tokens, out, rank, warps in ((64, 128, 16, 4), (128, 128, 16, 8), (64, 128, 32, 4))
+    ]
+
+
+def _product(
+    out: int, tokens: int, columns: int, m: int, warps: int, stages: int, waves: int, rank: int = 0
+) -> Config:
+    blocks = (("BLOCK_OUT", out), ("BLOCK_TOKENS", tokens), ("GROUPS", max(columns // m, 1)))
+    ranks = (("BLOCK_RANK", rank),) if rank else ()
+    return Config(blocks + ranks, warps, stages, waves)

@@ -1,0 +1,370 @@
+"""From tensors to grids of programs: the engine's operations."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slope_fx.kernels import racing
+from slope_fx.kernels.packing import packed_width
+from slope_fx.kernels.triton import (
+    configs,
+    linear,
+    low_rank,
+    masks,
+    reduce,
+    tuning,
+    weight_grad,
+    weights,
+)
+from slope_fx.kernels.triton.configs import Config
+
+_MOST_PARTS = 32
+
+
+# --- masks and weights ---------------------------------------------------------------------
+
+
+def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Packed forward mask of ``weight`` (d_out, d_in): the top N magnitudes a group."""
+    d_out, d_in = weight.shape
+    bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
+    _choose_mask(weight, bits, None, n, m)
+    return bits
+
+
+def prune(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+    """:func:`magnitude_mask` and :func:`compress` in one reading of ``weight``.
+
+    Returns:
+        The kept values (d_out, d_in * N / M) and the packed forward mask.
+    """
+    d_out, d_in = weight.shape
+    bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
+    values = weight.new_empty(d_out, d_in * n // m)
+    _choose_mask(weight, bits, values, n, m)
+    return values, bits
+
+
+def _choose_mask(weight: Tensor, bits: Tensor, values: Tensor | None, n: int, m: int) -> None:
+    weight = _addressable(weight)
+    d_out, d_in = weight.shape
+
+    def launch(config: Config) -> None:
+        masks.magnitude_mask[_tiles(config, d_out, d_in, m)](
+            weight, bits, bits if values is None else values, d_out, d_in, *weight.stride(),
+            N=n, M=m, VALUES=values is not None, **config.arguments(),
+        )  # fmt: skip
+
+    key = (d_out, d_in, n, m, weight.dtype, values is not None)
+    _run("magnitude_mask", key, configs.mask_configs(m), launch, weight)
+
+
+def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    """Packed backward mask, one bit a value: N:M along d_out, a subset of the values."""
+    values, forward_mask = values.contiguous(), forward_mask.contiguous()
+    d_out, d_in = _dense_shape(values, n, m)
+    bits = forward_mask.new_empty(d_out, packed_width(values.shape[1]))
+
+    def launch(config: Config) -> None:
+        masks.backward_mask[_tiles(config, d_out, d_in, m)](
+            values, forward_mask, bits, d_out, d_in, N=n, M=m, **config.arguments()
+        )
+
+    key = (d_out, d_in, n, m, values.dtype)
+    _run("backward_mask", key, configs.backward_mask_configs(m), launch, values)
+    return bits
+
+
+def expand(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    """Dense ``W^R`` (d_out, d_in) from its kept values (d_out, d_in * N / M)."""
+    return _expand(values, forward_mask, None, n, m)
+
+
+def expand_twice_pruned(
+    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> Tensor:
+    """Dense ``W^{R,C}`` (d_out, d_in)."""
+    return _expand(values, forward_mask, backward_mask, n, m)
+
+
+def _expand(
+    values: Tensor, forward_mask: Tensor, backward_mask: Tensor | None, n: int, m: int
+) -> Tensor:
+    values, forward_mask = values.contiguous(), forward_mask.contiguous()
+    twice = forward_mask if backward_mask is None else backward_mask.contiguous()
+    d_out, d_in = _dense_shape(values, n, m)
+    dense = values.new_empty(d_out, d_in)
+
+    def launch(config: Config) -> None:
+        weights.expand[_tiles(config, d_out, d_in, m)](
+            values, forward_mask, twice, dense, d_out, d_in,
+            N=n, M=m, TWICE=backward_mask is not None, **config.arguments(),
+        )  # fmt: skip
+
+    key = (d_out, d_in, n, m, values.dtype, backward_mask is not None)
+    _run("expand", key, configs.copy_configs(m), launch, values)
+    return dense
+
+
+def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+    """The kept values (d_out, d_in * N / M) of ``dense`` (d_out, d_in)."""
+    dense, forward_mask = _addressable(dense), forward_mask.contiguous()
+    d_out, d_in = dense.shape
+    values = dense.new_empty(d_out, d_in * n // m)
+
+    def launch(config: Config) -> None:
+        weights.compress[_tiles(config, d_out, d_in, m)](
+            dense, forward_mask, values, d_out, d_in, *dense.stride(),
+            N=n, M=m, **config.arguments(),
+        )  # fmt: skip
+
+    _run("compress", (d_out, d_in, n, m, dense.dtype), configs.copy_configs(m), launch, dense)
+    return values
+
+
+def transpose(
+    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> tuple[Tensor, Tensor]:
+    """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask.
+
+    A group with fewer than N kept is filled up with zeros, so it is N:M like any weight.
+    """
+    values, forward_mask = values.contiguous(), forward_mask.contiguous()
+    backward_mask = backward_mask.contiguous()
+    d_out, d_in = _dense_shape(values, n, m)
+    transposed = values.new_empty(d_in, d_out * n // m)
+    bits = forward_mask.new_empty(d_in, packed_width(d_out))
+
+    def launch(config: Config) -> None:
+        weights.transpose[_tiles(config, d_out, d_in, m)](
+            values, forward_mask, backward_mask, transposed, bits, d_out, d_in,
+            N=n, M=m, **config.arguments(),
+        )  # fmt: skip
+
+    key = (d_out, d_in, n, m, values.dtype)
+    _run("transpose", key, configs.transpose_configs(m), launch, values)
+    return transposed, bits
+
+
+# --- products ------------------------------------------------------------------------------
+
+
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    down: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``Y = X (W^R)^T + b``, and with ``down`` (..., r), which is ``X A^T``, the adapter's
+    up-projection in the epilogue: ``+ scale * down B^T``."""
+    d_out, d_in = values.shape[0], x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], d_out))
+    x, values, forward_mask = _rows(x), values.contiguous(), forward_mask.contiguous()
+    tokens = x.shape[0]
+    if not tokens:
+        return y
+    bias = None if bias is None else bias.contiguous()
+    low = x if down is None else _rows(down)
+    up = x if lora_b is None else _rows(lora_b)
+    rank = 0 if lora_b is None else lora_b.shape[1]
+
+    def launch(config: Config) -> None:
+        tiles = _cdiv(d_out, config["BLOCK_OUT"]) * _cdiv(tokens, config["BLOCK_TOKENS"])
+        with _Split(config, tiles, _cdiv(d_in, config["GROUPS"] * m), y) as split:
+            linear.linear[tiles, split.count](
+                x, values, forward_mask, x if bias is None else bias, low, up, split.target,
+                tokens, d_out, d_in, x.stride(0), low.stride(0), up.stride(0), rank, scale,
+                split.count, N=n, M=m, BIAS=bias is not None, ADAPTER=rank > 0,
+                PRECISION=_precision(x), **config.arguments(),
+            )  # fmt: skip
+
+    key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, values.dtype, bias is not None, rank)
+    space = configs.linear_configs(m, tokens, x.element_size())
+    _run("linear", key, space, launch, x)
+    return y
+
+
+def sparse_input_grad(
+    grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+) -> Tensor:
+    """``grad_X = grad_Y W^{R,C}``, from the weight as it lies."""
+    d_out, d_in = _dense_shape(values, n, m)
+    dx = grad.new_empty((*grad.shape[:-1], d_in))
+    grad, values = _rows(grad), values.contiguous()
+    forward_mask, backward_mask = forward_mask.contiguous(), backward_mask.contiguous()
+    tokens = grad.shape[0]
+    if not tokens:
+        return dx
+
+    def launch(config: Config) -> None:
+        tiles = _cdiv(d_in, config["GROUPS"] * m) * _cdiv(tokens, config["BLOCK_TOKENS"])
+        with _Split(config, tiles, _cdiv(d_out, config["BLOCK_OUT"]), dx) as split:
+            linear.input_grad[tiles, split.count](
+                grad, values, forward_mask, backward_mask, split.target,
+                tokens, d_out, d_in, grad.stride(0), split.count,
+                N=n, M=m, PRECISION=_precision(grad), **config.arguments(),
+            )  # fmt: skip
+
+    key = (racing.bucket(tokens), d_out, d_in, n, m, grad.dtype, values.dtype)
+    space = configs.input_grad_configs(m, tokens, grad.element_size())
+    _run("input_grad", key, space, launch, grad)
+    return dx
+
+
+def sparse_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    forward_mask: Tensor,
+    n: int,
+    m: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed.
+
+    ``dtype`` is the result's, if not that of ``grad``: fp32 gets the sums unrounded.
+    """
+    d_out, d_in = grad.shape[-1], x.shape[-1]
+    dw = grad.new_empty(d_out, d_in * n // m, dtype=dtype or grad.dtype)
+    grad, x, forward_mask = _rows(grad), _rows(x), forward_mask.contiguous()
+    tokens = x.shape[0]
+    if not tokens:
+        return dw.zero_()
+
+    def launch(config: Config) -> None:
+        tiles = _cdiv(d_out, config["BLOCK_OUT"]) * _cdiv(d_in, config["GROUPS"] * m)
+        with _Split(config, tiles, _cdiv(tokens, config["BLOCK_TOKENS"]), dw) as split:
+            weight_grad.weight_grad[tiles, split.count](
+                grad, x, forward_mask, split.target,
+                tokens, d_out, d_in, grad.stride(0), x.stride(0), split.count,
+                N=n, M=m, PRECISION=_precision(x), **config.arguments(),
+            )  # fmt: skip
+
+    key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, dw.dtype)
+    space = configs.weight_grad_configs(m, x.element_size())
+    _run("weight_grad", key, space, launch, x)
+    return dw
+
+
+def low_rank_update(
+    y: Tensor, down: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """``Y + scale * down B^T`` with ``down = X A^T`` (..., r); in place if ``out`` is ``y``."""
+    result = y.new_empty(y.shape) if out is None else out
+    y, down, lora_b = _rows(y), _rows(down), _rows(lora_b)
+    (tokens, d_out), rank = y.shape, lora_b.shape[1]
+    if not tokens:
+        return result
+
+    def launch(config: Config, target: Tensor) -> None:
+        tiles = _cdiv(tokens, config["BLOCK_TOKENS"]) * _cdiv(d_out, config["BLOCK_OUT"])
+        low_rank.low_rank_update[(tiles,)](
+            y, down, lora_b, target, tokens, d_out, rank,
+            y.stride(0), down.stride(0), lora_b.stride(0), scale,
+            PRECISION=_precision(down), **config.arguments(),
+        )  # fmt: skip
+
+    trial = result if out is None else torch.empty_like(out)  # in place, tuning would add up
+    key = (racing.bucket(tokens), d_out, rank, y.dtype, down.dtype)
+    space = configs.low_rank_configs()
+    _run(
+        "low_rank_update", key, space,
+        lambda config: launch(config, result), y, lambda config: launch(config, trial),
+    )  # fmt: skip
+    return result
+
+
+# --- what they share -----------------------------------------------------------------------
+
+
+def _run(
+    kernel: str,
+    key: tuple[object, ...],
+    space: list[Config],
+    launch: Callable[[Config], None],
+    tensor: Tensor,
+    trial: Callable[[Config], None] | None = None,
+) -> None:
+    """Launch a kernel with the best configuration for ``key``, on the device of ``tensor``.
+
+    ``trial`` launches it for the sake of its time only, if ``launch`` may run just once.
+    """
+    device = tensor.device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        launch(tuning.best(kernel, key, space, trial or launch, device))
+
+
+class _Split:
+    """The target of a product whose sums are split over several programs, and their sum.
+
+    Attributes:
+        count: the parts; 1 if there are programs enough without splitting.
+        target: what the programs write: the result, or fp32 parts that leaving this context
+            adds up in it.
+    """
+
+    def __init__(self, config: Config, tiles: int, blocks: int, result: Tensor) -> None:
+        wanted = min(_cdiv(config.waves * _multiprocessors(result.device), tiles), _MOST_PARTS)
+        each = _cdiv(blocks, max(1, min(wanted, blocks)))
+        self.count = _cdiv(blocks, each)
+        self._result = result
+        self.target = (
+            result if self.count == 1
+            else result.new_empty(self.count, result.numel(), dtype=torch.float32)
+        )  # fmt: skip
+
+    def __enter__(self) -> "_Split":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self.count > 1:
+            length = self._result.numel()
+            reduce.add_up[(_cdiv(length, configs.REDUCE["BLOCK"]),)](
+                self.target, self._result, length, self.count, **configs.REDUCE.arguments()
+            )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted: any number, for splits to be tested
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(config: Config, d_out: int, d_in: int, m: int) -> tuple[int, int]:
+    return _cdiv(d_in // m, config["GROUPS"]), _cdiv(d_out, config["BLOCK_OUT"])
+
+
+def _dense_shape(values: Tensor, n: int, m: int) -> tuple[int, int]:
+    return values.shape[0], values.shape[1] * m // n
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As (rows, columns) with adjacent columns; a copy only if it must be."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _addressable(weight: Tensor) -> Tensor:
+    """A weight whose columns lie within 2^31 of their row's first: kernels count them in 32 bits,
+    and rows in 64."""
+    return weight if weight.stride(1) * weight.shape[1] < 2**31 else weight.contiguous()
+
+
+def _precision(tensor: Tensor) -> str:
+    """How fp32 operands are multiplied: in three TF32 products, whose sum is as good as fp32, or
+    in one, if PyTorch is told that TF32 will do. (Without tensor cores, "ieee", it takes hundreds
+    of spilled registers.)"""
+    exact = tensor.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "tf32x3" if exact else "tf32"
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)

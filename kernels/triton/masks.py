@@ -1,0 +1,98 @@
+"""The choice of the forward and the backward mask, packed as it is made."""
+
+import triton
+import triton.language as tl
+
+from slope_fx.kernels.triton.tiles import (
+    compress_planes,
+    expand_planes,
+    keep_top,
+    load_groups,
+    load_planes,
+    magnitude,
+    planes,
+    store_codes,
+    store_planes,
+    tile_of,
+)
+
+
+@triton.jit
+def magnitude_mask(
+    weight, bits, values,
+    d_out, d_in, row_stride, column_stride,
+    N: tl.constexpr, M: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The packed forward mask of a weight, and with ``VALUES`` its kept values too.
+
+    Naive counterpart: ``reference.magnitude_mask`` (and ``reference.compress``).
+
+    Traffic per weight of s bytes: reads s, writes 1/8, and s * N / M with ``VALUES``.
+    """
+    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
+    first = tl.program_id(0) * GROUPS
+    rows_within = row < d_out
+    columns = load_planes(
+        weight, row * row_stride, first * M, rows_within, d_in, column_stride, M, GROUPS
+    )
+    scores = ()
+    for j in tl.static_range(M):
+        scores = scores + (magnitude(columns[j]),)
+    group = first + tl.arange(0, GROUPS)[None, :]
+    code = tl.where(group < d_in // M, keep_top(scores, N), 0)
+    store_codes(bits, row, first, code, rows_within, d_in // M, M)
+    if VALUES:
+        kept = compress_planes(columns, code, N, M)
+        d_kept = d_in // M * N
+        store_planes(values, row * d_kept, first * N, kept, rows_within, d_kept)
+
+
+@triton.jit
+def backward_mask(
+    values, forward, bits,
+    d_out, d_in,
+    N: tl.constexpr, M: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The packed backward mask from the kept values: the groups are rebuilt in registers only.
+
+    Naive counterpart: ``reference.backward_mask``.
+
+    Traffic per weight of s bytes: reads s * N / M and 1/8, writes N / M / 8.
+    """
+    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
+    first = tl.program_id(0) * GROUPS
+    rows_within = row < d_out
+    kept, code, _, within = load_groups(
+        values, forward, forward, row, first, rows_within, d_in, N, M, False, GROUPS
+    )
+    # Pruned elements score below any kept one, a kept zero included. 16 bits hold the scores of
+    # 16-bit values as they are.
+    scores = ()
+    for i in tl.static_range(N):
+        scores = scores + (magnitude(kept[i]).to(kept[i].dtype),)
+    columns = expand_planes(scores, code, N, M)
+    marked = ()
+    for j in tl.static_range(M):
+        pruned = tl.full(code.shape, -1.0, tl.float32).to(columns[j].dtype)
+        marked = marked + (tl.where(((code >> j) & 1) == 1, columns[j], pruned),)
+    score = tile_of(marked)
+    # Groups of M consecutive rows, side by side.
+    C: tl.constexpr = GROUPS * M
+    grouped = tl.permute(tl.reshape(score, BLOCK_OUT // M, M, C), 0, 2, 1)
+    candidates = planes(tl.reshape(grouped, BLOCK_OUT // M, C * M), M)
+    wide = ()
+    for j in tl.static_range(M):
+        wide = wide + (candidates[j].to(tl.float32),)
+    chosen = keep_top(wide, N)
+    flags = ()
+    for j in tl.static_range(M):
+        flags = flags + (((chosen >> j) & 1).to(tl.int8),)
+    both = tl.permute(tl.reshape(tile_of(flags), BLOCK_OUT // M, C, M), 0, 2, 1)
+    twice = compress_planes(planes(tl.reshape(both, BLOCK_OUT, C), M), code, N, M)
+    packed = tl.zeros(code.shape, tl.int32)
+    for i in tl.static_range(N):
+        packed = packed | (twice[i].to(tl.int32) << i)
+    packed = tl.where(within, packed, 0)
+    store_codes(bits, row, first, packed, rows_within, d_in // M, N)

@@ -1,0 +1,323 @@
+"""What the kernels share: tiles of a weight, its groups as planes, its masks as codes.
+
+A *tile* is two-dimensional, (rows, columns). The groups of M consecutive columns of a tile are
+its M *planes*, each (rows, groups): plane j has element j of each group. What a group does to
+itself is then the same few instructions on whole planes, in registers, for any N:M. A *code* is
+a group's bits as an integer, lowest column in the lowest bit.
+
+A code with another number of bits than N comes from a mask that something wrote into. A kernel
+can't raise, so it puts NaN where such a group is used.
+"""
+
+import triton
+import triton.language as tl
+
+from slope_fx.kernels.triton import interpreted
+
+# A constant to the compiler, a number to the interpreter.
+_INTERPRETED: tl.constexpr = tl.constexpr(interpreted())
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """``total + a b``, summed in fp32."""
+    if _INTERPRETED:  # the interpreter multiplies no bf16; products of widened ones are the same
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def planes(tile, M: tl.constexpr):
+    """The M planes (rows, groups) of a tile (rows, groups * M); M a power of two."""
+    if M == 1:
+        return (tile,)
+    else:
+        even, odd = tl.split(tl.reshape(tile, tile.shape[0], tile.shape[1] // 2, 2))
+        return _alternate(planes(even, M // 2), planes(odd, M // 2))
+
+
+@triton.jit
+def _alternate(even, odd):
+    merged = ()
+    for i in tl.static_range(len(even)):
+        merged = merged + (even[i], odd[i])
+    return merged
+
+
+@triton.jit
+def tile_of(parts):
+    """The tile (rows, groups * M) of M planes (rows, groups); M a power of two."""
+    M: tl.constexpr = len(parts)
+    if M == 1:
+        return parts[0]
+    else:
+        even = ()
+        odd = ()
+        for i in tl.static_range(M // 2):
+            even = even + (parts[2 * i],)
+            odd = odd + (parts[2 * i + 1],)
+        pairs = tl.join(tile_of(even), tile_of(odd))
+        return tl.reshape(pairs, pairs.shape[0], pairs.shape[1] * 2)
+
+
+# --- codes ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_codes(
+    bits, row, first_group, rows_within, groups, W: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """The codes (rows, G) of W bits from packed rows; 0 where there is none.
+
+    Args:
+        bits: pointer to uint8.
+        row: (rows, 1): number of each row.
+        first_group: number of the tile's first group, a multiple of G.
+        rows_within: (rows, 1): which rows exist.
+        groups: how many a row has.
+        W: bits a code, at most 16.
+        G: groups a row of the tile.
+    """
+    row_bytes = (groups * W + 7) // 8
+    start = bits + row * row_bytes
+    group = first_group + tl.arange(0, G)[None, :]
+    if (W & (W - 1)) == 0 and (G * W) % 8 == 0:  # whole bytes, apart in registers
+        column = first_group * W // 8 + tl.arange(0, G * W // 8)[None, :]
+        byte = tl.load(start + column, mask=rows_within & (column < row_bytes), other=0)
+        return _codes_of(byte.to(tl.int32), W)
+    else:
+        first = group * W
+        byte = start + (first >> 3)
+        within = rows_within & (group < groups)
+        code = tl.load(byte, mask=within, other=0).to(tl.int32)
+        last = (first + W - 1) >> 3
+        for k in tl.static_range(1, (W + 6) // 8 + 1):
+            more = within & ((first >> 3) + k <= last)
+            code = code | (tl.load(byte + k, mask=more, other=0).to(tl.int32) << (8 * k))
+        return (code >> (first & 7)) & ((1 << W) - 1)
+
+
+@triton.jit
+def _codes_of(byte, W: tl.constexpr):
+    if W == 16:
+        low, high = planes(byte, 2)
+        return low | (high << 8)
+    else:
+        codes = ()
+        for k in tl.static_range(8 // W):
+            codes = codes + ((byte >> (k * W)) & ((1 << W) - 1),)
+        return tile_of(codes)
+
+
+@triton.jit
+def store_codes(bits, row, first_group, codes, rows_within, groups, W: tl.constexpr):
+    """Store codes (rows, G) of W bits each as packed bits; G a multiple of 8.
+
+    Args:
+        bits: pointer to uint8.
+        row: (rows, 1): number of each row.
+        first_group: number of the tile's first group, a multiple of 8.
+        codes: int32 or narrower, 0 for groups that don't exist.
+        rows_within: (rows, 1): which rows exist.
+        groups: how many a row has.
+        W: bits a code, at most 16.
+    """
+    of_8 = planes(codes, 8)
+    R: tl.constexpr = codes.shape[0]
+    B: tl.constexpr = codes.shape[1] // 8
+    row_bytes = (groups * W + 7) // 8
+    parts = ()
+    for k in tl.static_range(W):  # eight groups are W bytes
+        byte = tl.zeros((R, B), tl.int32)
+        for p in tl.static_range(8):
+            if p * W < 8 * k + 8 and p * W + W > 8 * k:
+                if p * W >= 8 * k:
+                    byte = byte | (of_8[p].to(tl.int32) << (p * W - 8 * k))
+                else:
+                    byte = byte | (of_8[p].to(tl.int32) >> (8 * k - p * W))
+        parts = parts + ((byte & 255).to(tl.uint8),)
+    store_planes(bits, row * row_bytes, (first_group // 8) * W, parts, rows_within, row_bytes)
+
+
+@triton.jit
+def slots(code, M: tl.constexpr):
+    """For each of the M columns of a group: which of its values it holds, or -1."""
+    result = ()
+    before = code * 0
+    for j in tl.static_range(M):
+        bit = (code >> j) & 1
+        result = result + (tl.where(bit == 1, before, -1),)
+        before += bit
+    return result
+
+
+@triton.jit
+def is_not(code, N: tl.constexpr, M: tl.constexpr):
+    """Whether a code has another number of bits than N."""
+    count = code * 0
+    for j in tl.static_range(M):
+        count += (code >> j) & 1
+    return count != N
+
+
+@triton.jit
+def told_of_bad_codes(parts, code, within, N: tl.constexpr, M: tl.constexpr):
+    """Planes with NaN in the first where a code within isn't N:M."""
+    nan = tl.full(code.shape, float("nan"), tl.float32).to(parts[0].dtype)
+    result = (tl.where(is_not(code, N, M) & within, nan, parts[0]),)
+    for i in tl.static_range(1, len(parts)):
+        result = result + (parts[i],)
+    return result
+
+
+# --- between values and groups -------------------------------------------------------------
+
+
+@triton.jit
+def expand_planes(values, code, N: tl.constexpr, M: tl.constexpr):
+    """The M planes of a group's columns from the N of its values; zeros where pruned."""
+    slot = slots(code, M)
+    result = ()
+    for j in tl.static_range(M):
+        column = tl.zeros(code.shape, values[0].dtype)
+        for i in tl.static_range(N):
+            if i <= j and i >= N - (M - j):
+                column = tl.where(slot[j] == i, values[i], column)
+        result = result + (column,)
+    return result
+
+
+@triton.jit
+def compress_planes(columns, code, N: tl.constexpr, M: tl.constexpr):
+    """The N planes of a group's values from the M of its columns."""
+    slot = slots(code, M)
+    result = ()
+    for i in tl.static_range(N):
+        value = tl.zeros(code.shape, columns[0].dtype)
+        for j in tl.static_range(M):
+            if i <= j and i >= N - (M - j):
+                value = tl.where(slot[j] == i, columns[j], value)
+        result = result + (value,)
+    return result
+
+
+@triton.jit
+def keep_top(scores, N: tl.constexpr):
+    """The code of the N largest of each group's scores; ties go to the lower column.
+
+    An element's rank is the number of elements that beat it: M (M - 1) / 2 comparisons, as the
+    compiler finds that each is wanted twice. No score is NaN.
+    """
+    M: tl.constexpr = len(scores)
+    code = tl.zeros(scores[0].shape, tl.int32)
+    for i in tl.static_range(M):
+        rank = tl.zeros(scores[0].shape, tl.int32)
+        for j in tl.static_range(M):
+            if j < i:
+                rank += (scores[j] >= scores[i]).to(tl.int32)
+            if j > i:
+                rank += 1 - (scores[i] >= scores[j]).to(tl.int32)
+        code = code | ((rank < N).to(tl.int32) << i)
+    return code
+
+
+@triton.jit
+def magnitude(x):
+    """|x| in fp32, NaN as infinity."""
+    size = tl.abs(x.to(tl.float32))
+    return tl.where(size == size, size, float("inf"))
+
+
+@triton.jit
+def load_groups(
+    values, forward, backward, row, first, rows_within, d_in,
+    N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Values, forward and backward code, and whether they exist, of groups of some rows.
+
+    Args:
+        values, forward, backward: pointers to a compressed weight.
+        row: (rows, 1): number of each row.
+        first: number of the first group, a multiple of GROUPS.
+        rows_within: (rows, 1): which rows exist.
+        d_in: columns of the dense weight.
+        TWICE: whether the backward mask is read, and the values it drops set to zero.
+    """
+    groups = d_in // M
+    group = first + tl.arange(0, GROUPS)[None, :]
+    within = rows_within & (group < groups)
+    kept = load_planes(values, row * (groups * N), first * N, rows_within, groups * N, 1, N, GROUPS)
+    code = load_codes(forward, row, first, rows_within, groups, M, GROUPS)
+    twice = code
+    if TWICE:
+        twice = load_codes(backward, row, first, rows_within, groups, N, GROUPS)
+        kept = _masked(kept, twice)
+    return kept, code, twice, within
+
+
+@triton.jit
+def _masked(parts, code):
+    result = ()
+    for i in tl.static_range(len(parts)):
+        zero = tl.zeros(code.shape, parts[i].dtype)
+        result = result + (tl.where(((code >> i) & 1) == 1, parts[i], zero),)
+    return result
+
+
+@triton.jit
+def load_tile(
+    values, forward, backward, row, first, rows_within, d_in,
+    N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The dense tile (rows, GROUPS * M) of a compressed weight, rebuilt in registers."""
+    kept, code, _, within = load_groups(
+        values, forward, backward, row, first, rows_within, d_in, N, M, TWICE, GROUPS
+    )
+    columns = expand_planes(kept, code, N, M)
+    return tile_of(told_of_bad_codes(columns, code, within, N, M))
+
+
+# --- memory --------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_planes(pointer, row, first, rows_within, length, stride, N: tl.constexpr, G: tl.constexpr):
+    """The N planes of G groups of N elements, from ``first`` on; zeros past ``length``.
+
+    Args:
+        pointer: to the elements.
+        row: (rows, 1): offset of each row.
+        first: number of the first element in its row.
+        rows_within: (rows, 1): which rows exist.
+        length: elements a row has.
+        stride: between them.
+        N, G: elements a group, groups a row of the tile.
+    """
+    if (N & (N - 1)) == 0:  # one run of memory, then apart in registers
+        column = first + tl.arange(0, G * N)[None, :]
+        within = rows_within & (column < length)
+        tile = tl.load(pointer + row + column * stride, mask=within, other=0)
+        return planes(tile, N)
+    else:
+        result = ()
+        for i in tl.static_range(N):
+            column = first + tl.arange(0, G)[None, :] * N + i
+            within = rows_within & (column < length)
+            part = tl.load(pointer + row + column * stride, mask=within, other=0)
+            result = result + (part,)
+        return result
+
+
+@triton.jit
+def store_planes(pointer, row, first, parts, rows_within, length):
+    """Store planes as :func:`load_planes` loads them, elements side by side."""
+    N: tl.constexpr = len(parts)
+    G: tl.constexpr = parts[0].shape[1]
+    if (N & (N - 1)) == 0:
+        column = first + tl.arange(0, G * N)[None, :]
+        tl.store(pointer + row + column, tile_of(parts), mask=rows_within & (column < length))
+    else:
+        for i in tl.static_range(N):
+            column = first + tl.arange(0, G)[None, :] * N + i
+            tl.store(pointer + row + column, parts[i], mask=rows_within & (column < length))

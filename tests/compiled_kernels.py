@@ -1,0 +1,188 @@
+"""Every Triton kernel, in every configuration, compiled for every architecture: no GPU needed.
+
+``python tests/compiled_kernels.py --write`` makes ``compiled_kernels.json`` anew, the table that
+``test_triton_compiled.py`` holds what the compiler makes now against. Run without
+``TRITON_INTERPRET``, which would replace the kernels by something to interpret.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from slope_fx.kernels.triton import configs, linear, low_rank, masks, reduce, weight_grad, weights
+from slope_fx.kernels.triton.configs import Config
+
+TABLE = Path(__file__).with_name("compiled_kernels.json")
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+FLAGS = {
+    "magnitude_mask": [{"VALUES": True}],
+    "expand": [{"TWICE": False}, {"TWICE": True}],
+    "linear": [{"BIAS": True, "ADAPTER": False}, {"BIAS": True, "ADAPTER": True}],
+}
+"""What a kernel can be asked for besides its pattern, the usual first."""
+
+DOTS = ("linear", "input_grad", "weight_grad", "low_rank_update")
+BYTES = ("bits", "forward", "backward")
+FLOATS = ("partial",)
+POINTERS = (
+    *BYTES, *FLOATS, "weight", "values", "dense", "transposed", "x", "y", "grad", "dx", "dw",
+    "bias", "down", "lora_b", "result",
+)  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """A kernel as it is compiled: what the table has a row for."""
+
+    kernel: str
+    dtype: str
+    n: int
+    m: int
+    flags: tuple[tuple[str, bool], ...]
+    config: Config
+    arch: int
+
+    @property
+    def row(self) -> str:
+        flags = "".join(f" {name.lower()}" for name, on in self.flags if on)
+        return (
+            f"{self.kernel} {self.dtype} {self.n}:{self.m}{flags} [{self.config.name}] "
+            f"sm_{self.arch}"
+        )
+
+
+KERNELS = {
+    "magnitude_mask": masks.magnitude_mask,
+    "backward_mask": masks.backward_mask,
+    "expand": weights.expand,
+    "compress": weights.compress,
+    "transpose": weights.transpose,
+    "linear": linear.linear,
+    "input_grad": linear.input_grad,
+    "weight_grad": weight_grad.weight_grad,
+    "low_rank_update": low_rank.low_rank_update,
+    "add_up": reduce.add_up,
+}
+
+
+def spaces(kernel: str, m: int, itemsize: int) -> list[Config]:
+    """All configurations that a kernel may run with, for any number of tokens."""
+    tokens = (1, 32, 64, 4096)
+    return list(dict.fromkeys({
+        "magnitude_mask": lambda: configs.mask_configs(m),
+        "backward_mask": lambda: configs.backward_mask_configs(m),
+        "expand": lambda: configs.copy_configs(m),
+        "compress": lambda: configs.copy_configs(m),
+        "transpose": lambda: configs.transpose_configs(m),
+        "linear": lambda: [c for t in tokens for c in configs.linear_configs(m, t, itemsize)],
+        "input_grad": lambda: [
+            c for t in tokens for c in configs.input_grad_configs(m, t, itemsize)
+        ],
+        "weight_grad": lambda: configs.weight_grad_configs(m, itemsize),
+        "low_rank_update": lambda: configs.low_rank_configs(),
+        "add_up": lambda: [configs.REDUCE],
+    }[kernel]()))  # fmt: skip
+
+
+def variants() -> Iterator[Variant]:
+    """All rows: every configuration at 2:4 in bf16, for every architecture; in the other dtypes
+    and patterns, and with what else a kernel can be asked for, the usual ones."""
+    for kernel in KERNELS:
+        usual, *others = (tuple(flags.items()) for flags in FLAGS.get(kernel, [{}]))
+        for arch in ARCHITECTURES:
+            for config in spaces(kernel, 4, 2):
+                yield Variant(kernel, "bf16", 2, 4, usual, config, arch)
+            for flags in others:
+                for config in spaces(kernel, 4, 2)[::4]:
+                    yield Variant(kernel, "bf16", 2, 4, flags, config, arch)
+            for dtype in ("fp16", "fp32"):
+                for config in spaces(kernel, 4, SIZES[dtype])[::4]:
+                    yield Variant(kernel, dtype, 2, 4, usual, config, arch)
+        if kernel not in ("low_rank_update", "add_up"):
+            for n, m in ((1, 2), (2, 8), (3, 8), (8, 16)):
+                yield Variant(kernel, "bf16", n, m, usual, spaces(kernel, m, 2)[0], 90)
+
+
+def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
+    """A row of the table: registers, bytes of stack (spills) and of shared memory, instruction."""
+    kernel = KERNELS[variant.kernel]
+    constants: dict[str, Any] = {"column_stride": 1}
+    constants |= {"N": variant.n, "M": variant.m, **dict(variant.flags)}
+    constants |= dict(variant.config.blocks)
+    constants["PRECISION"] = "tf32x3" if variant.dtype == "fp32" else "tf32"
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            kind = "u8" if name in BYTES else "fp32" if name in FLOATS else variant.dtype
+            signature[name] = f"*{kind}" if name in POINTERS else "i32"
+            if name not in ("tokens", "parts", "rank"):  # as sizes of layers are
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
+    usage = resources(binary.asm["cubin"])
+    usage["shared"] = max(usage["shared"], binary.metadata.shared)
+    text = binary.asm["ptx"]
+    found = re.search(r"tcgen05\.mma|wgmma\.mma_async|mma\.sync", text)
+    usage["mma"] = found[0] if found else ""
+    return variant.row, usage
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the assembler says of a kernel's registers, stack and static shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / "cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, shared = (
+        int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "SHARED")
+    )
+    return {"registers": registers, "stack": stack, "shared": shared}
+
+
+def table(architectures: Iterable[int] = ARCHITECTURES, workers: int = 1) -> dict[str, Any]:
+    """The rows of some architectures, with the compiler's version."""
+    wanted = [variant for variant in variants() if variant.arch in architectures]
+    if workers == 1:
+        return {"triton": triton.__version__, "rows": dict(map(compiled, wanted))}
+    with ProcessPoolExecutor(workers) as pool:
+        rows = dict(pool.map(compiled, wanted, chunksize=4))
+    return {"triton": triton.__version__, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, not stdout")
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    args = parser.parse_args()
+    # A row a line, for diffs that can be read.
+    made = table(args.arch, workers=(os.cpu_count() or 1) if args.write else 1)
+    rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in made["rows"].items())
+    text = f'{{"triton": {json.dumps(made["triton"])}, "rows": {{\n{rows}\n}}}}\n'
+    if args.write:
+        TABLE.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
