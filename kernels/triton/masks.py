@@ -67,25 +67,16 @@ def backward_mask(
     kept, code, _, within = load_groups(
         values, forward, forward, row, first, rows_within, d_in, N, M, False, GROUPS
     )
-    # Pruned elements score below any kept one, a kept zero included. 16 bits hold the scores of
-    # 16-bit values as they are.
     scores = ()
     for i in tl.static_range(N):
-        scores = scores + (magnitude(kept[i]).to(kept[i].dtype),)
-    columns = expand_planes(scores, code, N, M)
-    marked = ()
-    for j in tl.static_range(M):
-        pruned = tl.full(code.shape, -1.0, tl.float32).to(columns[j].dtype)
-        marked = marked + (tl.where(((code >> j) & 1) == 1, columns[j], pruned),)
-    score = tile_of(marked)
+        scores = scores + (magnitude(kept[i]),)
+    # Pruned elements score below any kept one, a kept zero included.
+    score = tile_of(expand_planes(scores, code, N, M, -1))
     # Groups of M consecutive rows, side by side.
     C: tl.constexpr = GROUPS * M
     grouped = tl.permute(tl.reshape(score, BLOCK_OUT // M, M, C), 0, 2, 1)
     candidates = planes(tl.reshape(grouped, BLOCK_OUT // M, C * M), M)
-    wide = ()
-    for j in tl.static_range(M):
-        wide = wide + (candidates[j].to(tl.float32),)
-    chosen = keep_top(wide, N)
+    chosen = keep_top(candidates, N)
     flags = ()
     for j in tl.static_range(M):
         flags = flags + (((chosen >> j) & 1).to(tl.int8),)

@@ -155,10 +155,13 @@ def slots(code, M: tl.constexpr):
 @triton.jit
 def is_not(code, N: tl.constexpr, M: tl.constexpr):
     """Whether a code has another number of bits than N."""
-    count = code * 0
-    for j in tl.static_range(M):
-        count += (code >> j) & 1
-    return count != N
+    if N == 2 and M == 4:
+        return ((0b0001011001101000 >> code) & 1) == 0  # a bit for each of the six that have two
+    else:
+        count = code * 0
+        for j in tl.static_range(M):
+            count += (code >> j) & 1
+        return count != N
 
 
 @triton.jit
@@ -175,31 +178,54 @@ def told_of_bad_codes(parts, code, within, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def expand_planes(values, code, N: tl.constexpr, M: tl.constexpr):
-    """The M planes of a group's columns from the N of its values; zeros where pruned."""
-    slot = slots(code, M)
-    result = ()
-    for j in tl.static_range(M):
-        column = tl.zeros(code.shape, values[0].dtype)
-        for i in tl.static_range(N):
-            if i <= j and i >= N - (M - j):
-                column = tl.where(slot[j] == i, values[i], column)
-        result = result + (column,)
-    return result
+def expand_planes(values, code, N: tl.constexpr, M: tl.constexpr, PRUNED: tl.constexpr = 0):
+    """The M planes of a group's columns from the N of its values; PRUNED where there is none."""
+    if PRUNED == 0:
+        pruned = tl.zeros(code.shape, values[0].dtype)
+    else:
+        pruned = tl.full(code.shape, PRUNED, values[0].dtype)
+    if N == 2 and M == 4:  # the first two columns tell the place of each, and so do the last two
+        a, b, c, d = _bits_of_4(code)
+        return (
+            tl.where(a, values[0], pruned),
+            tl.where(b, tl.where(a, values[1], values[0]), pruned),
+            tl.where(c, tl.where(d, values[0], values[1]), pruned),
+            tl.where(d, values[1], pruned),
+        )
+    else:
+        slot = slots(code, M)
+        result = ()
+        for j in tl.static_range(M):
+            column = pruned
+            for i in tl.static_range(N):
+                if i <= j and i >= N - (M - j):
+                    column = tl.where(slot[j] == i, values[i], column)
+            result = result + (column,)
+        return result
 
 
 @triton.jit
 def compress_planes(columns, code, N: tl.constexpr, M: tl.constexpr):
     """The N planes of a group's values from the M of its columns."""
-    slot = slots(code, M)
-    result = ()
-    for i in tl.static_range(N):
-        value = tl.zeros(code.shape, columns[0].dtype)
-        for j in tl.static_range(M):
-            if i <= j and i >= N - (M - j):
-                value = tl.where(slot[j] == i, columns[j], value)
-        result = result + (value,)
-    return result
+    if N == 2 and M == 4:
+        a, b, c, d = _bits_of_4(code)
+        first = tl.where(a, columns[0], tl.where(b, columns[1], columns[2]))
+        return first, tl.where(d, columns[3], tl.where(c, columns[2], columns[1]))
+    else:
+        slot = slots(code, M)
+        result = ()
+        for i in tl.static_range(N):
+            value = tl.zeros(code.shape, columns[0].dtype)
+            for j in tl.static_range(M):
+                if i <= j and i >= N - (M - j):
+                    value = tl.where(slot[j] == i, columns[j], value)
+            result = result + (value,)
+        return result
+
+
+@triton.jit
+def _bits_of_4(code):
+    return (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
 
 
 @triton.jit
@@ -207,26 +233,44 @@ def keep_top(scores, N: tl.constexpr):
     """The code of the N largest of each group's scores; ties go to the lower column.
 
     An element's rank is the number of elements that beat it: M (M - 1) / 2 comparisons, as the
-    compiler finds that each is wanted twice. No score is NaN.
+    compiler finds that each is wanted twice. At 2:4 the kept ones are those that win two of their
+    three, without any adding up.
     """
     M: tl.constexpr = len(scores)
     code = tl.zeros(scores[0].shape, tl.int32)
-    for i in tl.static_range(M):
-        rank = tl.zeros(scores[0].shape, tl.int32)
-        for j in tl.static_range(M):
-            if j < i:
-                rank += (scores[j] >= scores[i]).to(tl.int32)
-            if j > i:
-                rank += 1 - (scores[i] >= scores[j]).to(tl.int32)
-        code = code | ((rank < N).to(tl.int32) << i)
+    if N == 2 and M == 4:
+        ab, ac, ad = scores[0] >= scores[1], scores[0] >= scores[2], scores[0] >= scores[3]
+        bc, bd, cd = scores[1] >= scores[2], scores[1] >= scores[3], scores[2] >= scores[3]
+        code = tl.where(_two_of(ab, ac, ad), 1, 0)
+        code = code | tl.where(_two_of(~ab, bc, bd), 2, 0)
+        code = code | tl.where(_two_of(~ac, ~bc, cd), 4, 0)
+        code = code | tl.where(_two_of(~ad, ~bd, ~cd), 8, 0)
+    else:
+        for i in tl.static_range(M):
+            rank = tl.zeros(scores[0].shape, tl.int32)
+            for j in tl.static_range(M):
+                if j < i:
+                    rank += (scores[j] >= scores[i]).to(tl.int32)
+                if j > i:
+                    rank += 1 - (scores[i] >= scores[j]).to(tl.int32)
+            code = code | ((rank < N).to(tl.int32) << i)
     return code
 
 
 @triton.jit
+def _two_of(a, b, c):
+    return (a & b) | (c & (a | b))
+
+
+@triton.jit
 def magnitude(x):
-    """|x| in fp32, NaN as infinity."""
-    size = tl.abs(x.to(tl.float32))
-    return tl.where(size == size, size, float("inf"))
+    """An integer of the width of ``x`` that orders as |x| does, NaN as infinity; at least 0."""
+    if x.dtype == tl.float32:
+        return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
+    elif x.dtype == tl.bfloat16:
+        return tl.minimum(x.to(tl.int16, bitcast=True) & 0x7FFF, 0x7F80).to(tl.int16)
+    else:
+        return tl.minimum(x.to(tl.int16, bitcast=True) & 0x7FFF, 0x7C00).to(tl.int16)
 
 
 @triton.jit

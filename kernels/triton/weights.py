@@ -90,30 +90,19 @@ def transpose(
     kept, code, twice, within = load_groups(
         values, forward, backward, row, first, rows_within, d_in, N, M, True, GROUPS
     )
-    flags = ()
+    # Through shared memory go the values' bits alone: all ones, a NaN that no value is given,
+    # stand for what isn't kept.
+    marked = ()
+    bad = is_not(code, N, M) & within
     for i in tl.static_range(N):
-        flags = flags + (((twice >> i) & 1).to(tl.int8),)
-    columns = told_of_bad_codes(expand_planes(kept, code, N, M), code, within, N, M)
-    weight = tl.trans(tile_of(columns))
-    kept_columns = expand_planes(flags, code, N, M)
-    bad = (is_not(code, N, M) & within).to(tl.int8)  # its NaN must not be dropped
-    marked = (kept_columns[0] | bad,)
-    for j in tl.static_range(1, M):
-        marked = marked + (kept_columns[j],)
-    is_kept = tl.trans(tile_of(marked))
+        marked = marked + (_marked(kept[i], ((twice >> i) & 1) == 1, bad),)
+    tile = tl.trans(tile_of(expand_planes(marked, code, N, M, -1)))
 
-    outputs = planes(weight, M)
-    marks = planes(is_kept, M)
-    count = tl.zeros(marks[0].shape, tl.int32)
+    outputs = planes(tile, M)
+    code_of_kept = tl.zeros(outputs[0].shape, tl.int32)
     for j in tl.static_range(M):
-        count += marks[j].to(tl.int32)
-    to_fill = N - count
-    full = tl.zeros(marks[0].shape, tl.int32)
-    for j in tl.static_range(M):
-        mark = marks[j].to(tl.int32)
-        fill = (mark == 0) & (to_fill > 0)
-        to_fill -= fill.to(tl.int32)
-        full = full | ((mark | fill.to(tl.int32)) << j)
+        code_of_kept = code_of_kept | tl.where(outputs[j] != -1, 1 << j, 0)
+    full = _filled(code_of_kept, N, M)
 
     column = (first * M).to(tl.int64) + tl.arange(0, GROUPS * M)[:, None]
     columns_within = column < d_in
@@ -121,9 +110,44 @@ def transpose(
     exists = out_group + tl.arange(0, BLOCK_OUT // M)[None, :] < d_out // M
     full = tl.where(exists, full, 0)
     d_kept_out = d_out // M * N
-    results = compress_planes(outputs, full, N, M)
-    results = told_of_bad_codes(results, full, exists & columns_within, N, M)
-    store_planes(
-        transposed, column * d_kept_out, out_group * N, results, columns_within, d_kept_out
-    )
+    kept_bits = compress_planes(outputs, full, N, M)
+    stored = ()
+    for i in tl.static_range(N):
+        value = tl.where(kept_bits[i] == -1, 0, kept_bits[i])
+        stored = stored + (value.to(values.dtype.element_ty, bitcast=True),)
+    stored = told_of_bad_codes(stored, full, exists & columns_within, N, M)
+    store_planes(transposed, column * d_kept_out, out_group * N, stored, columns_within, d_kept_out)
     store_codes(bits, column, out_group, full, columns_within, d_out // M, M)
+
+
+@triton.jit
+def _marked(part, is_kept, bad):
+    """The bits of values as integers; -1, all ones, for what isn't kept; NaN in bad groups."""
+    if part.dtype == tl.float32:
+        bits = part.to(tl.int32, bitcast=True)
+        quiet: tl.constexpr = 0x7FFFFFFF
+    else:
+        bits = part.to(tl.int16, bitcast=True)
+        quiet: tl.constexpr = 0x7FFF
+    nan = tl.full(part.shape, quiet, bits.dtype)
+    nothing = tl.full(part.shape, -1, bits.dtype)
+    bits = tl.where((bits == -1) | bad, nan, bits)
+    return tl.where(is_kept | bad, bits, nothing)
+
+
+@triton.jit
+def _filled(code, N: tl.constexpr, M: tl.constexpr):
+    """Codes of up to N bits filled up to N, from the lowest free place on."""
+    if N == 2 and M == 4:
+        missing = tl.where(code <= 1, 3, 1)
+        return tl.where((code & (code - 1)) == 0, code | missing, code)
+    else:
+        to_fill = tl.zeros(code.shape, tl.int32) + N
+        for j in tl.static_range(M):
+            to_fill -= (code >> j) & 1
+        full = code
+        for j in tl.static_range(M):
+            fill = (((code >> j) & 1) == 0) & (to_fill > 0)
+            to_fill -= fill.to(tl.int32)
+            full = full | tl.where(fill, 1 << j, 0)
+        return full
