@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train train-dense test lint format bench readme clean
+.PHONY: help install train train-dense test lint format bench gpu readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,9 +42,17 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; under
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/memory.py
 
+# On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
+gpu: ## CUDA tests and GPU benchmarks into one file, with your python3's PyTorch; nine minutes at most
+	mkdir -p build && rm -f build/gpu-tests.xml
+	-PYTHONPATH=. timeout 220 $(PYTHON) -m pytest -n 8 --junitxml build/gpu-tests.xml \
+		tests/test_triton_engine.py tests/test_cuda.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 240 --tests build/gpu-tests.xml
+
 readme: $(INSTALLED) ## write the README's table and figures, and docs/results.md, from the committed results
 	$(BIN)/python docs/make_readme.py
 	$(BIN)/python docs/make_results.py
+	$(BIN)/python docs/make_gpu.py
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info

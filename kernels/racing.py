@@ -109,7 +109,7 @@ def race(runs: Runs, device: torch.device) -> tuple[dict[str, float], bool]:
     the race goes on for a while if its runs differ much.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    timed = _cuda_timer(device) if device.type == "cuda" else _cpu_timed
+    timed = timer(device)
     for thunk in runs.values():
         thunk()
     started = time.perf_counter()
@@ -126,6 +126,11 @@ def race(runs: Runs, device: torch.device) -> tuple[dict[str, float], bool]:
         if turn >= 2 and spent > (_SECONDS if quiet else _PATIENCE):
             break
     return best, quiet
+
+
+def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    """What runs a thunk and returns the seconds that it took on ``device``."""
+    return _cuda_timer(device) if device.type == "cuda" else _cpu_timed
 
 
 def _cpu_timed(thunk: Callable[[], Any]) -> float:

@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, settings
 
 # The suite runs on the CPU engine, whatever a measurement on a busy machine would choose, and
 # away from the user's cache. Tests of the choice itself say otherwise.
-os.environ["SLOPE_FX_ENGINES"] = "cpu"
+ON_GPU = torch.cuda.is_available()
+os.environ["SLOPE_FX_ENGINES"] = "cpu,triton" if ON_GPU else "cpu"
 os.environ["SLOPE_FX_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "cache")
 
 # Triton's kernels run in its interpreter where there is no GPU. They see this when they are
 # imported; the tests of what the compiler makes of them run in processes without it.
-if not torch.cuda.is_available():
+if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(

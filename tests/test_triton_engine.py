@@ -19,7 +19,7 @@ import models
 import slope_fx
 from oracle import DenseOracle, assert_same, assert_within_rounding
 from slope_fx.kernels import ENGINES, reference, triton
-from slope_fx.kernels.triton import configs, launch, tuning
+from slope_fx.kernels.triton import configs, launch, traffic, tuning
 from slope_fx.patterns import Pattern
 from strategies import normal, patterns, seeds, weights
 
@@ -28,7 +28,9 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(DTYPES)
 # The fast path as often as all the others together; groups of 16 take the interpreter seconds.
-common = st.one_of(st.just(Pattern(2, 4)), patterns) if not ON_GPU else patterns
+# On a GPU each pattern is compiled, a second a kernel, so there a few stand for all.
+few = st.sampled_from([Pattern(*pair) for pair in ((2, 4), (1, 2), (2, 8), (3, 8), (8, 16))])
+common = few if ON_GPU else st.one_of(st.just(Pattern(2, 4)), patterns)
 numbers = st.integers(0, 3)
 tokens = st.sampled_from([1, 2, 7, 16, 17, 33, 65, 130])
 pytestmark = pytest.mark.skipif(
@@ -303,6 +305,83 @@ def test_offsets_past_32_bits():
     wide = storage.as_strided((2, m), (1, apart // (m - 1)))
     wide.copy_(weight[:2, :m])
     assert_same(triton.magnitude_mask(wide, n, m), triton.magnitude_mask(weight[:2, :m], n, m))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter counts")
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "2:8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
+    """Every byte that a kernel loads or stores, counted, for whole tiles."""
+    from triton.runtime import interpreter
+
+    counted = [0, 0]
+    loaded = interpreter.InterpreterBuilder.create_masked_load
+    stored = interpreter.InterpreterBuilder.create_masked_store
+
+    def load(self, pointers, mask, *more):
+        counted[0] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return loaded(self, pointers, mask, *more)
+
+    def store(self, pointers, value, mask, *more):
+        counted[1] += int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+        return stored(self, pointers, value, mask, *more)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
+    n, m = Pattern.parse(pattern).n, Pattern.parse(pattern).m
+    d_out, d_in = 64, 128
+    weight = normal((d_out, d_in), 0, dtype)
+    values, forward = triton.prune(weight, n, m)
+    backward = triton.backward_mask(values, forward, n, m)
+    x, grad = normal((1, d_in), 1, dtype), normal((1, d_out), 2, dtype)
+    calls = {
+        "magnitude_mask": (triton.magnitude_mask, weight, n, m),
+        "prune": (triton.prune, weight, n, m),
+        "backward_mask": (triton.backward_mask, values, forward, n, m),
+        "expand": (triton.expand, values, forward, n, m),
+        "expand_twice_pruned": (triton.expand_twice_pruned, values, forward, backward, n, m),
+        "compress": (triton.compress, weight, forward, n, m),
+        "transpose": (triton.transpose, values, forward, backward, n, m),
+        "linear": (triton.sparse_linear, x, values, forward, None, n, m),
+        "input_grad": (triton.sparse_input_grad, grad, values, forward, backward, n, m),
+        "weight_grad": (triton.sparse_weight_grad, grad, x, forward, n, m),
+    }
+    # One program for the products, so that no input is read twice and no sum is split.
+    whole = configs.Config(
+        (("BLOCK_OUT", d_out), ("BLOCK_TOKENS", 16), ("GROUPS", d_in // m), ("BLOCK_RANK", 16)), 4
+    )
+
+    def best(kernel, key, space, run, device):
+        names = [name for name, _ in space[0].blocks]
+        blocks = tuple((name, size) for name, size in whole.blocks if name in names)
+        return dataclasses.replace(whole, blocks=blocks)
+
+    monkeypatch.setattr(tuning, "best", best)
+    besides = {  # inputs read, outputs written
+        "linear": (x, grad), "input_grad": (grad, x), "weight_grad": ((x, grad), ()),
+    }  # fmt: skip
+    for kernel, (operation, *arguments) in calls.items():
+        counted[:] = 0, 0
+        operation(*arguments)
+        for side, tensors in enumerate(besides.get(kernel, ((), ()))):
+            tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+            counted[side] -= sum(t.nbytes for t in tensors)
+        paper = traffic.bytes_per_weight(kernel, dtype.itemsize, n, m)
+        assert tuple(counted) == tuple(each * d_out * d_in for each in paper), kernel
+
+
+@pytest.mark.skipif(ON_GPU, reason="test_cuda.py does this, and under a sanitizer")
+def test_the_sanitizers_script_launches_every_configuration():
+    import compiled_kernels
+    import launch_kernels
+
+    launched = launch_kernels.launch_all(DEVICE, (3, 5), patterns=((2, 4),))
+    assert launched == {
+        (kernel, config.name)
+        for kernel in compiled_kernels.KERNELS
+        for config in compiled_kernels.spaces(kernel, 4, 2)
+        if kernel != "add_up"  # which has one, and comes after those that split
+    }
 
 
 def test_no_tokens():

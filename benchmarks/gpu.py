@@ -1,0 +1,364 @@
+"""The Triton engine on a GPU: kernels, products, decoding, a transformer block; one file.
+
+Every operation is held against its floor (the bytes it must move at the speed of a large copy,
+or its operations at the speed of a large dense product, both measured first) and against the
+dense product of the vendor; a block against ``torch.compile`` of the dense one. Results are
+checked before anything is timed. Runs take turns, each with a cold L2 cache; medians.
+
+    python benchmarks/gpu.py                  # about five minutes on one GPU
+    python benchmarks/gpu.py --device cpu     # tiny, in Triton's interpreter: does it still run?
+"""
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from common import agree, compare, parser, write
+from shapes import MODELS, shapes
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+import slope_fx
+from slope_fx.kernels import dense as plain
+from slope_fx.kernels import racing, triton
+from slope_fx.kernels.packing import unpack
+from slope_fx.kernels.selection import ENGINES
+from slope_fx.kernels.triton.traffic import bytes_per_weight
+
+N, M = 2, 4
+DTYPE = torch.bfloat16
+DECODING_TOKENS = (1, 4, 16, 64)
+BLOCKS = ("OPT-6.6B", "LLaMA-3-8B", "OPT-13B")
+"""The blocks, the most telling first, until time is up."""
+
+Runs = dict[str, Callable[[], Any]]
+
+
+class Bench:
+    """A device, its timer, its limits, and the time that may be spent."""
+
+    def __init__(self, device: torch.device, seconds: float, rounds: int) -> None:
+        self.device = device
+        self.rounds = rounds
+        self.until = time.monotonic() + seconds
+        self.timed = racing.timer(device)
+        self.left_out: list[str] = []
+        on_gpu = device.type == "cuda"
+        self.bytes_per_second = self._copy(2**30 if on_gpu else 2**20)
+        self.flops_per_second = self._product(8192 if on_gpu else 256)
+
+    def _copy(self, size: int) -> float:
+        source = torch.empty(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * size / self.medians({"": lambda: target.copy_(source)})[""]
+
+    def _product(self, width: int) -> float:
+        a, b = self.normal(width, width), self.normal(width, width)
+        return 2 * width**3 / self.medians({"": lambda: a @ b})[""]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=DTYPE)
+
+    def seconds(self, runs: Runs) -> dict[str, list[float]]:
+        """Of each run, in turns, after one turn that isn't counted."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(self.rounds + 1):
+            for name, run in runs.items():
+                spent = self.timed(run)
+                if turn:
+                    times[name].append(spent)
+        return times
+
+    def medians(self, runs: Runs) -> dict[str, float]:
+        return {name: statistics.median(times) for name, times in self.seconds(runs).items()}
+
+    def in_time(self, what: str) -> bool:
+        """Whether there is time for one more; if not, it is noted."""
+        if time.monotonic() < self.until:
+            return True
+        self.left_out.append(what)
+        return False
+
+
+def layer(bench: Bench, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A dense weight, and the same compressed: values and both masks."""
+    weight = bench.normal(d_out, d_in)
+    values, forward = triton.prune(weight, N, M)
+    return weight, values, forward, triton.backward_mask(values, forward, N, M)
+
+
+def kernels(bench: Bench, d_in: int, d_out: int) -> Iterator[dict[str, Any]]:
+    """What is bound by memory: seconds, and the part of a copy's bandwidth that it reaches."""
+    if not bench.in_time(f"kernels {d_in} to {d_out}"):
+        return
+    weight, values, forward, backward = layer(bench, d_in, d_out)
+    some = slice(0, 16 * M)  # rows, for the check
+    want = plain.magnitude_mask(weight[some], N, M)
+    _same(forward[some], want, "magnitude_mask")
+    _same(values[some], plain.compress(weight[some], want, N, M), "compress")
+    _same(backward[some], plain.backward_mask(values[some], want, N, M), "backward_mask")
+    dense = triton.expand(values, forward, N, M)
+    _same(dense[some], plain.expand(values[some], want, N, M), "expand")
+    turned, bits = triton.transpose(values, forward, backward, N, M)
+    twice = triton.expand_twice_pruned(values, forward, backward, N, M)
+    _same(triton.expand(turned, bits, N, M).t(), twice, "transpose")
+    runs: Runs = {
+        "magnitude_mask": lambda: triton.magnitude_mask(weight, N, M),
+        "prune": lambda: triton.prune(weight, N, M),
+        "backward_mask": lambda: triton.backward_mask(values, forward, N, M),
+        "compress": lambda: triton.compress(weight, forward, N, M),
+        "expand": lambda: triton.expand(values, forward, N, M),
+        "transpose": lambda: triton.transpose(values, forward, backward, N, M),
+    }
+    for name, seconds in bench.medians(runs).items():
+        each = sum(bytes_per_weight(name, DTYPE.itemsize, N, M))
+        yield {
+            "kernel": name, "d_in": d_in, "d_out": d_out, "seconds": seconds,
+            "bytes_per_weight": each,
+            "of_copy_bandwidth": each * d_in * d_out / bench.bytes_per_second / seconds,
+        }  # fmt: skip
+
+
+def _same(got: Tensor, want: Tensor, what: str) -> None:
+    if not torch.equal(got, want):
+        raise SystemExit(f"{what}: not what the dense engine computes; nothing timed.")
+
+
+def decoding(bench: Bench, d_in: int, d_out: int) -> Iterator[dict[str, Any]]:
+    """The product for a few tokens against cuBLAS, both from a cold cache."""
+    weight, values, forward, _ = layer(bench, d_in, d_out)
+    w = plain.expand(values, forward, N, M).double()
+    for tokens in DECODING_TOKENS:
+        if not bench.in_time(f"decoding {d_in} to {d_out}, {tokens} tokens"):
+            continue
+        x = bench.normal(tokens, d_in)
+        runs: Runs = {
+            "dense": lambda x=x: nn.functional.linear(x, weight),
+            "sparse": lambda x=x: triton.sparse_linear(x, values, forward, None, N, M),
+        }
+        off = agree(runs["sparse"](), x.double() @ w.t(), f"decoding {d_in} to {d_out}", 2e-2)
+        result = compare(bench.seconds(runs), "dense", "sparse")
+        traffic = d_in * d_out * sum(bytes_per_weight("linear", DTYPE.itemsize, N, M))
+        yield {
+            "d_in": d_in, "d_out": d_out, "tokens": tokens, "difference": off,
+            "of_copy_bandwidth": traffic / bench.bytes_per_second / result["sparse_seconds"],
+            **result,
+        }  # fmt: skip
+
+
+def products(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """The three products for many tokens, by both engines, against cuBLAS."""
+    if not bench.in_time(f"products {d_in} to {d_out}"):
+        return
+    weight, values, forward, backward = layer(bench, d_in, d_out)
+    x, grad = bench.normal(tokens, d_in), bench.normal(tokens, d_out)
+    some = slice(0, 64)  # tokens, or outputs, for the check
+    w = plain.expand(values, forward, N, M).double()
+    twice = values.masked_fill(~unpack(backward, values.shape[1]), 0)
+    w2 = plain.expand(twice, forward, N, M).double()
+    dw = plain.compress((grad.double().t()[some] @ x.double()), forward[some], N, M)
+    cases: dict[str, tuple[Callable[[], Tensor], Tensor, tuple[Any, ...]]] = {
+        "sparse_linear": (
+            lambda x=x, w=weight: nn.functional.linear(x, w), x[some].double() @ w.t(),
+            (x, values, forward, None, N, M)),
+        "sparse_input_grad": (
+            lambda g=grad, w=weight: g @ w, grad[some].double() @ w2,
+            (grad, values, forward, backward, N, M)),
+        "sparse_weight_grad": (
+            lambda g=grad, x=x: g.t() @ x, dw, (grad, x, forward, N, M)),
+    }  # fmt: skip
+    floor = 2 * tokens * d_in * d_out / bench.flops_per_second
+    for name, (dense, want, arguments) in cases.items():
+        runs: Runs = {"dense": dense}
+        for engine in ("triton", "triton-dense"):
+            operation = getattr(ENGINES[engine], name)
+            runs[engine] = lambda operation=operation, a=arguments: operation(*a)
+            agree(runs[engine]()[some], want, f"{name} {d_in} to {d_out} by {engine}", 2e-2)
+        seconds = bench.seconds(runs)
+        yield {
+            "product": name, "d_in": d_in, "d_out": d_out, "tokens": tokens,
+            "dense_of_peak": floor / statistics.median(seconds["dense"]),
+            "engines": {e: compare(seconds, "dense", e) for e in ("triton", "triton-dense")},
+        }  # fmt: skip
+
+
+def block(name: str, context: int, vocabulary: int = 1024) -> nn.Module:
+    """A model of one transformer block with a small vocabulary."""
+    sizes = MODELS[name]
+    if sizes.family == "opt":
+        return OPTForCausalLM(OPTConfig(
+            num_hidden_layers=1, hidden_size=sizes.hidden, ffn_dim=sizes.ffn,
+            num_attention_heads=sizes.heads, word_embed_proj_dim=sizes.hidden, dropout=0.0,
+            vocab_size=vocabulary, max_position_embeddings=context,
+        ))  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(
+        num_hidden_layers=1, hidden_size=sizes.hidden, intermediate_size=sizes.ffn,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
+        vocab_size=vocabulary, max_position_embeddings=context,
+    ))  # fmt: skip
+
+
+def blocks(bench: Bench, names: list[str], tokens: int, backend: str) -> Iterator[dict[str, Any]]:
+    """A training step, a forward pass and peak memory, against the compiled dense block."""
+    for name in tqdm(names, desc="blocks", unit="block"):
+        if not bench.in_time(f"block of {name}"):
+            continue
+        torch._dynamo.reset()
+        with torch.device(bench.device):
+            dense = block(name, tokens).to(DTYPE)
+        sparse = slope_fx.compile(
+            copy.deepcopy(dense), f"{N}:{M}", skip_first=False, backend=backend
+        )
+        plain_model = _expanded(dense, sparse)
+        ids = torch.randint(0, 1024, (1, tokens), device=bench.device)
+        with torch.no_grad():
+            want = plain_model(input_ids=ids).logits
+            agree(sparse(input_ids=ids).logits, want, f"block of {name}", 5e-2)
+        del plain_model, want
+        dense.compile(backend=backend)
+        models = {"dense": dense, "sparse": sparse}
+        training = {kind: _stepper(model, ids) for kind, model in models.items()}
+        inference = {kind: _forward(model, ids) for kind, model in models.items()}
+        token = {kind: _forward(model, ids[:, :1]) for kind, model in models.items()}
+        for run in (*training.values(), *inference.values(), *token.values()):
+            run()
+            run()
+        yield {
+            "model": name, "tokens": tokens,
+            "training": compare(bench.seconds(training), "dense", "sparse"),
+            "inference": compare(bench.seconds(inference), "dense", "sparse"),
+            "one_token": compare(bench.seconds(token), "dense", "sparse"),
+            "state_bytes": {kind: _state(model) for kind, model in models.items()},
+            "activation_bytes": {kind: _extra(bench, training[kind]) for kind in models},
+            "explain": slope_fx.explain(sparse).to_dict(),
+        }  # fmt: skip
+
+
+def _expanded(dense: nn.Module, sparse: nn.Module) -> nn.Module:
+    """A plain model of the sparse one's weights."""
+    model = copy.deepcopy(dense)
+    for name, weight in slope_fx.sparse_weights(sparse).items():
+        model.get_parameter(f"{name}.weight").data.copy_(weight.to_dense().detach())
+    return model
+
+
+def _stepper(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _forward(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+
+    return run
+
+
+def _state(model: nn.Module) -> int:
+    """Bytes of weights and masks, of gradients and of AdamW's moments, all in bf16."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(p.nbytes for p in model.parameters()) + 3 * trained
+
+
+def _extra(bench: Bench, step: Callable[[], None]) -> int | None:
+    """Bytes that a step takes at its peak beyond what lives from step to step."""
+    if bench.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def device_of(bench: Bench) -> dict[str, Any]:
+    versions: dict[str, Any] = {"triton": __import__("triton").__version__}
+    if bench.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(bench.device)
+        versions |= {
+            "gpu": properties.name, "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda, "cublas": torch.backends.cuda.preferred_blas_library().name,
+        }  # fmt: skip
+    return {
+        **versions, "copy_bytes_per_second": bench.bytes_per_second,
+        "product_flops_per_second": bench.flops_per_second,
+    }  # fmt: skip
+
+
+def outcomes(path: Path | None) -> dict[str, int] | None:
+    """How many tests ran, failed, broke and were skipped, by a junit file."""
+    if path is None:
+        return None
+    if not path.exists():
+        raise SystemExit(f"--tests {path}: there is no such file; did the tests run out of time?")
+    (suite,) = ElementTree.parse(path).getroot().iter("testsuite")
+    return {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", default="cuda")
+    arguments.add_argument("--seconds", type=float, default=300, help="start nothing after these")
+    arguments.add_argument("--rounds", type=int, default=15)
+    arguments.add_argument("--tests", type=Path, help="junit file of tests, to go into the results")
+    arguments.add_argument("--tokens", type=int, default=2048)
+    args = arguments.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu" and not triton.interpreted():
+        raise SystemExit("--device cpu needs TRITON_INTERPRET=1 in the environment.")
+    if reason := triton.why_not(device, DTYPE):
+        raise SystemExit(f"--device {args.device}: the Triton engine can't serve: {reason}.")
+    if device.type == "cpu":  # the same code on the smallest sizes
+        os.environ["SLOPE_FX_ENGINES"] = "triton"
+        MODELS.update({"tiny": MODELS["OPT-2.6B"].__class__("llama", 32, 64, 2, 1, 1)})
+        sizes, names, args.tokens, args.rounds, backend = [(16, 32)], ["tiny"], 8, 2, "eager"
+    else:
+        sizes, names, backend = shapes(list(MODELS)), list(BLOCKS), "inductor"
+    torch.manual_seed(0)
+    bench = Bench(device, args.seconds, args.rounds)
+    # The blocks, which need the compiler most, come before the many shapes use up the time.
+    found = {
+        "decoding": [r for size in tqdm(sizes, "decoding") for r in decoding(bench, *size)],
+        "kernels": [r for size in tqdm(sizes, "kernels") for r in kernels(bench, *size)],
+        "blocks": list(blocks(bench, names, args.tokens, backend)),
+        "products": [
+            r for size in tqdm(sizes, "products") for r in products(bench, *size, args.tokens)
+        ],
+    }
+    tests = outcomes(args.tests)
+    del args.tests
+    write("gpu", args, gpu=device_of(bench), tests=tests, left_out=bench.left_out, **found)
+    rows = [
+        (r["kernel"], f"{r['d_in']} to {r['d_out']}", f"{r['of_copy_bandwidth']:.2f}")
+        for r in found["kernels"]
+    ]
+    print(tabulate(rows, ("kernel", "width", "of copy bandwidth")))
+    rows = [
+        (r["tokens"], f"{r['d_in']} to {r['d_out']}", f"{r['speedup']:.2f}")
+        for r in found["decoding"]
+    ]
+    print(tabulate(rows, ("tokens", "width", "times faster")))
+    for r in found["blocks"]:
+        print(r["model"], {k: round(r[k]["speedup"], 3) for k in ("training", "inference")})
+    if tests and tests["failures"] + tests["errors"]:
+        raise SystemExit(f"Of the tests before, some failed: {tests}.")
+
+
+if __name__ == "__main__":
+    main()

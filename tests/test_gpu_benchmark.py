@@ -1,0 +1,79 @@
+"""The GPU benchmark and its page, run whole on the smallest sizes in Triton's interpreter."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parent.parent
+JUNIT = '<testsuites><testsuite tests="9" failures="{}" errors="0" skipped="2"/></testsuites>'
+
+
+@pytest.fixture
+def make_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import make_gpu
+
+    return make_gpu
+
+
+def benchmark(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu.py", *arguments],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_it_runs_and_its_page_is_made(tmp_path, make_gpu):
+    junit = tmp_path / "tests.xml"
+    junit.write_text(JUNIT.format(1))
+    done = benchmark(
+        "--device", "cpu", "--out", tmp_path, "--tests", junit, TRITON_INTERPRET="1"
+    )  # fmt: skip
+    assert "some failed" in done.stderr  # after the results are written
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["tests"] == {"tests": 9, "failures": 1, "errors": 0, "skipped": 2}
+    assert {len(result[part]) for part in ("kernels", "decoding", "blocks", "products")} == {
+        6, 4, 1, 3,
+    }  # fmt: skip
+    (block,) = result["blocks"]
+    assert {r["engine"] for linear in block["explain"]["linears"] for r in linear["products"]} == {
+        "triton"
+    }
+    # 2:4 in bf16: values, gradient and two moments 1 byte each, two masks 1/8 and 1/16.
+    page = make_gpu.page(result)
+    assert "Of 9 tests 6 passed, 2 were skipped." in page
+    for kernel in result["kernels"]:
+        assert kernel["kernel"] in page
+    assert len(re.findall(r"\*\*\d+\.\d\d\*\*", page)) == 4 + 2 * 3 + 3
+
+
+def test_what_time_does_not_allow_is_told(tmp_path, make_gpu):
+    done = benchmark(
+        "--device", "cpu", "--out", tmp_path, "--seconds", "0", TRITON_INTERPRET="1"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(result["left_out"]) == 4 + 1 + 1 + 1
+    assert "Left out for lack of time: decoding 16 to 32, 1 tokens;" in make_gpu.page(result)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = benchmark("--out", tmp_path, TRITON_INTERPRET="0")
+    assert "there is no CUDA device" in done.stderr
+    done = benchmark("--device", "cpu", "--out", tmp_path, TRITON_INTERPRET="0")
+    assert "--device cpu needs TRITON_INTERPRET=1" in done.stderr
+
+
+def test_the_committed_page_is_that_of_the_committed_results(make_gpu):
+    assert make_gpu.PAGE.exists() == make_gpu.RESULTS.exists()
+    if make_gpu.RESULTS.exists():
+        assert make_gpu.PAGE.read_text() == make_gpu.page(json.loads(make_gpu.RESULTS.read_text()))
