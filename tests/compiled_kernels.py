@@ -31,9 +31,18 @@ SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FLAGS = {
     "magnitude_mask": [{"VALUES": True}],
     "expand": [{"TWICE": False}, {"TWICE": True}],
-    "linear": [{"BIAS": True, "ADAPTER": False}, {"BIAS": True, "ADAPTER": True}],
-}
-"""What a kernel can be asked for besides its pattern, the usual first."""
+    "linear": [
+        {"BIAS": True, "ADAPTER": False}, {"BIAS": True, "ADAPTER": True},
+        {"BIAS": False, "ADAPTER": True, "ones": True},
+    ],
+    "input_grad": [{}, {"ones": True}],
+    "weight_grad": [{}, {"ones": True}],
+    "low_rank_update": [{}, {"ones": True}],
+    "add_up": [{}, {"ones": True}],
+}  # fmt: skip
+"""What a kernel can be asked for besides its pattern, the usual first. "ones": Triton makes a
+constant of an argument that is 1, so one token, one part or a rank of one is other code."""
+ONES = ("tokens", "parts", "rank", "down_stride", "lora_stride", "length")
 
 DOTS = ("linear", "input_grad", "weight_grad", "low_rank_update")
 BYTES = ("bits", "forward", "backward")
@@ -121,6 +130,8 @@ def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
     kernel = KERNELS[variant.kernel]
     constants: dict[str, Any] = {"column_stride": 1}
     constants |= {"N": variant.n, "M": variant.m, **dict(variant.flags)}
+    if constants.pop("ones", False):
+        constants |= dict.fromkeys(ONES, 1)
     constants |= dict(variant.config.blocks)
     constants["PRECISION"] = "tf32x3" if variant.dtype == "fp32" else "tf32"
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

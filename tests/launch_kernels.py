@@ -1,7 +1,8 @@
 """Every Triton kernel once in every configuration, at sizes that end inside of every tile.
 
 For a sanitizer to watch: ``compute-sanitizer python tests/launch_kernels.py``. The results are
-not looked at; ``test_triton_engine.py`` does that.
+not looked at; ``test_triton_engine.py`` does that. With ``--compile-only`` nothing is launched: the
+arguments of each launch go through Triton as they would on a GPU, up to the machine code.
 """
 
 import argparse
@@ -53,9 +54,36 @@ def launch_all(
     return launched
 
 
+def compile_instead_of_launching(capability: int) -> None:
+    """From here on Triton compiles for a GPU that isn't there, and launches nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    class Absent:
+        """What of a driver is asked for before a launch."""
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=None):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+    run = jit.JITFunction.run
+    driver.set_active(Absent())
+    jit.JITFunction.run = lambda self, *args, **options: run(
+        self, *args, **{**options, "warmup": True}
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    arguments = parser.parse_args()
-    done = launch_all(torch.device(arguments.device), (37, 41))
+    parser.add_argument("--compile-only", action="store_true")
+    if parser.parse_args().compile_only:
+        compile_instead_of_launching(90)
+        done = launch_all(torch.device("cpu"), (37, 41), tokens=(1, 20), patterns=((2, 4),))
+    else:
+        done = launch_all(torch.device("cuda"), (37, 41))
     print(f"{len(done)} configurations of kernels launched")

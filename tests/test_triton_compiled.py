@@ -26,12 +26,7 @@ VARIANTS = {variant.row: variant for variant in compiled_kernels.variants()}
 @pytest.mark.parametrize("arch", compiled_kernels.ARCHITECTURES)
 def test_every_kernel_compiles_to_what_the_table_says(arch, tmp_path):
     """In a process of its own: here kernels may be those of the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, compiled_kernels.__file__, "--arch", str(arch)],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = _without_interpreter(tmp_path, compiled_kernels.__file__, "--arch", str(arch))
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)["rows"]
     assert set(made) == {row for row, variant in VARIANTS.items() if variant.arch == arch}
@@ -40,6 +35,14 @@ def test_every_kernel_compiles_to_what_the_table_says(arch, tmp_path):
     differing = [f"{k}: {v}, not {TABLE['rows'].get(k)}" for k, v in made.items()
                  if v != TABLE["rows"].get(k)]  # fmt: skip
     assert not differing, "\n".join(differing)
+
+
+def test_launches_pass_through_triton_as_on_a_gpu(tmp_path):
+    """The very arguments of the launches, of awkward sizes: bound, specialised, compiled."""
+    script = Path(__file__).with_name("launch_kernels.py")
+    done = _without_interpreter(tmp_path, script, "--compile-only")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) >= 38
 
 
 def test_the_table_has_every_variant():
@@ -78,6 +81,14 @@ def test_kernels_are_all_there():
     names = [line.split("(")[0][4:] for line in _after_jit(text)]
     kernels = {name for name in names if not name.startswith("_")}
     assert kernels == set(compiled_kernels.KERNELS)
+
+
+def _without_interpreter(cache: Path, *command) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env={**environment, "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def _after_jit(text: str) -> list[str]:

@@ -338,8 +338,8 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiles(config: Config, d_out: int, d_in: int, m: int) -> tuple[int, int]:
-    return _cdiv(d_in // m, config["GROUPS"]), _cdiv(d_out, config["BLOCK_OUT"])
+def _tiles(config: Config, d_out: int, d_in: int, m: int) -> tuple[int]:
+    return (_cdiv(d_in // m, config["GROUPS"]) * _cdiv(d_out, config["BLOCK_OUT"]),)
 
 
 def _dense_shape(values: Tensor, n: int, m: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from slope_fx.kernels.triton.tiles import (
     load_groups,
     load_planes,
     magnitude,
+    place,
     planes,
     store_codes,
     store_planes,
@@ -30,8 +31,8 @@ def magnitude_mask(
 
     Traffic per weight of s bytes: reads s, writes 1/8, and s * N / M with ``VALUES``.
     """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
-    first = tl.program_id(0) * GROUPS
+    out_block, first = place(d_in // M, GROUPS)
+    row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     columns = load_planes(
         weight, row * row_stride, first * M, rows_within, d_in, column_stride, M, GROUPS
@@ -61,8 +62,8 @@ def backward_mask(
 
     Traffic per weight of s bytes: reads s * N / M and 1/8, writes N / M / 8.
     """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
-    first = tl.program_id(0) * GROUPS
+    out_block, first = place(d_in // M, GROUPS)
+    row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     kept, code, _, within = load_groups(
         values, forward, forward, row, first, rows_within, d_in, N, M, False, GROUPS

@@ -322,6 +322,15 @@ def load_tile(
     return tile_of(told_of_bad_codes(columns, code, within, N, M))
 
 
+@triton.jit
+def place(groups, GROUPS: tl.constexpr):
+    """Of a program for a tile of a weight: the number of its block of rows, and of its first
+    group. Programs of the same rows run side by side; one dimension has room for any weight."""
+    blocks = tl.cdiv(groups, GROUPS)
+    program = tl.program_id(0)
+    return program // blocks, (program % blocks) * GROUPS
+
+
 # --- memory --------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from slope_fx.kernels.triton.tiles import (
     load_groups,
     load_planes,
     load_tile,
+    place,
     planes,
     store_codes,
     store_planes,
@@ -33,8 +34,8 @@ def expand(
     Traffic per weight of s bytes: reads s * N / M and 1/8, and N / M / 8 with ``TWICE``;
     writes s.
     """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
-    first = tl.program_id(0) * GROUPS
+    out_block, first = place(d_in // M, GROUPS)
+    row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     tile = load_tile(values, forward, backward, row, first, rows_within, d_in, N, M, TWICE, GROUPS)
     column = first * M + tl.arange(0, GROUPS * M)[None, :]
@@ -54,8 +55,8 @@ def compress(
 
     Traffic per weight of s bytes: reads s and 1/8, writes s * N / M.
     """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
-    first = tl.program_id(0) * GROUPS
+    out_block, first = place(d_in // M, GROUPS)
+    row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     group = first + tl.arange(0, GROUPS)[None, :]
     within = rows_within & (group < d_in // M)
@@ -84,8 +85,8 @@ def transpose(
 
     Traffic per weight of s bytes: reads s * N / M, 1/8 and N / M / 8; writes s * N / M and 1/8.
     """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
-    first = tl.program_id(0) * GROUPS
+    out_block, first = place(d_in // M, GROUPS)
+    row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     kept, code, twice, within = load_groups(
         values, forward, backward, row, first, rows_within, d_in, N, M, True, GROUPS
@@ -106,7 +107,7 @@ def transpose(
 
     column = (first * M).to(tl.int64) + tl.arange(0, GROUPS * M)[:, None]
     columns_within = column < d_in
-    out_group = tl.program_id(1) * (BLOCK_OUT // M)
+    out_group = out_block * (BLOCK_OUT // M)
     exists = out_group + tl.arange(0, BLOCK_OUT // M)[None, :] < d_out // M
     full = tl.where(exists, full, 0)
     d_kept_out = d_out // M * N
