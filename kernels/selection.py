@@ -42,6 +42,8 @@ ENGINES: dict[str, Engine] = {
 }
 COMPETING = ("cpu", "cpu-dense", "triton", "triton-dense", "dense")
 AUTO = "auto"
+TAKE_WIDER_VALUES = ("triton",)
+"""Those whose products take fp32 values beside 16-bit inputs, and round them in registers."""
 PRODUCTS = ("sparse_linear", "sparse_input_grad", "sparse_weight_grad")
 
 

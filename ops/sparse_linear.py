@@ -1,11 +1,12 @@
 """The linear of a pruned weight, with the double-pruned gradient (METHOD, "The three products")."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.selection import AUTO, ENGINES
+from slope_fx.kernels.selection import AUTO, ENGINES, TAKE_WIDER_VALUES
 from slope_fx.ops.dispatch import choose_engine
 
 
@@ -29,7 +30,8 @@ def sparse_linear(
 
     Args:
         x: (..., d_in).
-        values: (d_out, d_in * N / M), the dtype of ``x``; under autocast, any floating dtype.
+        values: (d_out, d_in * N / M), the dtype of ``x``, or fp32 beside 16-bit ``x``; under
+            autocast, any floating dtype.
         forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
         backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)).
         bias: (d_out,) or None.
@@ -42,8 +44,15 @@ def sparse_linear(
         (..., d_out).
     """
     engine = engine or choose_engine("sparse_linear", x, _size(values), n, m, engines)
+    values = _narrowed(values, x, engine)
     y: Tensor = ENGINES[engine].sparse_linear(x, values, forward_mask, bias, n, m)
     return y
+
+
+def _narrowed(values: Tensor, like: Tensor, engine: str) -> Tensor:
+    """fp32 values beside 16-bit inputs in the dtype of these, for an engine that needs that."""
+    wide = values.dtype == like.dtype or engine in TAKE_WIDER_VALUES
+    return values if wide else values.to(like.dtype)
 
 
 def _size(values: Tensor) -> tuple[int, int]:
@@ -70,7 +79,7 @@ def _(
         lambda: f"slope_fx::sparse_linear: x has {x.shape[-1]} features, the weight reads {d_in}",
     )
     torch._check(
-        x.dtype == values.dtype,
+        x.dtype == values.dtype or (values.dtype == torch.float32 and x.dtype.itemsize == 2),
         lambda: f"slope_fx::sparse_linear: x is {x.dtype}, the weight {values.dtype}",
     )
     return x.new_empty((*x.shape[:-1], values.shape[0]))
@@ -89,6 +98,7 @@ def sparse_input_grad(
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
     engine = engine or choose_engine("sparse_input_grad", grad, _size(values), n, m, AUTO)
     operation = ENGINES[engine].sparse_input_grad
+    values = _narrowed(values, grad, engine)
     dx: Tensor = operation(grad, values, forward_mask, backward_mask, n, m)
     return dx
 
@@ -108,18 +118,40 @@ def _(
 
 @torch.library.custom_op("slope_fx::sparse_weight_grad", mutates_args=())
 def sparse_weight_grad(
-    grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int, engine: str = ""
+    grad: Tensor,
+    x: Tensor,
+    forward_mask: Tensor,
+    n: int,
+    m: int,
+    engine: str = "",
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``grad_W = grad_Y^T X`` at the forward mask's positions: (d_out, d_in * N / M)."""
+    """``grad_W = grad_Y^T X`` at the forward mask's positions: (d_out, d_in * N / M).
+
+    ``dtype`` is that of the result if it isn't that of ``grad``: of fp32 values, whose gradient
+    an engine that takes them doesn't round to 16 bits in between.
+    """
     size = (grad.shape[-1], x.shape[-1] * n // m)
     engine = engine or choose_engine("sparse_weight_grad", grad, size, n, m, AUTO)
-    dw: Tensor = ENGINES[engine].sparse_weight_grad(grad, x, forward_mask, n, m)
-    return dw
+    operation: Callable[..., Tensor] = ENGINES[engine].sparse_weight_grad
+    if dtype in (None, grad.dtype):
+        return operation(grad, x, forward_mask, n, m)
+    if engine in TAKE_WIDER_VALUES:
+        return operation(grad, x, forward_mask, n, m, dtype)
+    return operation(grad, x, forward_mask, n, m).to(dtype)
 
 
 @sparse_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int, engine: str = "") -> Tensor:
-    return grad.new_empty((grad.shape[-1], x.shape[-1] * n // m))
+def _(
+    grad: Tensor,
+    x: Tensor,
+    forward_mask: Tensor,
+    n: int,
+    m: int,
+    engine: str = "",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return grad.new_empty((grad.shape[-1], x.shape[-1] * n // m), dtype=dtype or grad.dtype)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,7 +176,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         engine = weight_engine or choose_engine(
             "sparse_weight_grad", grad, _size(values), n, m, engines
         )
-        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine)
+        dtype = None if values.dtype == grad.dtype else values.dtype
+        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, dtype)
     if needs_bias:
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return dx, dvalues, None, None, dbias, *[None] * 6
@@ -173,11 +206,14 @@ def _register_autocast(device_type: str, key: str) -> None:
         engines: str = AUTO,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
-        x, values = (_cast(t, dtype) for t in (x, values))
+        x = _cast(x, dtype)
         bias = None if bias is None else _cast(bias, dtype)
         # Chosen here at the latest, for the dtype that the product now has. The tracer of
         # torch.compile passes here too, so that this choice is the one in the graph.
         engine = engine or choose_engine("sparse_linear", x, _size(values), n, m, engines)
+        if engine not in TAKE_WIDER_VALUES or values.dtype != torch.float32:
+            # Here rather than in the op, so that forward and backward share the cast values.
+            values = _cast(values, dtype)
         with torch._C._ExcludeDispatchKeyGuard(autocast):
             y: Tensor = op(
                 x, values, forward_mask, backward_mask, bias, n, m,

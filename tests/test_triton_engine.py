@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import models
 import slope_fx
 from oracle import DenseOracle, assert_same, assert_within_rounding
+from slope_fx import ops
 from slope_fx.kernels import ENGINES, reference, triton
 from slope_fx.kernels.triton import configs, launch, traffic, tuning
 from slope_fx.patterns import Pattern
@@ -428,6 +429,45 @@ def test_a_model_trains_as_on_the_dense_engine(engine, autocast):
     for name, grad in grads.items():
         want = want_grads[name]
         assert (grad - want).norm() <= tolerance * want.norm() + 1e-6, name
+
+
+def _pruned(weight, n, m):
+    forward = reference.magnitude_mask(weight, n, m)
+    return reference.compress(weight, forward, n, m), forward
+
+
+def test_autocast_neither_copies_the_values_nor_rounds_their_gradient(monkeypatch):
+    """fp32 values go to the kernels as they are; on other engines they are cast first."""
+    n, m = 2, 4
+    weight = normal((16, 32), 0)
+    values, forward = (t.to(DEVICE) for t in _pruned(weight, n, m))
+    backward = ENGINES["dense"].backward_mask(values, forward, n, m)
+    x = normal((5, 32), 1).to(DEVICE)
+    results = {}
+    for engine in ("triton", "dense"):
+        met = []
+        operation = ENGINES[engine].sparse_linear
+        monkeypatch.setattr(
+            ENGINES[engine], "sparse_linear",
+            lambda *a, met=met, operation=operation: met.append(a[1].dtype) or operation(*a),
+            raising=False,
+        )  # fmt: skip
+        leaf = values.clone().requires_grad_()
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            y = ops.sparse_linear(x, leaf, forward, backward, None, n, m, *[engine] * 3)
+        assert y.dtype == torch.bfloat16
+        y.sum().backward()
+        assert leaf.grad.dtype == torch.float32
+        results[engine] = met, leaf.grad
+    assert results["triton"][0] == [torch.float32]
+    assert results["dense"][0] == [torch.bfloat16]
+    exact, rounded = results["triton"][1], results["dense"][1]
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(exact, exact.bfloat16().float())
+    torch.testing.assert_close(exact, rounded, rtol=1e-2, atol=1e-2)
+    want = x.cpu().bfloat16().double().sum(0).expand(16, 32)
+    assert_within_rounding(exact, *[w[reference.unpack_bits(forward.cpu(), 32)].view(16, 16)
+                                    for w in (want, want.abs())], torch.float32)  # fmt: skip
 
 
 def test_what_it_cannot_serve_is_told(monkeypatch):
