@@ -190,6 +190,41 @@ def products(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[
         }  # fmt: skip
 
 
+def adapters(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """The up-projection of an adapter of rank d_in / 64: by itself, and in the epilogue."""
+    if not bench.in_time(f"adapters {d_in} to {d_out}"):
+        return
+    _, values, forward, _ = layer(bench, d_in, d_out)
+    rank = max(d_in // 64, 1)
+    lora_a, lora_b = bench.normal(rank, d_in) / d_in**0.5, bench.normal(d_out, rank)
+    y, down = bench.normal(tokens, d_out), bench.normal(tokens, rank)
+    x = bench.normal(1, d_in)
+
+    def fused() -> Tensor:
+        low = nn.functional.linear(x, lora_a)
+        return triton.sparse_linear(x, values, forward, None, N, M, low, lora_b, 0.5)
+
+    def apart() -> Tensor:
+        low = nn.functional.linear(x, lora_a)
+        product = triton.sparse_linear(x, values, forward, None, N, M)
+        return torch.addmm(product, low, lora_b.t(), alpha=0.5)
+
+    cases: dict[str, tuple[int, Runs]] = {
+        "low-rank update, against addmm": (tokens, {
+            "dense": lambda: torch.addmm(y, down, lora_b.t(), alpha=0.5),
+            "sparse": lambda: triton.low_rank_update(y, down, lora_b, 0.5),
+        }),
+        "product with the update in its epilogue, against both apart": (
+            1, {"dense": apart, "sparse": fused}),
+    }  # fmt: skip
+    for name, (count, runs) in cases.items():
+        agree(runs["sparse"](), runs["dense"](), f"{name}, {d_in} to {d_out}", 3e-2)
+        result = compare(bench.seconds(runs), "dense", "sparse")
+        yield {
+            "case": name, "d_in": d_in, "d_out": d_out, "tokens": count, "rank": rank, **result,
+        }  # fmt: skip
+
+
 def block(name: str, context: int, vocabulary: int = 1024) -> nn.Module:
     """A model of one transformer block with a small vocabulary."""
     sizes = MODELS[name]
@@ -336,6 +371,9 @@ def main() -> None:
     found = {
         "decoding": [r for size in tqdm(sizes, "decoding") for r in decoding(bench, *size)],
         "kernels": [r for size in tqdm(sizes, "kernels") for r in kernels(bench, *size)],
+        "adapters": [
+            r for size in tqdm(sizes, "adapters") for r in adapters(bench, *size, args.tokens)
+        ],
         "blocks": list(blocks(bench, names, args.tokens, backend)),
         "products": [
             r for size in tqdm(sizes, "products") for r in products(bench, *size, args.tokens)

@@ -94,10 +94,14 @@ def transpose(
     # Through shared memory go the values' bits alone: all ones, a NaN that no value is given,
     # stand for what isn't kept.
     marked = ()
-    bad = is_not(code, N, M) & within
     for i in tl.static_range(N):
-        marked = marked + (_marked(kept[i], ((twice >> i) & 1) == 1, bad),)
-    tile = tl.trans(tile_of(expand_planes(marked, code, N, M, -1)))
+        marked = marked + (_marked(kept[i], ((twice >> i) & 1) == 1),)
+    columns = expand_planes(marked, code, N, M, -1)
+    bad = is_not(code, N, M) & within
+    told = (tl.where(bad, _quiet_nan(values.dtype.element_ty), columns[0]).to(columns[0].dtype),)
+    for j in tl.static_range(1, M):
+        told = told + (columns[j],)
+    tile = tl.trans(tile_of(told))
 
     outputs = planes(tile, M)
     code_of_kept = tl.zeros(outputs[0].shape, tl.int32)
@@ -122,18 +126,20 @@ def transpose(
 
 
 @triton.jit
-def _marked(part, is_kept, bad):
-    """The bits of values as integers; -1, all ones, for what isn't kept; NaN in bad groups."""
+def _marked(part, is_kept):
+    """The bits of values as integers, and -1, all ones, for what isn't kept."""
     if part.dtype == tl.float32:
         bits = part.to(tl.int32, bitcast=True)
-        quiet: tl.constexpr = 0x7FFFFFFF
     else:
         bits = part.to(tl.int16, bitcast=True)
-        quiet: tl.constexpr = 0x7FFF
-    nan = tl.full(part.shape, quiet, bits.dtype)
-    nothing = tl.full(part.shape, -1, bits.dtype)
-    bits = tl.where((bits == -1) | bad, nan, bits)
-    return tl.where(is_kept | bad, bits, nothing)
+    bits = tl.where(bits == -1, _quiet_nan(part.dtype), bits).to(bits.dtype)
+    return tl.where(is_kept, bits, tl.full(bits.shape, -1, bits.dtype))
+
+
+@triton.jit
+def _quiet_nan(dtype: tl.constexpr):
+    """The bits of a NaN that aren't all ones."""
+    return 0x7FFFFFFF if dtype == tl.float32 else 0x7FFF
 
 
 @triton.jit
