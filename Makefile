@@ -45,9 +45,9 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; under
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
 gpu: ## CUDA tests and GPU benchmarks into one file, with your python3's PyTorch; nine minutes at most
 	mkdir -p build && rm -f build/gpu-tests.xml
-	-PYTHONPATH=. timeout 220 $(PYTHON) -m pytest -n 8 --junitxml build/gpu-tests.xml \
-		tests/test_triton_engine.py tests/test_cuda.py
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 240 --tests build/gpu-tests.xml
+	-PYTHONPATH=. timeout 220 $(PYTHON) -m pytest -n 8 --maxschedchunk 1 \
+		--junitxml build/gpu-tests.xml tests/test_cuda.py tests/test_triton_engine.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 200 --tests build/gpu-tests.xml
 
 readme: $(INSTALLED) ## write the README's table and figures, and docs/results.md, from the committed results
 	$(BIN)/python docs/make_readme.py

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -98,11 +99,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.stdout.strip()
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=RESULTS.parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # no git
+        return os.environ.get("SLOPE_FX_COMMIT", "")
+    return done.stdout.strip() or os.environ.get("SLOPE_FX_COMMIT", "")
 
 
 def processor() -> str:

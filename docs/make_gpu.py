@@ -31,6 +31,8 @@ def page(result: dict[str, Any]) -> str:
         device(result), kernels(result), decoding(result), adapters(result), products(result),
         blocks(result),
     ]  # fmt: skip
+    if result["wrong"]:
+        sections.append("Wrong, and so not timed: " + " ".join(result["wrong"]))
     if result["left_out"]:
         sections.append("Left out for lack of time: " + "; ".join(result["left_out"]) + ".")
     return INTRODUCTION + "\n" + "\n\n".join(sections) + "\n"
@@ -119,8 +121,8 @@ def blocks(result: dict[str, Any]) -> str:
         "## One transformer block", "",
         "Against `torch.compile` of the dense block with the same AdamW, "
         f"{result['arguments']['tokens']} tokens; the last two columns are bytes, sparse over "
-        "dense: what lives from step to step (small embeddings and head included), and what a "
-        "step takes at its peak beyond that.", "",
+        "dense: weights, masks and moments (small embeddings and head included), and what a step "
+        "takes at its peak beyond that, gradients included.", "",
         table(rows, headers),
     ])  # fmt: skip
 

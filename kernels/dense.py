@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.packing import pack, unpack
+from slope_fx.kernels.packing import byte_table, pack, unpack
 
 _NOWHERE = 2**60
 _BLOCK = 2**19
@@ -168,6 +168,12 @@ def _positions(forward_mask: Tensor, columns: int, n: int, m: int) -> Tensor:
     positions = _position_table(n, m, forward_mask.device).index_select(0, codes.to(torch.int32))
     starts = torch.arange(0, codes.numel() * unit, unit, device=codes.device)
     return positions.add_(starts.unsqueeze(1)).view(-1)
+
+
+def make_tables(n: int, m: int, device: torch.device) -> None:
+    """Make what this engine keeps on a device from its first use on."""
+    byte_table(device)
+    _position_table(n, m, device)
 
 
 @functools.cache

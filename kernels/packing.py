@@ -31,13 +31,13 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, columns: int) -> Tensor:
     """The bool mask ``(rows, columns)`` that ``bits`` was packed from."""
     rows, width = bits.shape
-    table = _byte_table(bits.device)
+    table = byte_table(bits.device)
     flat = table.index_select(0, bits.reshape(-1).to(torch.int32)).view(torch.bool)
     return flat.view(rows, 8 * width)[:, :columns]
 
 
 @functools.cache
-def _byte_table(device: torch.device) -> Tensor:
+def byte_table(device: torch.device) -> Tensor:
     # Each of the 256 bytes as eight bools, seen as one int64, so that unpacking is a
     # single table look-up per byte instead of a shift and a mask per bit.
     codes = torch.arange(256, dtype=torch.uint8, device=device)

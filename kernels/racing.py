@@ -34,6 +34,9 @@ _QUIET = 1.5
 _HOPELESS, _COSTLY = 3.0, 0.01
 """A run that takes so many seconds, and so many times the fastest, isn't repeated."""
 
+_LAUNCH_CYCLES = 1_000_000
+"""Of a GPU's clock: what it is kept waiting for while something to be timed is launched."""
+
 Runs = Mapping[str, Callable[[], Any]]
 
 
@@ -81,7 +84,7 @@ def run(
     It is kept under the name ``entry``, unless the machine was too busy to tell. ``prepare``
     makes the runs, and their data.
     """
-    with _undisturbed(device):
+    with undisturbed(device):
         seconds, quiet = race(prepare(), device)
     result = Result(min(candidates, key=lambda name: seconds[name]), seconds)
     if quiet:  # a doubtful result serves this process, and no later one
@@ -90,7 +93,7 @@ def run(
 
 
 @contextlib.contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
+def undisturbed(device: torch.device) -> Iterator[None]:
     """Out of whatever traces, differentiates or casts the caller's tensors."""
     with (
         _disable_current_modes(),
@@ -143,8 +146,8 @@ def _cuda_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     """Seconds of a thunk between two events on the current stream.
 
     Each run finds the L2 cache full of something else, as it does in a model whose weights
-    together are larger than that cache. Filling it also keeps the GPU busy while the thunk's
-    kernels are launched, so that the launches themselves don't count.
+    together are larger than that cache. The GPU is then kept waiting for some half of a
+    millisecond, while the thunk's kernels are launched, so that their launches don't count.
     """
     properties = torch.cuda.get_device_properties(device)
     filler = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device=device)
@@ -153,6 +156,7 @@ def _cuda_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
         with torch.cuda.device(device):
             begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             filler.zero_()
+            torch.cuda._sleep(_LAUNCH_CYCLES)
             begun.record()
             thunk()
             ended.record()

@@ -196,6 +196,10 @@ def choose(
         engines: who may compute it, as in :func:`allowed_engines`.
     """
     candidates = engines_for(device, dtype, engines)
+    if device.type == "cuda" and racing.can_measure(device):
+        # Made now, or they would first be made in the memory of a CUDA graph, and live on in it.
+        with racing.undisturbed(device):
+            dense.make_tables(n, m, device)
     problem = Problem(
         op,
         racing.bucket(tokens),
@@ -209,15 +213,20 @@ def choice_for(problem: Problem, candidates: tuple[str, ...], device: torch.devi
     """The choice among ``candidates``: from memory, from disk, or measured now."""
     key = (problem, candidates, str(device))
     if key not in _made:
-        _made[key] = _choice(problem, candidates, device)
+        choice = _choice(problem, candidates, device)
+        if not choice.seconds and len(candidates) > 1:
+            return choice  # while a graph was captured: measured the next time
+        _made[key] = choice
     return _made[key]
 
 
 def _choice(problem: Problem, candidates: tuple[str, ...], device: torch.device) -> Choice:
-    if len(candidates) == 1 or not racing.can_measure(device):
+    if len(candidates) == 1:
         return Choice(candidates[0], {})
     entry = json.dumps([*asdict(problem).values(), list(candidates)])
     result = racing.recall(entry, candidates, device)
+    if result is None and not racing.can_measure(device):
+        return Choice(candidates[0], {})
     if result is None:
         result = racing.run(entry, lambda: _runs(problem, candidates, device), candidates, device)
     return Choice(result.winner, result.seconds)

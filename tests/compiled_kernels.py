@@ -34,14 +34,16 @@ FLAGS = {
     "linear": [
         {"BIAS": True, "ADAPTER": False}, {"BIAS": True, "ADAPTER": True},
         {"BIAS": False, "ADAPTER": True, "ones": True},
+        {"BIAS": True, "ADAPTER": False, "wide": True},
     ],
-    "input_grad": [{}, {"ones": True}],
+    "input_grad": [{}, {"ones": True}, {"wide": True}],
     "weight_grad": [{}, {"ones": True}],
     "low_rank_update": [{}, {"ones": True}],
     "add_up": [{}, {"ones": True}],
 }  # fmt: skip
 """What a kernel can be asked for besides its pattern, the usual first. "ones": Triton makes a
-constant of an argument that is 1, so one token, one part or a rank of one is other code."""
+constant of an argument that is 1, so one token, one part or a rank of one is other code. "wide":
+fp32 values beside 16-bit inputs, as under autocast."""
 ONES = ("tokens", "parts", "rank", "down_stride", "lora_stride", "length")
 
 DOTS = ("linear", "input_grad", "weight_grad", "low_rank_update")
@@ -130,6 +132,7 @@ def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
     kernel = KERNELS[variant.kernel]
     constants: dict[str, Any] = {"column_stride": 1}
     constants |= {"N": variant.n, "M": variant.m, **dict(variant.flags)}
+    wide = constants.pop("wide", False)
     if constants.pop("ones", False):
         constants |= dict.fromkeys(ONES, 1)
     constants |= dict(variant.config.blocks)
@@ -143,6 +146,8 @@ def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
             signature[name] = "fp32"
         else:
             kind = "u8" if name in BYTES else "fp32" if name in FLOATS else variant.dtype
+            if wide and name == "values":
+                kind = "fp32"
             signature[name] = f"*{kind}" if name in POINTERS else "i32"
             if name not in ("tokens", "parts", "rank"):  # as sizes of layers are
                 attributes[(index,)] = [["tt.divisibility", 16]]

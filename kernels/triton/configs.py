@@ -1,8 +1,8 @@
 """The tile sizes that a kernel may run with: a space small enough to try out whole.
 
 Pruned by what is known beforehand. A tile whose masks are stored must hold whole bytes of them.
-Beside a weight that is rebuilt, accumulators of 128 x 128 need eight warps not to spill, and fp32
-operands half of everything. A tile of more tokens than there are wastes tensor cores, which take
+Beside a weight that is rebuilt, tiles of 128 outputs need eight warps not to spill (and four make
+Triton's compiler fail for sm_100), and fp32 operands half of everything. A tile of more tokens than there are wastes tensor cores, which take
 no fewer than 16.
 """
 
@@ -78,14 +78,14 @@ def _rows(rows: int, groups: int, warps: int) -> Config:
 def linear_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
     """For ``linear``: outputs, tokens, columns, and how its sums are split."""
     if tokens <= FEW:
-        few = ((64, 128, 4, 3, 2), (64, 64, 4, 4, 4), (32, 128, 4, 3, 4), (128, 64, 4, 4, 2))
+        few = ((64, 128, 4, 3, 2), (64, 64, 4, 4, 4), (32, 128, 4, 3, 4), (128, 64, 8, 4, 2))
         return [
             _product(out, _few(tokens), columns, m, warps, stages, waves, rank=16)
             for out, columns, warps, stages, waves in (
                 few if itemsize == 2 else [(64, 32, 4, 3, 2)]
             )
         ]
-    many = ((128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (128, 128, 32, 8, 4))
+    many = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (128, 128, 32, 8, 4))
     return [
         _product(out, block, columns, m, warps, stages, 0, rank=16)
         for out, block, columns, warps, stages in (many if itemsize == 2 else [(64, 64, 32, 4, 3)])
@@ -95,7 +95,7 @@ def linear_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
 def input_grad_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
     """For ``input_grad``: outputs, tokens, columns, and how its sums are split."""
     if tokens <= FEW:
-        few = ((64, 64, 4, 3, 2), (64, 128, 4, 3, 4)) if itemsize == 2 else ((32, 64, 4, 3, 2),)
+        few = ((64, 64, 4, 3, 2), (64, 128, 8, 3, 4)) if itemsize == 2 else ((32, 64, 4, 3, 2),)
         return [
             _product(out, _few(tokens), columns, m, warps, stages, waves)
             for out, columns, warps, stages, waves in few

@@ -55,6 +55,7 @@ def _choose_mask(weight: Tensor, bits: Tensor, values: Tensor | None, n: int, m:
     def launch(config: Config) -> None:
         masks.magnitude_mask[_tiles(config, d_out, d_in, m)](
             weight, bits, bits if values is None else values, d_out, d_in, *weight.stride(),
+            bits.stride(0),
             N=n, M=m, VALUES=values is not None, **config.arguments(),
         )  # fmt: skip
 
@@ -70,7 +71,16 @@ def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tenso
 
     def launch(config: Config) -> None:
         masks.backward_mask[_tiles(config, d_out, d_in, m)](
-            values, forward_mask, bits, d_out, d_in, N=n, M=m, **config.arguments()
+            values,
+            forward_mask,
+            bits,
+            d_out,
+            d_in,
+            forward_mask.stride(0),
+            bits.stride(0),
+            N=n,
+            M=m,
+            **config.arguments(),
         )
 
     key = (d_out, d_in, n, m, values.dtype)
@@ -101,6 +111,7 @@ def _expand(
     def launch(config: Config) -> None:
         weights.expand[_tiles(config, d_out, d_in, m)](
             values, forward_mask, twice, dense, d_out, d_in,
+            forward_mask.stride(0), twice.stride(0),
             N=n, M=m, TWICE=backward_mask is not None, **config.arguments(),
         )  # fmt: skip
 
@@ -117,7 +128,7 @@ def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
 
     def launch(config: Config) -> None:
         weights.compress[_tiles(config, d_out, d_in, m)](
-            dense, forward_mask, values, d_out, d_in, *dense.stride(),
+            dense, forward_mask, values, d_out, d_in, *dense.stride(), forward_mask.stride(0),
             N=n, M=m, **config.arguments(),
         )  # fmt: skip
 
@@ -141,6 +152,7 @@ def transpose(
     def launch(config: Config) -> None:
         weights.transpose[_tiles(config, d_out, d_in, m)](
             values, forward_mask, backward_mask, transposed, bits, d_out, d_in,
+            forward_mask.stride(0), backward_mask.stride(0), bits.stride(0),
             N=n, M=m, **config.arguments(),
         )  # fmt: skip
 
@@ -181,7 +193,8 @@ def sparse_linear(
         with _Split(config, tiles, _cdiv(d_in, config["GROUPS"] * m), y) as split:
             linear.linear[tiles, split.count](
                 x, values, forward_mask, x if bias is None else bias, low, up, split.target,
-                tokens, d_out, d_in, x.stride(0), low.stride(0), up.stride(0), rank, scale,
+                tokens, d_out, d_in, forward_mask.stride(0), x.stride(0), low.stride(0),
+                up.stride(0), rank, scale,
                 split.count, N=n, M=m, BIAS=bias is not None, ADAPTER=rank > 0,
                 PRECISION=_precision(x), **config.arguments(),
             )  # fmt: skip
@@ -209,7 +222,8 @@ def sparse_input_grad(
         with _Split(config, tiles, _cdiv(d_out, config["BLOCK_OUT"]), dx) as split:
             linear.input_grad[tiles, split.count](
                 grad, values, forward_mask, backward_mask, split.target,
-                tokens, d_out, d_in, grad.stride(0), split.count,
+                tokens, d_out, d_in, forward_mask.stride(0), backward_mask.stride(0),
+                grad.stride(0), split.count,
                 N=n, M=m, PRECISION=_precision(grad), **config.arguments(),
             )  # fmt: skip
 
@@ -243,7 +257,8 @@ def sparse_weight_grad(
         with _Split(config, tiles, _cdiv(tokens, config["BLOCK_TOKENS"]), dw) as split:
             weight_grad.weight_grad[tiles, split.count](
                 grad, x, forward_mask, split.target,
-                tokens, d_out, d_in, grad.stride(0), x.stride(0), split.count,
+                tokens, d_out, d_in, forward_mask.stride(0), grad.stride(0), x.stride(0),
+                split.count,
                 N=n, M=m, PRECISION=_precision(x), **config.arguments(),
             )  # fmt: skip
 
@@ -257,6 +272,8 @@ def low_rank_update(
     y: Tensor, down: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None
 ) -> Tensor:
     """``Y + scale * down B^T`` with ``down = X A^T`` (..., r); in place if ``out`` is ``y``."""
+    if out is not None and not out.is_contiguous():
+        raise ValueError("low_rank_update writes to contiguous memory, and out isn't contiguous")
     result = y.new_empty(y.shape) if out is None else out
     y, down, lora_b = _rows(y), _rows(down), _rows(lora_b)
     (tokens, d_out), rank = y.shape, lora_b.shape[1]
@@ -362,8 +379,10 @@ def _precision(tensor: Tensor) -> str:
     """How fp32 operands are multiplied: in three TF32 products, whose sum is as good as fp32, or
     in one, if PyTorch is told that TF32 will do. (Without tensor cores, "ieee", it takes hundreds
     of spilled registers.)"""
-    exact = tensor.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    return "tf32x3" if exact else "tf32"
+    matmul = torch.backends.cuda.matmul
+    # The older of torch's two switches can't be read once the newer was used.
+    allowed = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
+    return "tf32x3" if tensor.dtype == torch.float32 and allowed != "tf32" else "tf32"
 
 
 def _cdiv(a: int, b: int) -> int:

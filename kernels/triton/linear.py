@@ -14,7 +14,7 @@ from slope_fx.kernels.triton.tiles import dot, load_tile
 @triton.jit
 def linear(
     x, values, forward, bias, down, lora_b, y,
-    tokens, d_out, d_in, x_stride, down_stride, lora_stride, rank, scale, parts,
+    tokens, d_out, d_in, forward_stride, x_stride, down_stride, lora_stride, rank, scale, parts,
     N: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, ADAPTER: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
@@ -47,8 +47,9 @@ def linear(
     total = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
     for block in range(part * each, min(blocks, (part + 1) * each)):
         weight = load_tile(
-            values, forward, forward, row, block * GROUPS, rows_within, d_in, N, M, False, GROUPS
-        )
+            values, forward, forward, forward_stride, 0, row, block * GROUPS, rows_within, d_in,
+            N, M, False, GROUPS,
+        )  # fmt: skip
         column = block * BLOCK_IN + tl.arange(0, BLOCK_IN)[:, None]
         inputs = tl.load(
             x + token * x_stride + column, mask=tokens_within & (column < d_in), other=0
@@ -83,7 +84,7 @@ def linear(
 @triton.jit
 def input_grad(
     grad, values, forward, backward, dx,
-    tokens, d_out, d_in, grad_stride, parts,
+    tokens, d_out, d_in, forward_stride, backward_stride, grad_stride, parts,
     N: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +111,9 @@ def input_grad(
         tall = (block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)[:, None]
         wide = block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[None, :]
         weight = load_tile(
-            values, forward, backward, tall, group_first, tall < d_out, d_in, N, M, True, GROUPS
-        )
+            values, forward, backward, forward_stride, backward_stride, tall, group_first,
+            tall < d_out, d_in, N, M, True, GROUPS,
+        )  # fmt: skip
         outputs = tl.load(
             grad + token * grad_stride + wide, mask=tokens_within & (wide < d_out), other=0
         )

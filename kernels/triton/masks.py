@@ -21,7 +21,7 @@ from slope_fx.kernels.triton.tiles import (
 @triton.jit
 def magnitude_mask(
     weight, bits, values,
-    d_out, d_in, row_stride, column_stride,
+    d_out, d_in, row_stride, column_stride, bits_stride,
     N: tl.constexpr, M: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def magnitude_mask(
         scores = scores + (magnitude(columns[j]),)
     group = first + tl.arange(0, GROUPS)[None, :]
     code = tl.where(group < d_in // M, keep_top(scores, N), 0)
-    store_codes(bits, row, first, code, rows_within, d_in // M, M)
+    store_codes(bits, bits_stride, row, first, code, rows_within, M)
     if VALUES:
         kept = compress_planes(columns, code, N, M)
         d_kept = d_in // M * N
@@ -52,7 +52,7 @@ def magnitude_mask(
 @triton.jit
 def backward_mask(
     values, forward, bits,
-    d_out, d_in,
+    d_out, d_in, forward_stride, bits_stride,
     N: tl.constexpr, M: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,9 @@ def backward_mask(
     row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     kept, code, _, within = load_groups(
-        values, forward, forward, row, first, rows_within, d_in, N, M, False, GROUPS
-    )
+        values, forward, forward, forward_stride, 0, row, first, rows_within, d_in,
+        N, M, False, GROUPS,
+    )  # fmt: skip
     scores = ()
     for i in tl.static_range(N):
         scores = scores + (magnitude(kept[i]),)
@@ -87,4 +88,4 @@ def backward_mask(
     for i in tl.static_range(N):
         packed = packed | (twice[i].to(tl.int32) << i)
     packed = tl.where(within, packed, 0)
-    store_codes(bits, row, first, packed, rows_within, d_in // M, N)
+    store_codes(bits, bits_stride, row, first, packed, rows_within, N)

@@ -66,12 +66,14 @@ def tile_of(parts):
 
 @triton.jit
 def load_codes(
-    bits, row, first_group, rows_within, groups, W: tl.constexpr, G: tl.constexpr
+    bits, bits_stride, row, first_group, rows_within, groups, W: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
     """The codes (rows, G) of W bits from packed rows; 0 where there is none.
 
     Args:
         bits: pointer to uint8.
+        bits_stride: bytes of a row, an argument of the kernel: Triton then knows of what it is a
+            multiple, and loads several bytes at once, ahead of their use.
         row: (rows, 1): number of each row.
         first_group: number of the tile's first group, a multiple of G.
         rows_within: (rows, 1): which rows exist.
@@ -79,12 +81,11 @@ def load_codes(
         W: bits a code, at most 16.
         G: groups a row of the tile.
     """
-    row_bytes = (groups * W + 7) // 8
-    start = bits + row * row_bytes
+    start = bits + row * bits_stride
     group = first_group + tl.arange(0, G)[None, :]
     if (W & (W - 1)) == 0 and (G * W) % 8 == 0:  # whole bytes, apart in registers
         column = first_group * W // 8 + tl.arange(0, G * W // 8)[None, :]
-        byte = tl.load(start + column, mask=rows_within & (column < row_bytes), other=0)
+        byte = tl.load(start + column, mask=rows_within & (column < bits_stride), other=0)
         return _codes_of(byte.to(tl.int32), W)
     else:
         first = group * W
@@ -111,22 +112,21 @@ def _codes_of(byte, W: tl.constexpr):
 
 
 @triton.jit
-def store_codes(bits, row, first_group, codes, rows_within, groups, W: tl.constexpr):
+def store_codes(bits, bits_stride, row, first_group, codes, rows_within, W: tl.constexpr):
     """Store codes (rows, G) of W bits each as packed bits; G a multiple of 8.
 
     Args:
         bits: pointer to uint8.
+        bits_stride: bytes of a row.
         row: (rows, 1): number of each row.
         first_group: number of the tile's first group, a multiple of 8.
         codes: int32 or narrower, 0 for groups that don't exist.
         rows_within: (rows, 1): which rows exist.
-        groups: how many a row has.
         W: bits a code, at most 16.
     """
     of_8 = planes(codes, 8)
     R: tl.constexpr = codes.shape[0]
     B: tl.constexpr = codes.shape[1] // 8
-    row_bytes = (groups * W + 7) // 8
     parts = ()
     for k in tl.static_range(W):  # eight groups are W bytes
         byte = tl.zeros((R, B), tl.int32)
@@ -137,7 +137,7 @@ def store_codes(bits, row, first_group, codes, rows_within, groups, W: tl.conste
                 else:
                     byte = byte | (of_8[p].to(tl.int32) >> (8 * k - p * W))
         parts = parts + ((byte & 255).to(tl.uint8),)
-    store_planes(bits, row * row_bytes, (first_group // 8) * W, parts, rows_within, row_bytes)
+    store_planes(bits, row * bits_stride, (first_group // 8) * W, parts, rows_within, bits_stride)
 
 
 @triton.jit
@@ -275,13 +275,14 @@ def magnitude(x):
 
 @triton.jit
 def load_groups(
-    values, forward, backward, row, first, rows_within, d_in,
+    values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Values, forward and backward code, and whether they exist, of groups of some rows.
 
     Args:
         values, forward, backward: pointers to a compressed weight.
+        forward_stride, backward_stride: bytes of a row of its masks.
         row: (rows, 1): number of each row.
         first: number of the first group, a multiple of GROUPS.
         rows_within: (rows, 1): which rows exist.
@@ -292,10 +293,10 @@ def load_groups(
     group = first + tl.arange(0, GROUPS)[None, :]
     within = rows_within & (group < groups)
     kept = load_planes(values, row * (groups * N), first * N, rows_within, groups * N, 1, N, GROUPS)
-    code = load_codes(forward, row, first, rows_within, groups, M, GROUPS)
+    code = load_codes(forward, forward_stride, row, first, rows_within, groups, M, GROUPS)
     twice = code
     if TWICE:
-        twice = load_codes(backward, row, first, rows_within, groups, N, GROUPS)
+        twice = load_codes(backward, backward_stride, row, first, rows_within, groups, N, GROUPS)
         kept = _masked(kept, twice)
     return kept, code, twice, within
 
@@ -311,13 +312,14 @@ def _masked(parts, code):
 
 @triton.jit
 def load_tile(
-    values, forward, backward, row, first, rows_within, d_in,
+    values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The dense tile (rows, GROUPS * M) of a compressed weight, rebuilt in registers."""
     kept, code, _, within = load_groups(
-        values, forward, backward, row, first, rows_within, d_in, N, M, TWICE, GROUPS
-    )
+        values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
+        N, M, TWICE, GROUPS,
+    )  # fmt: skip
     columns = expand_planes(kept, code, N, M)
     return tile_of(told_of_bad_codes(columns, code, within, N, M))
 

@@ -16,7 +16,7 @@ from slope_fx.kernels.triton.tiles import (
 @triton.jit
 def weight_grad(
     grad, x, forward, dw,
-    tokens, d_out, d_in, grad_stride, x_stride, parts,
+    tokens, d_out, d_in, forward_stride, grad_stride, x_stride, parts,
     N: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def weight_grad(
     row = (out_first + tl.arange(0, BLOCK_OUT)).to(tl.int64)[:, None]
     rows_within = row < d_out
     group = group_first + tl.arange(0, GROUPS)[None, :]
-    code = load_codes(forward, row, group_first, rows_within, d_in // M, M, GROUPS)
+    code = load_codes(forward, forward_stride, row, group_first, rows_within, d_in // M, M, GROUPS)
     kept = compress_planes(planes(total, M), code, N, M)
     kept = told_of_bad_codes(kept, code, rows_within & (group < d_in // M), N, M)
     results = ()

@@ -23,7 +23,7 @@ from slope_fx.kernels.triton.tiles import (
 @triton.jit
 def expand(
     values, forward, backward, dense,
-    d_out, d_in,
+    d_out, d_in, forward_stride, backward_stride,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,10 @@ def expand(
     out_block, first = place(d_in // M, GROUPS)
     row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
-    tile = load_tile(values, forward, backward, row, first, rows_within, d_in, N, M, TWICE, GROUPS)
+    tile = load_tile(
+        values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
+        N, M, TWICE, GROUPS,
+    )  # fmt: skip
     column = first * M + tl.arange(0, GROUPS * M)[None, :]
     tl.store(dense + row * d_in + column, tile, mask=rows_within & (column < d_in))
 
@@ -45,7 +48,7 @@ def expand(
 @triton.jit
 def compress(
     dense, forward, values,
-    d_out, d_in, row_stride, column_stride,
+    d_out, d_in, row_stride, column_stride, forward_stride,
     N: tl.constexpr, M: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +66,7 @@ def compress(
     columns = load_planes(
         dense, row * row_stride, first * M, rows_within, d_in, column_stride, M, GROUPS
     )
-    code = load_codes(forward, row, first, rows_within, d_in // M, M, GROUPS)
+    code = load_codes(forward, forward_stride, row, first, rows_within, d_in // M, M, GROUPS)
     kept = told_of_bad_codes(compress_planes(columns, code, N, M), code, within, N, M)
     d_kept = d_in // M * N
     store_planes(values, row * d_kept, first * N, kept, rows_within, d_kept)
@@ -72,7 +75,7 @@ def compress(
 @triton.jit
 def transpose(
     values, forward, backward, transposed, bits,
-    d_out, d_in,
+    d_out, d_in, forward_stride, backward_stride, bits_stride,
     N: tl.constexpr, M: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
@@ -89,8 +92,9 @@ def transpose(
     row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     kept, code, twice, within = load_groups(
-        values, forward, backward, row, first, rows_within, d_in, N, M, True, GROUPS
-    )
+        values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
+        N, M, True, GROUPS,
+    )  # fmt: skip
     # Through shared memory go the values' bits alone: all ones, a NaN that no value is given,
     # stand for what isn't kept.
     marked = ()
@@ -122,7 +126,7 @@ def transpose(
         stored = stored + (value.to(values.dtype.element_ty, bitcast=True),)
     stored = told_of_bad_codes(stored, full, exists & columns_within, N, M)
     store_planes(transposed, column * d_kept_out, out_group * N, stored, columns_within, d_kept_out)
-    store_codes(bits, column, out_group, full, columns_within, d_out // M, M)
+    store_codes(bits, bits_stride, column, out_group, full, columns_within, M)
 
 
 @triton.jit
