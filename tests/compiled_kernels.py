@@ -26,7 +26,6 @@ from slope_fx.kernels.triton.configs import Config
 TABLE = Path(__file__).with_name("compiled_kernels.json")
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 FLAGS = {
     "magnitude_mask": [{"VALUES": True}],
@@ -109,19 +108,20 @@ def spaces(kernel: str, m: int, itemsize: int) -> list[Config]:
 
 
 def variants() -> Iterator[Variant]:
-    """All rows: every configuration at 2:4 in bf16, for every architecture; in the other dtypes
-    and patterns, and with what else a kernel can be asked for, the usual ones."""
+    """All rows: every configuration at 2:4 in bf16 for every architecture, and the usual ones in
+    fp32; for one of them the usual ones also in fp16, in other patterns, and with what else a
+    kernel can be asked for."""
     for kernel in KERNELS:
         usual, *others = (tuple(flags.items()) for flags in FLAGS.get(kernel, [{}]))
         for arch in ARCHITECTURES:
             for config in spaces(kernel, 4, 2):
                 yield Variant(kernel, "bf16", 2, 4, usual, config, arch)
+            for config in spaces(kernel, 4, 4)[::4]:
+                yield Variant(kernel, "fp32", 2, 4, usual, config, arch)
+        for config in spaces(kernel, 4, 2)[::4]:
+            yield Variant(kernel, "fp16", 2, 4, usual, config, 90)
             for flags in others:
-                for config in spaces(kernel, 4, 2)[::4]:
-                    yield Variant(kernel, "bf16", 2, 4, flags, config, arch)
-            for dtype in ("fp16", "fp32"):
-                for config in spaces(kernel, 4, SIZES[dtype])[::4]:
-                    yield Variant(kernel, dtype, 2, 4, usual, config, arch)
+                yield Variant(kernel, "bf16", 2, 4, flags, config, 90)
         if kernel not in ("low_rank_update", "add_up"):
             for n, m in ((1, 2), (2, 8), (3, 8), (8, 16)):
                 yield Variant(kernel, "bf16", n, m, usual, spaces(kernel, m, 2)[0], 90)

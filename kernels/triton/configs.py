@@ -2,8 +2,8 @@
 
 Pruned by what is known beforehand. A tile whose masks are stored must hold whole bytes of them.
 Beside a weight that is rebuilt, tiles of 128 outputs need eight warps not to spill (and four make
-Triton's compiler fail for sm_100), and fp32 operands half of everything. A tile of more tokens than there are wastes tensor cores, which take
-no fewer than 16.
+Triton's compiler fail for sm_100), and fp32 operands half of everything. A tile of more tokens
+than there are wastes tensor cores, which take no fewer than 16.
 """
 
 from dataclasses import dataclass
