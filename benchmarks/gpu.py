@@ -5,8 +5,8 @@ or its operations at the speed of a large dense product, both measured first) an
 dense product of the vendor; a block against ``torch.compile`` of the dense one. Results are
 checked before anything is timed. Runs take turns, each with a cold L2 cache; medians.
 
-    python benchmarks/gpu.py                  # about five minutes on one GPU
-    python benchmarks/gpu.py --device cpu     # tiny, in Triton's interpreter: does it still run?
+    python benchmarks/gpu.py    # about five minutes on one GPU
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu    # tiny: does it still run?
 """
 
 import copy

@@ -7,7 +7,8 @@ product and the input gradient), ``weight_grad.py``, ``low_rank.py`` (the adapte
 may run with, ``tuning.py`` chooses among them by measurement.
 
 fp32, bf16 and fp16, summed in fp32; a weight may be wider than the inputs, as fp32 values are
-under autocast. fp32 products are as exact as ``torch.backends.cuda.matmul.allow_tf32`` asks.
+under autocast. fp32 operands are multiplied in three TF32 products, at most some three bits less
+exact than fp32, or in one, if PyTorch is told that TF32 will do (``launch._precision``).
 Sums over split columns or tokens are added up in a fixed order: a result repeats bit for bit.
 
 The ops that these functions serve are opaque to Inductor, and not ``triton_op``: Inductor fuses

@@ -376,9 +376,9 @@ def _addressable(weight: Tensor) -> Tensor:
 
 
 def _precision(tensor: Tensor) -> str:
-    """How fp32 operands are multiplied: in three TF32 products, whose sum is as good as fp32, or
-    in one, if PyTorch is told that TF32 will do. (Without tensor cores, "ieee", it takes hundreds
-    of spilled registers.)"""
+    """How fp32 operands are multiplied: in three TF32 products, whose sum is nearly as good as
+    fp32, or in one, if PyTorch is told that TF32 will do. (Without tensor cores, "ieee", it takes
+    hundreds of spilled registers.)"""
     matmul = torch.backends.cuda.matmul
     # The older of torch's two switches can't be read once the newer was used.
     allowed = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
