@@ -12,6 +12,8 @@ and integers only; it knows nothing of modules, graphs or autograd.
     C for the CPU, N/M of the dense work for any N:M.
 ``triton``
     Triton for NVIDIA GPUs.
+``cusparselt``
+    NVIDIA's sparse tensor cores: 2:4 in 16 bits.
 ``vendor``
     the vendor's product, with an engine's own kernels around it: ``cpu-dense``,
     ``triton-dense``.

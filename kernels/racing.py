@@ -82,11 +82,12 @@ def run(
     """Time runs against each other; of the ``candidates`` the fastest wins.
 
     It is kept under the name ``entry``, unless the machine was too busy to tell. ``prepare``
-    makes the runs, and their data.
+    makes the runs, and their data; of a candidate that can't run after all it makes none.
     """
     with undisturbed(device):
         seconds, quiet = race(prepare(), device)
-    result = Result(min(candidates, key=lambda name: seconds[name]), seconds)
+    running = [name for name in candidates if name in seconds]
+    result = Result(min(running, key=lambda name: seconds[name]), seconds)
     if quiet:  # a doubtful result serves this process, and no later one
         _keep(entry, result, device)
     return result

@@ -4,7 +4,8 @@ A :class:`Problem` is a product as far as speed goes. The first time one is met,
 that can serve it run it on made-up data, in turns; the best runs decide, and are kept on disk
 beside the compiled kernels, so that a machine measures a problem once. The plain dense
 product is timed along with them: it computes what a dense layer would, so it takes no part
-in the choice, but says what was gained.
+in the choice, but says what was gained. An engine that makes an operand of the weight has to
+make it in each of its runs, if the weight is one that trains.
 
 ``SLOPE_FX_ENGINES`` limits the choice: names separated by commas are the engines allowed,
 names after a minus are forbidden (``cpu``; ``cpu,dense``; ``-cpu``). With one engine left
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from slope_fx.kernels import cpu, dense, racing, reference, triton
+from slope_fx.kernels.cusparselt import Cusparselt
 from slope_fx.kernels.errors import EngineError, EngineWarning
 from slope_fx.kernels.packing import pack
 from slope_fx.kernels.vendor import VendorProducts
@@ -37,13 +39,14 @@ ENGINES: dict[str, Engine] = {
     "cpu-dense": VendorProducts(cpu),
     "triton": triton,
     "triton-dense": VendorProducts(triton),
+    "cusparselt": Cusparselt(triton),
     "dense": dense,
     "reference": reference,
 }
-COMPETING = ("cpu", "cpu-dense", "triton", "triton-dense", "dense")
+COMPETING = ("cpu", "cpu-dense", "triton", "triton-dense", "cusparselt", "dense")
 AUTO = "auto"
-TAKE_WIDER_VALUES = ("triton",)
-"""Those whose products take fp32 values beside 16-bit inputs, and round them in registers."""
+TAKE_WIDER_VALUES = ("triton", "cusparselt")
+"""Those whose products take fp32 values beside 16-bit inputs, and round them themselves."""
 PRODUCTS = ("sparse_linear", "sparse_input_grad", "sparse_weight_grad")
 
 
@@ -58,6 +61,9 @@ class Problem:
         n, m: its pattern.
         dtype: "float32" and so on.
         threads: that torch uses on a CPU; 0 on other devices.
+        values_dtype: of the weight's values, if wider, as under autocast; else "".
+        trains: whether the weight changes between its uses, as far as that matters to the
+            candidates: to those that keep an operand of it.
     """
 
     op: str
@@ -68,6 +74,8 @@ class Problem:
     m: int
     dtype: str
     threads: int
+    values_dtype: str = ""
+    trains: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,10 +138,13 @@ def _parse(source: str, text: str) -> tuple[str, ...]:
     return left
 
 
-def engines_for(device: torch.device, dtype: torch.dtype, engines: str = AUTO) -> tuple[str, ...]:
+def engines_for(
+    device: torch.device, dtype: torch.dtype, engines: str = AUTO, products: bool = True
+) -> tuple[str, ...]:
     """Those of the allowed engines that can serve such tensors; ``dense`` if none can.
 
     What can't serve on its own kind of device, or was named alone, is said once with the reason.
+    Without ``products`` it is about masks, expand and compress.
     """
     names = allowed_engines(engines)
     able: list[str] = []
@@ -142,7 +153,7 @@ def engines_for(device: torch.device, dtype: torch.dtype, engines: str = AUTO) -
         at_home = homes is None or device.type in homes
         if not at_home and not _is_named(name, engines):
             continue
-        reason = _why_not(name, device, dtype)
+        reason = _why_not(name, device, dtype, products)
         if not reason:
             able.append(name)
         elif name.endswith("-dense") and name.removesuffix("-dense") in names:
@@ -165,8 +176,11 @@ def _is_named(name: str, engines: str) -> bool:
 
 
 @functools.cache
-def _why_not(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    reason: str = ENGINES[name].why_not(device, dtype)
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, products: bool) -> str:
+    engine = ENGINES[name]
+    if not products and isinstance(engine, VendorProducts):
+        engine = engine.around
+    reason: str = engine.why_not(device, dtype)
     return reason
 
 
@@ -184,6 +198,8 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     engines: str = AUTO,
+    values_dtype: torch.dtype | None = None,
+    trains: bool = True,
 ) -> str:
     """The name of the engine for a product, measuring it if need be.
 
@@ -194,19 +210,41 @@ def choose(
         n, m: the pattern.
         dtype, device: of the operands.
         engines: who may compute it, as in :func:`allowed_engines`.
+        values_dtype: of the values, if not ``dtype``.
+        trains: whether the values change between one use and the next.
     """
-    candidates = engines_for(device, dtype, engines)
+    candidates = _able(op, n, m, engines_for(device, dtype, engines))
     if device.type == "cuda" and racing.can_measure(device):
         # Made now, or they would first be made in the memory of a CUDA graph, and live on in it.
         with racing.undisturbed(device):
             dense.make_tables(n, m, device)
+    reads_values = op != "sparse_weight_grad"
+    keeping = any(isinstance(ENGINES[name], Cusparselt) for name in candidates)
+    wider = reads_values and values_dtype not in (None, dtype)
     problem = Problem(
         op,
         racing.bucket(tokens),
         values[0], values[1] * m // n, n, m, str(dtype).removeprefix("torch."),
         torch.get_num_threads() if device.type == "cpu" else 0,
+        str(values_dtype).removeprefix("torch.") if wider else "",
+        trains and reads_values and keeping,
     )  # fmt: skip
     return choice_for(problem, candidates, device).engine
+
+
+def _able(op: str, n: int, m: int, candidates: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the candidates that take such a product; ``dense`` if none does."""
+    able: list[str] = []
+    for name in candidates:
+        engine = ENGINES[name]
+        if isinstance(engine, Cusparselt):
+            if reason := engine.why_not_pattern(n, m):
+                _say_once(f"slope_fx's {name} engine is not used for {n}:{m}: {reason}.")
+                continue
+            if op == "sparse_weight_grad" and len(candidates) > 1:
+                continue  # a dense product with another engine's kernels, which is there too
+        able.append(name)
+    return tuple(able) or ("dense",)
 
 
 def choice_for(problem: Problem, candidates: tuple[str, ...], device: torch.device) -> Choice:
@@ -245,6 +283,27 @@ def choices(d_out: int, d_in: int, n: int, m: int) -> list[tuple[Problem, Choice
     ]
 
 
+def gain(d_out: int, d_in: int, n: int, m: int) -> float | None:
+    """How many times faster than dense all products of such a weight are, where they gain most.
+
+    None if nothing was measured.
+    """
+    times: dict[tuple[object, ...], tuple[float, float]] = {}
+    for problem, choice in choices(d_out, d_in, n, m):
+        if choice.speedup is not None:
+            kind = (problem.tokens, problem.dtype, problem.threads)
+            dense, ours = times.get(kind, (0.0, 0.0))
+            seconds = choice.seconds
+            times[kind] = (dense + seconds["plain"], ours + seconds[choice.engine])
+    return max((dense / ours for dense, ours in times.values()), default=None)
+
+
+def kept_bytes(values: Tensor) -> int:
+    """Bytes of what engines keep that they made of a weight's values."""
+    engines = (e for e in ENGINES.values() if isinstance(e, Cusparselt))
+    return sum(engine.operands.nbytes(values) for engine in engines)
+
+
 def forget() -> None:
     """Forget the choices of this process; those on disk stay."""
     _made.clear()
@@ -263,16 +322,31 @@ def _runs(
 
     x, grad = normal(problem.tokens, d_in), normal(problem.tokens, d_out)
     values, weight = normal(d_out, d_in * n // m), normal(d_out, d_in)
+    if problem.values_dtype:
+        values = values.to(getattr(torch, problem.values_dtype))
     forward = pack(_random_mask(d_out, d_in, n, m, generator))
     backward = dense.backward_mask(values, forward, n, m)
 
     def run(name: str) -> Callable[[], Any]:
-        operation = getattr(ENGINES[name], problem.op)
+        engine = ENGINES[name]
+        operation = getattr(engine, problem.op)
+        kept = values if name in TAKE_WIDER_VALUES else values.to(dtype)
         arguments = {
-            "sparse_linear": (x, values, forward, None, n, m),
-            "sparse_input_grad": (grad, values, forward, backward, n, m),
+            "sparse_linear": (x, kept, forward, None, n, m),
+            "sparse_input_grad": (grad, kept, forward, backward, n, m),
             "sparse_weight_grad": (grad, x, forward, n, m),
         }[problem.op]
+        if isinstance(engine, Cusparselt) and problem.trains:
+            operands = engine.operands
+
+            def anew() -> Any:
+                operands.forget(kept)
+                return operation(*arguments)
+
+            return anew
+        if kept is not values and problem.op == "sparse_linear":
+            # Cast once a step; what the gradient uses is this.
+            return lambda: operation(x, values.to(dtype), *arguments[2:])
         return lambda: operation(*arguments)
 
     plain: dict[str, Callable[[], Any]] = {
@@ -280,7 +354,24 @@ def _runs(
         "sparse_input_grad": lambda: grad @ weight,
         "sparse_weight_grad": lambda: grad.t() @ x,
     }
-    return {**{name: run(name) for name in candidates}, "plain": plain[problem.op]}
+    runs = {name: run(name) for name in candidates}
+    return {**_working(runs, problem), "plain": plain[problem.op]}
+
+
+def _working(runs: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, Callable[[], Any]]:
+    """Without those runs that a vendor's library refuses, which is said."""
+    working = {}
+    for name, thunk in runs.items():
+        try:
+            if isinstance(ENGINES[name], Cusparselt):
+                thunk()
+            working[name] = thunk
+        except RuntimeError as error:
+            _say_once(
+                f"slope_fx's {name} engine is not used for {problem.op} of {problem.d_out}x"
+                f"{problem.d_in}, {problem.tokens} tokens: {str(error).splitlines()[0]}"
+            )
+    return working
 
 
 def _random_mask(d_out: int, d_in: int, n: int, m: int, generator: torch.Generator) -> Tensor:

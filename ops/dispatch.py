@@ -8,7 +8,7 @@ from slope_fx.kernels.selection import ENGINES, Engine, choose, engines_for
 
 def engine(tensor: Tensor) -> Engine:
     """The engine of the ops that aren't products: the first that serves such tensors."""
-    return ENGINES[engines_for(tensor.device, tensor.dtype)[0]]
+    return ENGINES[engines_for(tensor.device, tensor.dtype, products=False)[0]]
 
 
 def choose_engine(
@@ -19,6 +19,8 @@ def choose_engine(
     m: int,
     engines: str,
     dtype: torch.dtype | None = None,
+    values_dtype: torch.dtype | None = None,
+    trains: bool = True,
 ) -> str:
     """The engine of a product, as it goes into the graph.
 
@@ -29,12 +31,17 @@ def choose_engine(
         n, m: the pattern.
         engines: who may compute it: "auto", or names separated by commas.
         dtype: of the product, if it will not be that of ``tokens_of``.
+        values_dtype: of the values, if not that of the product.
+        trains: whether the values change between one use and the next.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:
         tokens *= _hint(length)
     shape = (_hint(values_shape[0]), _hint(values_shape[1]))
-    return choose(op, tokens, shape, n, m, dtype or tokens_of.dtype, tokens_of.device, engines)
+    return choose(
+        op, tokens, shape, n, m, dtype or tokens_of.dtype, tokens_of.device, engines,
+        values_dtype, trains,
+    )  # fmt: skip
 
 
 def _hint(size: int | torch.SymInt) -> int:

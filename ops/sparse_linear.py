@@ -43,7 +43,7 @@ def sparse_linear(
     Returns:
         (..., d_out).
     """
-    engine = engine or choose_engine("sparse_linear", x, _size(values), n, m, engines)
+    engine = engine or _choose("sparse_linear", x, values, n, m, engines)
     values = _narrowed(values, x, engine)
     y: Tensor = ENGINES[engine].sparse_linear(x, values, forward_mask, bias, n, m)
     return y
@@ -55,8 +55,9 @@ def _narrowed(values: Tensor, like: Tensor, engine: str) -> Tensor:
     return values if wide else values.to(like.dtype)
 
 
-def _size(values: Tensor) -> tuple[int, int]:
-    return values.shape[0], values.shape[1]
+def _choose(op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, engines: str) -> str:
+    size = (values.shape[0], values.shape[1])
+    return choose_engine(op, tokens_of, size, n, m, engines, values_dtype=values.dtype)
 
 
 @sparse_linear.register_fake
@@ -96,7 +97,7 @@ def sparse_input_grad(
     engine: str = "",
 ) -> Tensor:
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
-    engine = engine or choose_engine("sparse_input_grad", grad, _size(values), n, m, AUTO)
+    engine = engine or _choose("sparse_input_grad", grad, values, n, m, AUTO)
     operation = ENGINES[engine].sparse_input_grad
     values = _narrowed(values, grad, engine)
     dx: Tensor = operation(grad, values, forward_mask, backward_mask, n, m)
@@ -168,14 +169,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Under torch.compile this runs while the backward graph is traced, so that what isn't
     # chosen yet is chosen then, and the graph has its name.
     if needs_x:
-        engine = input_engine or choose_engine(
-            "sparse_input_grad", grad, _size(values), n, m, engines
-        )
+        engine = input_engine or _choose("sparse_input_grad", grad, values, n, m, engines)
         dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
     if needs_values:
-        engine = weight_engine or choose_engine(
-            "sparse_weight_grad", grad, _size(values), n, m, engines
-        )
+        engine = weight_engine or _choose("sparse_weight_grad", grad, values, n, m, engines)
         dtype = None if values.dtype == grad.dtype else values.dtype
         dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, dtype)
     if needs_bias:
@@ -210,7 +207,7 @@ def _register_autocast(device_type: str, key: str) -> None:
         bias = None if bias is None else _cast(bias, dtype)
         # Chosen here at the latest, for the dtype that the product now has. The tracer of
         # torch.compile passes here too, so that this choice is the one in the graph.
-        engine = engine or choose_engine("sparse_linear", x, _size(values), n, m, engines)
+        engine = engine or _choose("sparse_linear", x, values, n, m, engines)
         if engine not in TAKE_WIDER_VALUES or values.dtype != torch.float32:
             # Here rather than in the op, so that forward and backward share the cast values.
             values = _cast(values, dtype)

@@ -16,12 +16,13 @@ if __name__ != "slope_fx.passes":
 import logging
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.kernels.selection import AUTO
-from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears
-from slope_fx.passes.graph import graphs_of
+from slope_fx.passes.graph import graphs_of, value_of
 from slope_fx.passes.insert_adapters import insert_adapters
 from slope_fx.passes.sparsify_linears import sparsify_linears
 from slope_fx.passes.weight_roles import WeightRole, weight_roles
@@ -46,12 +47,19 @@ class Leftover:
 
 @dataclass(frozen=True)
 class Rewrites:
-    """What the passes did to a graph and the graphs nested in it."""
+    """What the passes did to a graph and the graphs nested in it.
+
+    Attributes:
+        linears, adapters, sparse_linears: how many were found, inserted, rewritten.
+        leftovers: the markers that are left.
+        weights: (d_out, d_in, N, M) of the sparse linears.
+    """
 
     linears: int
     adapters: int
     sparse_linears: int
     leftovers: tuple[Leftover, ...]
+    weights: frozenset[tuple[int, int, int, int]]
 
 
 def run_passes(gm: GraphModule, engines: str = AUTO) -> Rewrites:
@@ -62,6 +70,7 @@ def run_passes(gm: GraphModule, engines: str = AUTO) -> Rewrites:
     """
     linears = adapters = sparse_linears = 0
     leftovers: list[Leftover] = []
+    weights: set[tuple[int, int, int, int]] = set()
     for graph_module in graphs_of(gm):
         found = sum(1 for _ in find_linears(graph_module))
         inserted = insert_adapters(graph_module)
@@ -74,12 +83,24 @@ def run_passes(gm: GraphModule, engines: str = AUTO) -> Rewrites:
         sparse_linears += rewritten
         left = _leftovers(graph_module)
         leftovers += left
+        weights |= _sparse_weights(graph_module)
         log.debug(_COUNTS, graph_module.__class__.__name__, found, inserted, rewritten, len(left))
     log.info(_COUNTS, "in all", linears, adapters, sparse_linears, len(leftovers))
-    return Rewrites(linears, adapters, sparse_linears, tuple(leftovers))
+    return Rewrites(linears, adapters, sparse_linears, tuple(leftovers), frozenset(weights))
 
 
 _COUNTS = "%s: find_linears %d, insert_adapters %d, sparsify_linears %d, left expanded %d"
+
+
+def _sparse_weights(gm: GraphModule) -> set[tuple[int, int, int, int]]:
+    found = set()
+    for node in gm.graph.find_nodes(op="call_function", target=SPARSE_LINEAR):
+        values, n, m = node.args[1], node.args[5], node.args[6]
+        assert isinstance(values, Node)
+        value = value_of(values)
+        if isinstance(value, Tensor):
+            found.add((int(value.shape[0]), int(value.shape[1]) * m // n, n, m))
+    return found
 
 
 def _leftovers(gm: GraphModule) -> list[Leftover]:

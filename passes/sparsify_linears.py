@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
 
 from slope_fx.kernels.selection import AUTO, limited
@@ -59,16 +60,24 @@ def _choices(x: Node, values: Node, n: int, m: int, engines: str) -> dict[str, s
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     size = (weight.shape[0], weight.shape[1])
+    trains = torch.is_grad_enabled() and weight.requires_grad
 
     def choose(op: str) -> str:
-        return choose_engine(op, x_value, size, n, m, engines, dtype)
+        return choose_engine(
+            op, x_value, size, n, m, engines, dtype, weight.dtype, trains or _replays()
+        )
 
     chosen = {"engine": choose("sparse_linear")}
-    if torch.is_grad_enabled() and weight.requires_grad:
+    if trains:
         chosen["weight_engine"] = choose("sparse_weight_grad")
     if torch.is_grad_enabled() and x_value.requires_grad:
         chosen["input_engine"] = choose("sparse_input_grad")
     return chosen
+
+
+def _replays() -> bool:
+    """Whether Inductor is set to make CUDA graphs, whose replays make everything anew."""
+    return bool(inductor_config.triton.cudagraphs)
 
 
 def _is_vector(bias: Node | None) -> bool:

@@ -3,7 +3,8 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule, Node
 
-from slope_fx.errors import ArgumentError, EngineError, ExpandedWeightError
+from slope_fx.errors import ArgumentError, EngineError, EngineWarning, ExpandedWeightError
+from slope_fx.kernels import selection
 from slope_fx.kernels.selection import AUTO, ENGINES, allowed_engines
 from slope_fx.passes import Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
@@ -39,6 +41,7 @@ class RewritingBackend:
         self.engine = engine
         self.graphs = 0
         """Graphs compiled so far, recompiles included."""
+        self._told: set[frozenset[tuple[int, int, int, int]]] = set()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         self.graphs += 1
@@ -49,14 +52,38 @@ class RewritingBackend:
         except ExpandedWeightError as error:
             # Raised from here it would reach the user wrapped in Dynamo's own error.
             return _raiser(error)
+        self._tell_if_nothing_gains(rewrites.weights)
         compiled: CompiledFunction = _resolve(self.inner)(gm, example_inputs)
         return compiled
+
+    def _tell_if_nothing_gains(self, weights: frozenset[tuple[int, int, int, int]]) -> None:
+        """Say, once for such weights, that all of them are too small to gain speed."""
+        line = nothing_gains(weights)
+        if line and weights not in self._told:
+            self._told.add(weights)
+            warnings.warn(line, EngineWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewritingBackend":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         return rewriting_backend, (self.inner, self.engine)
+
+
+def nothing_gains(weights: Iterable[tuple[int, int, int, int]]) -> str:
+    """The line for a model of which no sparse linear gains speed, as far as was measured, or "".
+
+    Args:
+        weights: (d_out, d_in, N, M) of its sparse linears.
+    """
+    gains = [selection.gain(*weight) for weight in weights]
+    measured = [gain for gain in gains if gain is not None]
+    if not measured or len(measured) < len(gains) or max(measured) >= 1:
+        return ""
+    return (
+        "No sparse linear is faster here than its dense one was (at best "
+        f"{max(measured):.2f}x): all are too small to gain speed. What is saved is memory."
+    )
 
 
 def rewriting_backend(

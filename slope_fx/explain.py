@@ -8,6 +8,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
+from slope_fx.backend import nothing_gains
 from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.kernels import selection
 from slope_fx.plan import LinearPlan
@@ -53,6 +54,8 @@ class LinearReport:
         bytes_before, bytes_after: of its weight: dense, and now (values, masks, adapter).
         state_before, state_after: the same while training with Adam: weight, gradient
             and two fp32 moments.
+        operand_bytes: what an engine keeps now that it made of the weight, to use again until
+            the weight changes; in none of the others.
     """
 
     name: str
@@ -66,6 +69,7 @@ class LinearReport:
     bytes_after: int
     state_before: int
     state_after: int
+    operand_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,12 @@ class Explanation:
                 "engine: what computes the forward product, the input and the weight gradient, and "
                 "how many times faster than the dense product it was when measured here."
             )
+        operands = sum(r.operand_bytes for r in self.sparse)
+        if operands:
+            lines.append(
+                f"Besides, engines keep {_size(operands)} of operands that they made of the "
+                "weights, until these change."
+            )
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)
@@ -145,13 +155,16 @@ def explain(model: nn.Module) -> Explanation:
     """
     record = compilation_of(model)
     weights = sparse_weights(model)
-    note = ""
+    notes = []
     if record.untraced_because:
-        note = (
+        notes.append(
             f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
             "Conv1D modules, and first and last are by module order."
         )
-    return Explanation(tuple(_report(plan, weights.get(plan.name)) for plan in record.plans), note)
+    if line := nothing_gains((w.d_out, w.d_in, w.n, w.m) for w in weights.values()):
+        notes.append(line)
+    reports = tuple(_report(plan, weights.get(plan.name)) for plan in record.plans)
+    return Explanation(reports, "\n".join(notes))
 
 
 def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
@@ -178,6 +191,7 @@ def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
         bytes_after=_bytes(trained) + _bytes(frozen),
         state_before=dense * (2 * size + 8),
         state_after=2 * _bytes(trained) + 8 * sum(p.numel() for p in trained) + _bytes(frozen),
+        operand_bytes=selection.kept_bytes(values),
     )
 
 

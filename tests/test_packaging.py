@@ -23,6 +23,7 @@ FOLDERS = {
     **ROOMS,
     "slope_fx.kernels.cpu": "kernels/cpu",
     "slope_fx.kernels.triton": "kernels/triton",
+    "slope_fx.kernels.cusparselt": "kernels/cusparselt",
 }
 """Of every package."""
 

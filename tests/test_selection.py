@@ -155,9 +155,9 @@ def test_measuring_disturbs_nothing(fresh):
 @pytest.mark.parametrize(
     ("limit", "allowed"),
     [
-        ("", ("cpu", "cpu-dense", "triton", "triton-dense", "dense")),
+        ("", ("cpu", "cpu-dense", "triton", "triton-dense", "cusparselt", "dense")),
         ("dense", ("dense",)),
-        ("-cpu, -cpu-dense, -triton, -triton-dense", ("dense",)),
+        ("-cpu, -cpu-dense, -triton, -triton-dense, -cusparselt", ("dense",)),
         ("reference", ("reference",)),
         ("dense, reference", ("dense", "reference")),
         ("cpu,dense,-dense", ("cpu",)),
@@ -187,7 +187,9 @@ def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
 
 @pytest.mark.parametrize("engine", ["gpu", "", None, 3, "auto,cpu"])
 def test_a_wrong_argument_is_told(engine):
-    with pytest.raises(slope_fx.ArgumentError, match=r"engine=.*triton-dense, dense, reference"):
+    with pytest.raises(
+        slope_fx.ArgumentError, match=r"engine=.*triton-dense, cusparselt, dense, reference"
+    ):
         slope_fx.compile(models.gpt2(), engine=engine)
     with pytest.raises(slope_fx.ArgumentError, match="engine="):
         slope_fx.rewriting_backend("eager", engine)
