@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train train-dense test lint format bench gpu readme clean
+.PHONY: help install train train-dense test lint format bench gpu gpu-kernels gpu-paper readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,23 +36,32 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; under ten minutes on two cores
+bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; a quarter of an hour on two cores
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/state.py
+	$(BIN)/python benchmarks/paper.py --dry-run
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
-gpu: ## CUDA tests and GPU benchmarks into one file, with your python3's PyTorch; nine minutes at most
+gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's PyTorch; 17 minutes at most
+
+gpu-kernels: ## of these, the tests and the kernels; nine minutes at most
 	mkdir -p build && rm -f build/gpu-tests.xml
 	-PYTHONPATH=. timeout 220 $(PYTHON) -m pytest -n 8 --maxschedchunk 1 \
-		--junitxml build/gpu-tests.xml tests/test_cuda.py tests/test_triton_engine.py
+		--junitxml build/gpu-tests.xml tests/test_cuda.py tests/test_triton_engine.py \
+		tests/test_cusparselt.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 200 --tests build/gpu-tests.xml
+
+gpu-paper: ## of these, the paper's table on two blocks of three models; eight minutes at most
+	PYTHONPATH=. $(PYTHON) benchmarks/paper.py --quick
 
 readme: $(INSTALLED) ## write the README's table and figures, and docs/results.md, from the committed results
 	$(BIN)/python docs/make_readme.py
 	$(BIN)/python docs/make_results.py
 	$(BIN)/python docs/make_gpu.py
+	$(BIN)/python docs/make_paper.py
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info

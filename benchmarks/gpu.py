@@ -12,7 +12,6 @@ checked before anything is timed. Runs take turns, each with a cold L2 cache; me
 import copy
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,90 +19,33 @@ from xml.etree import ElementTree
 
 import torch
 from common import agree, compare, parser, write
-from shapes import MODELS, shapes
+from devices import (
+    DTYPE,
+    Bench,
+    Runs,
+    device_of,
+    expanded,
+    extra_bytes,
+    forward_pass,
+    state_bytes,
+    stepper,
+)
+from shapes import MODELS, TINY, shapes
 from tabulate import tabulate
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import slope_fx
 from slope_fx.kernels import dense as plain
-from slope_fx.kernels import racing, triton
+from slope_fx.kernels import triton
 from slope_fx.kernels.packing import unpack
 from slope_fx.kernels.selection import ENGINES
 from slope_fx.kernels.triton.traffic import bytes_per_weight
 
 N, M = 2, 4
-DTYPE = torch.bfloat16
 DECODING_TOKENS = (1, 4, 16, 64)
+PRODUCT_ENGINES = ("triton", "triton-dense", "cusparselt")
 BLOCKS = ("OPT-6.6B", "LLaMA-3-8B", "OPT-13B")
 """The blocks, the most telling first, until time is up."""
-
-Runs = dict[str, Callable[[], Any]]
-
-
-class Bench:
-    """A device, its timer, its limits, and the time that may be spent."""
-
-    def __init__(self, device: torch.device, seconds: float, rounds: int) -> None:
-        self.device = device
-        self.rounds = rounds
-        self.timed = racing.timer(device)
-        self.started, self.until = time.monotonic(), 0.0
-        self.budget = seconds
-        self.left_out: list[str] = []
-        self.wrong: list[str] = []
-        on_gpu = device.type == "cuda"
-        self.bytes_per_second = self._copy(2**30 if on_gpu else 2**20)
-        self.flops_per_second = self._product(8192 if on_gpu else 256)
-
-    def _copy(self, size: int) -> float:
-        source = torch.empty(size, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * size / self.medians({"": lambda: target.copy_(source)})[""]
-
-    def _product(self, width: int) -> float:
-        a, b = self.normal(width, width), self.normal(width, width)
-        return 2 * width**3 / self.medians({"": lambda: a @ b})[""]
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=DTYPE)
-
-    def seconds(self, runs: Runs) -> dict[str, list[float]]:
-        """Of each run, in turns, after one turn that isn't counted."""
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(self.rounds + 1):
-            for name, run in runs.items():
-                spent = self.timed(run)
-                if turn:
-                    times[name].append(spent)
-        return times
-
-    def medians(self, runs: Runs) -> dict[str, float]:
-        return {name: statistics.median(times) for name, times in self.seconds(runs).items()}
-
-    def section(
-        self, share: float, each: Callable[..., Iterator[dict[str, Any]]], cases: list[Any]
-    ) -> list[dict[str, Any]]:
-        """All entries of a section, whose cases begin until that share of the time is spent.
-
-        A case whose results are wrong is noted, and has no entries.
-        """
-        self.until = self.started + share * self.budget
-        entries: list[dict[str, Any]] = []
-        for case in tqdm(cases, each.__name__):
-            try:
-                entries += list(each(self, *case))
-            except SystemExit as error:
-                self.wrong.append(str(error))
-        return entries
-
-    def in_time(self, what: str) -> bool:
-        """Whether there is time for one more; if not, it is noted."""
-        if time.monotonic() < self.until:
-            return True
-        self.left_out.append(what)
-        return False
 
 
 def layer(bench: Bench, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,7 +115,10 @@ def decoding(bench: Bench, d_in: int, d_out: int) -> Iterator[dict[str, Any]]:
 
 
 def products(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """The three products for many tokens, by both engines, against cuBLAS."""
+    """The three products for many tokens, by each engine, against cuBLAS.
+
+    What cuSPARSELt makes of the weight is made before, as under gradient accumulation.
+    """
     if not bench.in_time(f"products {d_in} to {d_out}"):
         return
     weight, values, forward, backward = layer(bench, d_in, d_out)
@@ -196,7 +141,8 @@ def products(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[
     floor = 2 * tokens * d_in * d_out / bench.flops_per_second
     for name, (dense, want, arguments) in cases.items():
         runs: Runs = {"dense": dense}
-        for engine in ("triton", "triton-dense"):
+        engines = [e for e in ENGINES if e in PRODUCT_ENGINES and able(e, name, bench.device)]
+        for engine in engines:
             operation = getattr(ENGINES[engine], name)
             runs[engine] = lambda operation=operation, a=arguments: operation(*a)
             agree(runs[engine]()[some], want, f"{name} {d_in} to {d_out} by {engine}", 2e-2)
@@ -204,8 +150,15 @@ def products(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[
         yield {
             "product": name, "d_in": d_in, "d_out": d_out, "tokens": tokens,
             "dense_of_peak": floor / statistics.median(seconds["dense"]),
-            "engines": {e: compare(seconds, "dense", e) for e in ("triton", "triton-dense")},
+            "engines": {e: compare(seconds, "dense", e) for e in engines},
         }  # fmt: skip
+
+
+def able(engine: str, product: str, device: torch.device) -> bool:
+    """Whether an engine has a way of its own to compute a product on this device."""
+    if engine == "cusparselt" and product == "sparse_weight_grad":
+        return False
+    return not ENGINES[engine].why_not(device, DTYPE)
 
 
 def adapters(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[str, Any]]:
@@ -243,31 +196,15 @@ def adapters(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[
         }  # fmt: skip
 
 
-def block(name: str, context: int, vocabulary: int = 1024) -> nn.Module:
-    """A model of one transformer block with a small vocabulary."""
-    sizes = MODELS[name]
-    if sizes.family == "opt":
-        return OPTForCausalLM(OPTConfig(
-            num_hidden_layers=1, hidden_size=sizes.hidden, ffn_dim=sizes.ffn,
-            num_attention_heads=sizes.heads, word_embed_proj_dim=sizes.hidden, dropout=0.0,
-            vocab_size=vocabulary, max_position_embeddings=context,
-        ))  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(
-        num_hidden_layers=1, hidden_size=sizes.hidden, intermediate_size=sizes.ffn,
-        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
-        vocab_size=vocabulary, max_position_embeddings=context,
-    ))  # fmt: skip
-
-
 def blocks(bench: Bench, name: str, tokens: int, backend: str) -> Iterator[dict[str, Any]]:
     """A training step, a forward pass and peak memory, against the compiled dense block."""
     if not bench.in_time(f"block of {name}"):
         return
     torch._dynamo.reset()
     with torch.device(bench.device):
-        dense = block(name, tokens).to(DTYPE)
+        dense = MODELS[name].build(1, 1024, tokens).to(DTYPE)
     sparse = slope_fx.compile(copy.deepcopy(dense), f"{N}:{M}", skip_first=False, backend=backend)
-    plain_model = _expanded(dense, sparse)
+    plain_model = expanded(dense, sparse)
     ids = torch.randint(0, 1024, (1, tokens), device=bench.device)
     with torch.no_grad():
         want = plain_model(input_ids=ids).logits
@@ -275,9 +212,9 @@ def blocks(bench: Bench, name: str, tokens: int, backend: str) -> Iterator[dict[
     del plain_model, want
     dense.compile(backend=backend)
     models = {"dense": dense, "sparse": sparse}
-    training = {kind: _stepper(model, ids) for kind, model in models.items()}
-    inference = {kind: _forward(model, ids) for kind, model in models.items()}
-    token = {kind: _forward(model, ids[:, :1]) for kind, model in models.items()}
+    training = {kind: stepper(model, ids) for kind, model in models.items()}
+    inference = {kind: forward_pass(model, ids) for kind, model in models.items()}
+    token = {kind: forward_pass(model, ids[:, :1]) for kind, model in models.items()}
     for run in training.values():
         run()
         run()
@@ -291,68 +228,9 @@ def blocks(bench: Bench, name: str, tokens: int, backend: str) -> Iterator[dict[
         "training": compare(bench.seconds(training), "dense", "sparse"),
         "inference": compare(bench.seconds(inference), "dense", "sparse"),
         "one_token": compare(bench.seconds(token), "dense", "sparse"),
-        "state_bytes": {kind: _state(model) for kind, model in models.items()},
-        "activation_bytes": {kind: _extra(bench, training[kind]) for kind in models},
+        "state_bytes": {kind: state_bytes(model) for kind, model in models.items()},
+        "activation_bytes": {kind: extra_bytes(bench, training[kind]) for kind in models},
         "explain": slope_fx.explain(sparse).to_dict(),
-    }  # fmt: skip
-
-
-def _expanded(dense: nn.Module, sparse: nn.Module) -> nn.Module:
-    """A plain model of the sparse one's weights."""
-    model = copy.deepcopy(dense)
-    for name, weight in slope_fx.sparse_weights(sparse).items():
-        model.get_parameter(f"{name}.weight").data.copy_(weight.to_dense().detach())
-    return model
-
-
-def _stepper(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _forward(model: nn.Module, ids: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-
-    return run
-
-
-def _state(model: nn.Module) -> int:
-    """Bytes of weights, masks and AdamW's moments, all in bf16: what lives between two steps."""
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return sum(p.nbytes for p in model.parameters()) + 2 * trained
-
-
-def _extra(bench: Bench, step: Callable[[], None]) -> int | None:
-    """Bytes that a step takes at its peak beyond what lives from step to step."""
-    if bench.device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def device_of(bench: Bench) -> dict[str, Any]:
-    versions: dict[str, Any] = {"triton": __import__("triton").__version__}
-    if bench.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(bench.device)
-        versions |= {
-            "gpu": properties.name, "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda, "cublas": torch.backends.cuda.preferred_blas_library().name,
-        }  # fmt: skip
-    return {
-        **versions, "copy_bytes_per_second": bench.bytes_per_second,
-        "product_flops_per_second": bench.flops_per_second,
     }  # fmt: skip
 
 
@@ -382,7 +260,7 @@ def main() -> None:
         raise SystemExit(f"--device {args.device}: the Triton engine can't serve: {reason}.")
     if device.type == "cpu":  # the same code on the smallest sizes
         os.environ["SLOPE_FX_ENGINES"] = "triton"
-        MODELS.update({"tiny": MODELS["OPT-2.6B"].__class__("llama", 32, 64, 2, 1, 1)})
+        MODELS["tiny"] = TINY
         sizes, names, args.tokens, args.rounds, backend = [(16, 32)], ["tiny"], 8, 2, "eager"
     else:
         sizes, names, backend = shapes(list(MODELS)), list(BLOCKS), "inductor"

@@ -48,6 +48,17 @@ def engine(monkeypatch, tmp_path):
     racing.forget_disk()
 
 
+WHERE = ("cpu", *(["cuda"] if not library.unavailable() else []))
+
+
+@pytest.fixture(params=WHERE)
+def placed(request):
+    """The engine and the device it computes on: with the stand-in, and on a GPU truly."""
+    if request.param == "cuda":
+        return selection.ENGINES["cusparselt"], torch.device("cuda", 0)
+    return request.getfixturevalue("engine"), CPU
+
+
 def layer(pattern, d_out, d_in, seed, dtype=B16):
     n, m = pattern.n, pattern.m
     weight = normal((d_out, d_in), seed, dtype)
@@ -68,6 +79,16 @@ def strange(shape, seed, dtype, kind):
     return plain
 
 
+def _moved(tensor, device):
+    """On a device, with its strides and its offset in memory."""
+    if device == CPU:
+        return tensor
+    storage = tensor.untyped_storage().to(device=device)
+    return tensor.new_empty(0, device=device).set_(
+        storage, tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+
+
 # --- products ------------------------------------------------------------------------------
 
 
@@ -81,7 +102,8 @@ def strange(shape, seed, dtype, kind):
     st.booleans(),
     seeds,
 )
-def test_products_against_the_oracle(engine, data, pattern, dtype, kind, bias, wide, seed):
+def test_products_against_the_oracle(placed, data, pattern, dtype, kind, bias, wide, seed):
+    engine, device = placed
     n, m = pattern.n, pattern.m
     d_out = data.draw(st.sampled_from([1, 2, 3, 5, 8])) * m
     d_in = data.draw(st.sampled_from([1, 3, 4, 8])) * m
@@ -93,6 +115,9 @@ def test_products_against_the_oracle(engine, data, pattern, dtype, kind, bias, w
     x = strange((*leading, d_in), seed + 1, dtype, kind)
     grad = strange((*leading, d_out), seed + 2, dtype, kind)
     b = strange((d_out,), seed + 3, dtype, "unaligned") if bias else None
+    x, grad, b, values, forward, backward = (
+        None if t is None else _moved(t, device) for t in (x, grad, b, values, forward, backward)
+    )
     y = engine.sparse_linear(x, values, forward, b, n, m)
     assert_within_rounding(y, *want.forward(x, b), dtype)
     assert y.is_contiguous()

@@ -1,0 +1,209 @@
+"""The paper's bench: its arithmetic against independent counts, its runs whole on a toy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fake_cusparselt as fake
+import slope_fx
+from slope_fx.kernels import racing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The modules of benchmarks/ and docs/, importable."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+
+
+def small(family):
+    from shapes import Architecture
+
+    if family == "opt":
+        return Architecture("opt", 32, 64, 2, 2, 3, vocabulary=96, context=16, tied=True)
+    return Architecture(family, 32, 48, 4, 2, 3, vocabulary=96)
+
+
+def test_the_models_have_the_sizes_they_are_known_for(bench):
+    from arithmetic import weights
+    from shapes import MODELS
+
+    for name, sizes in MODELS.items():
+        with torch.device("meta"):
+            built = sum(p.numel() for p in sizes.build().parameters())
+        assert sum(weights(sizes, sizes.layers)) == built
+        billions = {"OPT-6.6B": 6.66, "LLaMA-3-8B": 8.03, "Mistral-7B": 7.25, "OPT-30B": 29.97}
+        assert built / 1e9 == pytest.approx(
+            billions.get(name, float(name.split("-")[-1].removesuffix("B"))), rel=0.025
+        )
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "mistral"])
+def test_operations_are_those_that_torch_counts(bench, family):
+    from arithmetic import inference, training
+
+    sizes, batch, context = small(family), 2, 16
+    with torch.device("meta"):
+        model = sizes.build(context=context)
+        ids = torch.zeros(batch, context, dtype=torch.long)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(input_ids=ids)
+    with FlopCounterMode(display=False) as both:
+        model(input_ids=ids, labels=ids).loss.backward()
+    tokens = batch * context
+
+    def split(operations):
+        attention = sum(o.flops for o in operations if o.name == "attention")
+        rest = sum(o.flops for o in operations if not o.name.startswith("attention"))
+        return rest, 2 * attention  # eager attention doesn't leave out the causal half
+
+    rest, attention = split(inference(sizes, sizes.layers, tokens, context))
+    # Besides the products, rotations of positions are counted, a small product each.
+    assert forward.get_total_flops() == pytest.approx(rest + attention, rel=0.01)
+    rest, attention = split(training(sizes, sizes.layers, tokens, context))
+    assert both.get_total_flops() == pytest.approx(rest + 3 * attention, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16 with fp32 moments"])
+def test_state_is_what_lies_in_memory(bench, family, kind):
+    import state
+    from arithmetic import training_state
+
+    dtype, size = state.KINDS[kind]
+    sizes = small(family)
+    found = state.count(sizes, sizes.layers, dtype)
+    want = training_state(sizes, sizes.layers, size, 4)
+    assert found["dense"]["model"] == want.dense
+    assert found["sparse"]["model"] == want.sparse
+    assert found["sparse"]["pruned"] / found["dense"]["pruned"] == want.linears <= 0.53
+
+
+def test_inference_state_is_what_lies_in_memory(bench):
+    from arithmetic import inference_state
+
+    sizes = small("llama")
+    model = slope_fx.compile(sizes.build().bfloat16(), "2:4", adapter_rank=8, backend="eager")
+    want = inference_state(sizes, sizes.layers, 8 / sizes.hidden)
+    assert sum(p.nbytes for p in model.parameters()) == want.sparse
+
+
+def test_limits(bench):
+    """Where only products count, what is left is METHOD's: 2 a product, 1.5 a step."""
+    from arithmetic import TWO_OF_THREE, Operation, Roofline, inference, training
+    from shapes import MODELS
+
+    endless = Roofline(1e15, 1e30)
+    sizes = MODELS["OPT-66B"]
+    assert TWO_OF_THREE == 1.5
+    for context, tolerance in ((1, 0.04), (2048, 0.2)):
+        step, forward = (f(sizes, 64, 4096, context) for f in (training, inference))
+        assert 1.5 * (1 - tolerance) < endless.dense(step) / endless.sparse(step) < 1.5
+        assert 2 * (1 - tolerance) < endless.dense(forward) / endless.sparse(forward) < 2
+    # Where only bytes do, for one token: 9/16 of the weight.
+    few = inference(sizes, 64, 1, 1)
+    narrow = Roofline(1e30, 1e12)
+    assert narrow.dense(few) / narrow.sparse(few) == pytest.approx(16 / 9, rel=0.03)
+    adapters = [narrow.sparse(inference(sizes, 64, 1, 1, rank)) for rank in (0, 0.0156, 0.0625)]
+    assert adapters == sorted(set(adapters))
+    one = [Operation("", 8.0, 2, 100, 50)]
+    assert Roofline(1, 1).dense(one) == 100
+    assert Roofline(1, 100).dense(one) == 8
+    assert Roofline(1, 100).sparse(one) == 4
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "paper.py", *map(str, arguments)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_dry_run(tmp_path, bench):
+    from paper import PAPER
+    from shapes import MODELS
+
+    done = run("--dry-run", "--out", tmp_path, "--tflops", 990, "--gbps", 3350)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "paper_dry_run.json").read_text())
+    assert (
+        [e["model"] for e in result["models"]]
+        == list(MODELS)
+        == sorted(PAPER, key=list(MODELS).index)
+    )
+    for entry in result["models"]:
+        assert entry["model"] in done.stdout
+        assert 1 < entry["training"] < 1.5
+        assert 2 > entry["inference"][0] > entry["inference"][1] > entry["inference"][2] > 1
+        assert entry["state"]["bf16"]["linears"] <= 0.53
+
+
+def test_mistakes_are_told(tmp_path):
+    done = run("--context", 4096)
+    assert done.returncode
+    assert "--context 4096; allowed are 1 to 2048" in done.stderr
+    if not torch.cuda.is_available():
+        done = run("--out", tmp_path)
+        assert "there is no CUDA device; --dry-run needs none" in done.stderr
+
+
+def test_it_runs_and_its_page_is_made(tmp_path, bench, monkeypatch):
+    """All of it, the peer too, with the stand-in for the library on the CPU."""
+    import make_paper
+    import paper
+
+    monkeypatch.setenv("SLOPE_FX_ENGINES", "cusparselt,cpu-dense")
+    monkeypatch.setattr(racing, "_SECONDS", 0.0)
+    monkeypatch.setattr(paper, "RANKS", (0.0, 0.0625))
+    monkeypatch.setattr(
+        sys, "argv", ["paper.py", "--device", "cpu", "--out", str(tmp_path), "--seconds", "600"]
+    )
+    semi = torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    monkeypatch.setattr(semi, "_validate_device_dim_dtype_shape", classmethod(lambda *_: None))
+    with fake.installed(monkeypatch):
+        paper.main()
+    result = json.loads((tmp_path / "paper.json").read_text())
+    step, *passes = result["entries"]
+    assert step["kind"] == "training"
+    assert [e["rank"] for e in passes] == [0.0, 0.0625]
+    assert result["left_out"] == result["wrong"] == []
+    assert passes[0]["peer"]["speedup"] > 0
+    assert passes[1]["peer"] is None
+    for entry in result["entries"]:
+        assert entry["difference"] < 0.05
+        assert entry["speedup"] > 0
+        reports = [r for r in entry["explain"]["linears"] if r["kind"] == "sparse"]
+        assert {p["engine"] for r in reports for p in r["products"]} <= {"cusparselt", "cpu-dense"}
+    for entry in result["entries"]:
+        entry["model"] = "OPT-2.6B"
+    text = make_paper.measured(result, json.loads(json.dumps(paper.PAPER)))
+    assert text.count("| OPT-2.6B") == 3
+    assert "1.13" in text  # the paper's training
+    make_paper.plot(make_paper.read("paper_dry_run"), result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_what_there_is_no_time_for_is_told(tmp_path, bench, monkeypatch):
+    import paper
+
+    monkeypatch.setattr(
+        sys, "argv", ["paper.py", "--device", "cpu", "--out", str(tmp_path), "--seconds", "1e-9"]
+    )
+    paper.main()
+    result = json.loads((tmp_path / "paper.json").read_text())
+    assert result["entries"] == []
+    assert result["left_out"] == ["training of tiny", "inference of tiny"]
+
+
+def test_the_committed_page_is_that_of_the_committed_results(bench):
+    import make_paper
+
+    assert make_paper.PAGE.read_text() == make_paper.page()
