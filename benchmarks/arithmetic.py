@@ -24,6 +24,9 @@ MASKS = 1 / 8 + N / M / 8
 OPERAND = HALF * N / M + 1 / 8
 """Bytes of a 2:4 operand that cuSPARSELt reads, for each element: values and two bits a value."""
 
+REBUILT = HALF * N / M + MASKS + HALF + HALF + OPERAND
+"""Bytes moved to make one, for each element: values and masks in, dense out and in, operand out."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -73,10 +76,20 @@ def weights(sizes: Architecture, layers: int) -> tuple[int, int, int]:
 
 
 def inference(
-    sizes: Architecture, layers: int, tokens: int, context: int, rank: float = 0.0
+    sizes: Architecture,
+    layers: int,
+    tokens: int,
+    context: int,
+    rank: float = 0.0,
+    kept: bool = False,
 ) -> list[Operation]:
-    """A forward pass over ``tokens`` in sequences of ``context``, adapters of ``rank`` * hidden."""
-    return list(_forward(sizes, layers, tokens, context, round(rank * sizes.hidden)))
+    """A forward pass over ``tokens`` in sequences of ``context``, adapters of ``rank`` * hidden.
+
+    With ``kept`` operands are there already; else each is made for its product.
+    """
+    operations = list(_forward(sizes, layers, tokens, context, round(rank * sizes.hidden)))
+    made = 0.0 if kept else REBUILT * weights(sizes, layers)[0]
+    return [*operations, Operation("operands", 0, 1, 0, made)]
 
 
 def training(sizes: Architecture, layers: int, tokens: int, context: int) -> list[Operation]:
@@ -101,10 +114,8 @@ def training(sizes: Architecture, layers: int, tokens: int, context: int) -> lis
             Operation(f"{o.name}, weight gradient", o.flops, 1, o.dense_bytes, o.sparse_bytes)
         )
     sparse, dense, other = weights(sizes, layers)
-    # Both operands once a step: rebuilt (values and masks in, dense out), for the input gradient
-    # turned over, and compressed (dense in, operand out).
-    rebuilt = HALF * N / M + MASKS + HALF + HALF + OPERAND
-    operations.append(Operation("operands", 0, 1, 0, sparse * (2 * rebuilt + 2 * HALF)))
+    # Both operands once a step, that of the input gradient turned over before.
+    operations.append(Operation("operands", 0, 1, 0, sparse * (2 * REBUILT + 2 * HALF)))
     # Weight and two moments are read and written, the gradient is read.
     each = 7 * HALF
     rest = each * (dense + other)
@@ -145,7 +156,8 @@ class State:
     Attributes:
         dense, sparse: the whole model.
         linears: sparse over dense, of the pruned linears alone.
-        operands: what cuSPARSELt keeps beside them, until the weights change.
+        operands: what cuSPARSELt takes beside them where its operands are kept: between two steps
+            under gradient accumulation, or at inference if it is told to.
     """
 
     dense: float

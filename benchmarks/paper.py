@@ -3,8 +3,9 @@
 On a GPU each model's training step and forward pass are timed against ``torch.compile`` of the
 dense model, in turns, with the same optimizer, after a check that the outputs agree: the whole
 model where both sides fit into memory, else two blocks of it with a small vocabulary, as the paper
-truncates. Inference also at adapter ranks of 1.56% and 6.25% of the hidden size, and beside
-PyTorch's own semi-structured tensors. Memory is what each side needs at its peak.
+truncates. Inference also at adapter ranks of 1.56% and 6.25% of the hidden size, with operands kept
+(SLOPE_FX_KEEP_OPERANDS=1), and beside PyTorch's own semi-structured tensors. Memory is what each
+side needs at its peak.
 
     python benchmarks/paper.py              # all models; half an hour or so on one GPU
     python benchmarks/paper.py --quick      # two blocks of three models; eight minutes at most
@@ -14,8 +15,10 @@ PyTorch's own semi-structured tensors. Memory is what each side needs at its pea
 
 import argparse
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from arithmetic import (
@@ -111,8 +114,8 @@ def dry_run(args: argparse.Namespace) -> None:
         f"{tokens} tokens; ceilings {args.tflops:g} TFLOP/s and {args.gbps:g} GB/s. A sparse "
         f"product is at most {TENSOR_CORES:g} times faster, a step with two of three sparse "
         f"{TWO_OF_THREE:g}. State: bf16 with fp32 moments, dense; then sparse over dense, without "
-        "and with the operands that cuSPARSELt keeps between its uses. Inference at ranks "
-        f"{', '.join(f'{rank:.2%}' for rank in RANKS)} of the hidden size."
+        "and with the operands that cuSPARSELt keeps under gradient accumulation. Inference at "
+        f"ranks {', '.join(f'{rank:.2%}' for rank in RANKS)} of the hidden size."
     )
     write("paper_dry_run", args, ranks=RANKS, paper=PAPER, models=entries)
 
@@ -174,16 +177,16 @@ class Case:
             slope_fx.Schedule(model, 1, adapter_start=0.0)
         return model
 
-    def entry(self, kind: str, rank: float = 0.0) -> dict[str, Any]:
+    def entry(self, kind: str, rank: float = 0.0, kept: bool = False) -> dict[str, Any]:
         """What it is, and what is to be expected of it."""
         roofline = Roofline(self.bench.flops_per_second, self.bench.bytes_per_second)
         tokens, context = self.ids.numel(), self.args.context
         operations = (
             training(self.sizes, self.layers, tokens, context) if kind == "training"
-            else inference(self.sizes, self.layers, tokens, context, rank)
+            else inference(self.sizes, self.layers, tokens, context, rank, kept)
         )  # fmt: skip
         return {
-            "model": self.name, "kind": kind, "rank": rank, "layers": self.layers,
+            "model": self.name, "kind": kind, "rank": rank, "kept": kept, "layers": self.layers,
             "whole": self.whole, "tokens": tokens,
             "predicted": roofline.dense(operations) / roofline.sparse(operations),
         }  # fmt: skip
@@ -256,38 +259,43 @@ def measure_inference(
     first = case.sparse()
     prune_like(dense, first)
     peer, refusal = semi_structured(case, first)
-    compiled = False
-    for rank in RANKS:
-        if rank and not bench.in_time(f"inference of {name} at rank {rank:.2%}"):
+    cases = [(RANKS[0], False), (RANKS[0], True), *((rank, False) for rank in RANKS[1:])]
+    for number, (rank, kept) in enumerate(cases):
+        if number and not bench.in_time(f"inference of {name}, {_how(rank, kept)}"):
             return
-        sparse = case.sparse(rank) if rank else first
-        off = checked(case, sparse, dense, f"inference at rank {rank}")
-        if not compiled:
-            case.compile_dense(dense)
-            compiled = True
-        models = {"dense": dense, "sparse": sparse}
-        if peer is not None:
-            checked(case, peer, dense, "PyTorch's semi-structured tensors")
-            models["peer"] = case.compile_dense(peer)
-        runs: Runs = {kind: forward_pass(model, case.ids) for kind, model in models.items()}
-        for run in runs.values():
-            run()
-            run()
-        seconds = bench.seconds(runs)
+        with patch.dict(os.environ, SLOPE_FX_KEEP_OPERANDS="1" if kept else ""):
+            sparse = case.sparse(rank) if number else first
+            off = checked(case, sparse, dense, f"inference, {_how(rank, kept)}")
+            if number == 0:
+                case.compile_dense(dense)
+            models = {"dense": dense, "sparse": sparse}
+            if peer is not None:
+                checked(case, peer, dense, "PyTorch's semi-structured tensors")
+                models["peer"] = case.compile_dense(peer)
+            runs: Runs = {kind: forward_pass(model, case.ids) for kind, model in models.items()}
+            for run in runs.values():
+                run()
+                run()
+            seconds = bench.seconds(runs)
+            extra = {kind: extra_bytes(bench, run) for kind, run in runs.items()}
         report = slope_fx.explain(sparse)
         operands = sum(linear.operand_bytes for linear in report.sparse)
         weights = {"dense": _weights(dense), "sparse": _weights(sparse) + operands}
         yield {
-            **case.entry("inference", rank), "difference": off,
+            **case.entry("inference", rank, kept), "difference": off,
             **compare(seconds, "dense", "sparse"),
             "peer": compare(seconds, "dense", "peer") if "peer" in runs else None,
             "peer_refusal": refusal,
-            "memory": {k: _sum(weights[k], extra_bytes(bench, runs[k])) for k in weights},
+            "memory": {kind: _sum(weights[kind], extra[kind]) for kind in weights},
             "explain": report.to_dict(),
         }  # fmt: skip
-        peer, first = None, None  # what they take is free for the next
+        peer, refusal, first = None, "", None  # what they take is free for the next
         del models, runs, sparse
         _free()
+
+
+def _how(rank: float, kept: bool) -> str:
+    return f"r = {rank:.2%}{', operands kept' if kept else ''}"
 
 
 def semi_structured(case: Case, sparse: nn.Module) -> tuple[nn.Module | None, str]:
@@ -332,7 +340,7 @@ def table(entries: list[dict[str, Any]]) -> str:
         memory = e["memory"]
         rows.append((
             e["model"], "whole" if e["whole"] else f"{e['layers']} blocks",
-            e["kind"] + (f", r = {e['rank']:.2%}" if e["kind"] == "inference" else ""),
+            e["kind"] + (f", {_how(e['rank'], e['kept'])}" if e["kind"] == "inference" else ""),
             f"{1e3 * e['dense_seconds']:.2f}", f"{1e3 * e['sparse_seconds']:.2f}",
             f"{e['speedup']:.2f}", f"{e['predicted']:.2f}", reported,
             f"{memory['sparse'] / memory['dense']:.2f}" if memory["dense"] else "",

@@ -83,13 +83,14 @@ def state(result: dict[str, Any], dry: dict[str, Any], paper: dict[str, Any]) ->
         f"Counted on live tensors, {result['arguments']['layers']} blocks of each family at full "
         "width, after a step: the pruned linears' weights, masks, gradients, Adam's moments.", "",
         table(blocks, ("blocks of", "state", "dense, MiB", "SLoPe, MiB", "ratio")), "",
-        "What that makes of whole models, embeddings and head included, by their sizes. cuSPARSELt "
-        "keeps operands of its own beside the values (two of 9/16 of the dense 16-bit weight while "
-        "training, one at inference); while an optimizer steps they are gone. The paper's figures "
-        "are of its own peak, activations included.", "",
+        "What that makes of whole models, embeddings and head included, by their sizes. Where "
+        "cuSPARSELt's operands are kept beside the values (two of 9/16 of the dense 16-bit weight "
+        "between two steps, under gradient accumulation; one at inference, if "
+        "`SLOPE_FX_KEEP_OPERANDS=1` says so), it is more, as told. The paper's figures are of its "
+        "own peak, activations included.", "",
         table(rows, (
-            "model", *kinds, "with operands, bf16", "paper, training",
-            "bf16 inference", "with operands", "paper, inference")), "",
+            "model", *kinds, "the latter, operands kept", "paper, training",
+            "bf16 inference", "operands kept", "paper, inference")), "",
         f"({taken(result)})",
     ])  # fmt: skip
 
@@ -103,7 +104,8 @@ def measured(result: dict[str, Any], paper: dict[str, Any]) -> str:
         memory = e["memory"]
         rows.append((
             e["model"] if e["whole"] else f"{e['model']}, {e['layers']} blocks",
-            "training" if e["kind"] == "training" else f"inference, r = {percent(e['rank'])}",
+            "training" if e["kind"] == "training" else
+            f"inference, r = {percent(e['rank'])}{', operands kept' if e['kept'] else ''}",
             speedup(e), f"{e['predicted']:.2f}", f"{reported:.2f}",
             f"{memory['sparse'] / memory['dense']:.2f}" if memory["dense"] else "",
             speedup(e["peer"]) if e.get("peer") else e.get("peer_refusal", ""),

@@ -4,8 +4,8 @@ A :class:`Problem` is a product as far as speed goes. The first time one is met,
 that can serve it run it on made-up data, in turns; the best runs decide, and are kept on disk
 beside the compiled kernels, so that a machine measures a problem once. The plain dense
 product is timed along with them: it computes what a dense layer would, so it takes no part
-in the choice, but says what was gained. An engine that makes an operand of the weight has to
-make it in each of its runs, if the weight is one that trains.
+in the choice, but says what was gained. An engine that makes an operand of the weight makes it
+in each of its runs, unless it will be kept for good.
 
 ``SLOPE_FX_ENGINES`` limits the choice: names separated by commas are the engines allowed,
 names after a minus are forbidden (``cpu``; ``cpu,dense``; ``-cpu``). With one engine left
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from slope_fx.kernels import cpu, dense, racing, reference, triton
-from slope_fx.kernels.cusparselt import Cusparselt
+from slope_fx.kernels.cusparselt import Cusparselt, operands
 from slope_fx.kernels.errors import EngineError, EngineWarning
 from slope_fx.kernels.packing import pack
 from slope_fx.kernels.vendor import VendorProducts
@@ -62,8 +62,8 @@ class Problem:
         dtype: "float32" and so on.
         threads: that torch uses on a CPU; 0 on other devices.
         values_dtype: of the weight's values, if wider, as under autocast; else "".
-        trains: whether the weight changes between its uses, as far as that matters to the
-            candidates: to those that keep an operand of it.
+        anew: whether a candidate makes an operand of the weight at each use: of a weight that
+            trains, and of any unless operands are to be kept.
     """
 
     op: str
@@ -75,7 +75,7 @@ class Problem:
     dtype: str
     threads: int
     values_dtype: str = ""
-    trains: bool = False
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def choose(
         values[0], values[1] * m // n, n, m, str(dtype).removeprefix("torch."),
         torch.get_num_threads() if device.type == "cpu" else 0,
         str(values_dtype).removeprefix("torch.") if wider else "",
-        trains and reads_values and keeping,
+        reads_values and keeping and (trains or operands.policy() != "1"),
     )  # fmt: skip
     return choice_for(problem, candidates, device).engine
 
@@ -336,11 +336,11 @@ def _runs(
             "sparse_input_grad": (grad, kept, forward, backward, n, m),
             "sparse_weight_grad": (grad, x, forward, n, m),
         }[problem.op]
-        if isinstance(engine, Cusparselt) and problem.trains:
-            operands = engine.operands
+        if isinstance(engine, Cusparselt) and problem.anew:
+            made = engine.operands
 
             def anew() -> Any:
-                operands.forget(kept)
+                made.forget(kept)
                 return operation(*arguments)
 
             return anew

@@ -37,8 +37,9 @@ CONTAINED = [Pattern(*nm) for nm in ((2, 4), (1, 4), (2, 8), (1, 8), (1, 2), (2,
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
-    """The engine with the stand-in, chosen for everything."""
+    """The engine with the stand-in, chosen for everything, keeping all that it may."""
     monkeypatch.setenv("SLOPE_FX_ENGINES", "cusparselt")
+    monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", "1")
     monkeypatch.setenv("SLOPE_FX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(racing, "_SECONDS", 0.0)
     monkeypatch.setattr(racing, "_QUIET", float("inf"))
@@ -396,6 +397,72 @@ def test_operands_are_made_once_an_optimizer_step(engine):
     assert_fresh(net)
 
 
+@pytest.fixture
+def thrifty(engine, monkeypatch):
+    """The engine as it is without a word from the environment."""
+    monkeypatch.delenv("SLOPE_FX_KEEP_OPERANDS")
+    return engine
+
+
+def test_operands_are_kept_only_where_they_are_used_again(thrifty):
+    """Between two optimizer steps. A weight that isn't stepped keeps none."""
+    net, other = compiled(), compiled()
+    layers = len(slope_fx.sparse_weights(net))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    x = normal((5, 24), 1, B16).requires_grad_()
+    with torch.no_grad():
+        for _ in range(3):
+            other(x)
+    assert fake.calls["compress"] == 3 * layers
+    # By step: micro-batches, then operands made in units of the layers (one forward, one for the
+    # input gradient), and whether some are kept when the step begins.
+    expected = [
+        (1, 2, False),
+        (3, 4, True),  # learnt, and kept from the second on
+        (3, 2, True),
+        (3, 2, True),
+        (1, 2, True),  # kept in vain
+        (1, 2, False),
+        (3, 4, True),
+    ]
+    for micros, made, kept in expected:
+        before = fake.calls["compress"]
+        for _ in range(micros):
+            net(x).float().square().sum().backward()
+        assert fake.calls["compress"] - before == made * layers
+        assert (thrifty.operands.nbytes() > 0) == kept
+        optimizer.step()
+        optimizer.zero_grad()
+        assert thrifty.operands.nbytes() == 0
+    assert_fresh(net)
+
+
+@pytest.mark.parametrize("change", ["in place", "AdamW", "an optimizer writing to .data"])
+def test_what_is_kept_by_experience_is_not_stale_either(thrifty, change):
+    net = compiled()
+    train_step(net, torch.optim.SGD(net.parameters(), lr=0.01))
+    for _ in range(3):
+        assert_fresh(net)
+    assert thrifty.operands.nbytes() > 0
+    CHANGES[change](net)
+    assert_fresh(net)
+    assert_fresh(net)
+
+
+@pytest.mark.parametrize(("value", "kept"), [("1", True), ("0", False)])
+def test_the_environment_overrules(engine, monkeypatch, value, kept):
+    monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", value)
+    net = compiled()
+    train_step(net, torch.optim.SGD(net.parameters(), lr=0.01))
+    for _ in range(3):
+        assert_fresh(net)
+    assert (engine.operands.nbytes() > 0) == kept
+    monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", "yes")
+    with pytest.raises(slope_fx.EngineError, match=r"KEEP_OPERANDS='yes'; allowed are 1"):
+        engine.sparse_linear(torch.zeros(1, 16, dtype=B16), *layer(Pattern(2, 4), 16, 16, 0)[:2],
+                             None, 2, 4)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["autocast", "checkpoint"])
 def test_operands_are_kept_through(engine, kind):
     """What stands between the parameter and the op, and could hide that it is the same."""
@@ -477,17 +544,18 @@ def test_operands_are_counted_and_go_with_the_weights(engine):
     assert slope_fx.Explanation.from_dict(report.to_dict()) == report
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(len(engine.operands._kept)))
+    optimizer.register_step_pre_hook(lambda *_: seen.append(engine.operands.nbytes()))
     optimizer.step()
     assert seen == [0]  # the step has their memory
     twin = copy.deepcopy(net)
     assert_fresh(twin)
     assert_fresh(net)
-    assert len(engine.operands._kept) == 2 * len(report.sparse)
+    assert engine.operands.nbytes() == 2 * sum(want)
     del net, twin, optimizer
     torch._dynamo.reset()
     gc.collect()
-    assert len(engine.operands._kept) == 0
+    assert engine.operands.nbytes() == 0
+    assert len(engine.operands._weights) == 0
 
 
 def test_inference_tensors_are_not_kept_and_that_is_said(engine):
@@ -495,13 +563,13 @@ def test_inference_tensors_are_not_kept_and_that_is_said(engine):
     with torch.inference_mode():
         values, forward, _ = layer(Pattern(2, 4), 16, 16, 0)
         x = normal((3, 16), 1, B16)
-        with pytest.warns(slope_fx.EngineWarning, match="makes its operands anew at each use"):
+        with pytest.warns(slope_fx.EngineWarning, match="no effect on weights that are inference"):
             engine.sparse_linear(x, values, forward, None, 2, 4)
         values.neg_()
         y = engine.sparse_linear(x, values, forward, None, 2, 4)
         want = x.double() @ reference.expand(values, forward, 2, 4).double().t()
     torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
-    assert len(engine.operands._kept) == 0
+    assert engine.operands.nbytes() == 0
 
 
 def test_nothing_is_kept_or_searched_for_a_cuda_graph(engine, monkeypatch):
@@ -590,8 +658,10 @@ def test_values_whose_memory_comes_and_goes_are_not_kept(engine, tmp_path):
                 losses[name].append(loss_of(each, batch()).item())
         assert losses["sharded"] == pytest.approx(losses["bare"], rel=1e-6)
         sharded = slope_fx.sparse_weights(model).values()
-        assert all(engine.operands.nbytes(w.values) == 0 for w in sharded)
-        assert len(engine.operands._passing) == len(sharded)
+        mine = {id(w.values) for w in slope_fx.sparse_weights(bare).values()}
+        others = [(v, w) for v, w in engine.operands._weights.items() if id(v) not in mine]
+        assert len(others) == len(sharded)
+        assert all(w.passing and not w.kept for _, w in others)
     finally:
         dist.destroy_process_group()
 
@@ -615,17 +685,22 @@ def race(engine, monkeypatch):
     return seconds
 
 
-def test_a_training_weights_operand_is_part_of_the_price(race):
+@pytest.mark.parametrize("policy", ["", "0", "1"])
+def test_making_the_operand_is_part_of_the_price(race, monkeypatch, policy):
+    """Unless it will be kept for good."""
+    monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", policy)
     chosen = {}
     for trains in (True, False):
+        selection.forget()
+        anew = trains or policy != "1"
         before = fake.calls["compress"]
         chosen[trains] = selection.choose(
             "sparse_linear", 8, (32, 16), 2, 4, B16, CPU, trains=trains
         )
         # The race runs it twice, after once for trying whether it can be run.
-        assert fake.calls["compress"] - before == (3 if trains else 1)
+        assert fake.calls["compress"] - before == (3 if anew else 1)
+        assert [p.anew for p, _ in selection.choices(32, 32, 2, 4)] == [anew]
     assert set(chosen.values()) == {"cusparselt"}
-    assert [p.trains for p, _ in selection.choices(32, 32, 2, 4)] == [True, False]
 
 
 def test_forward_and_backward_are_chosen_separately(race):

@@ -109,11 +109,12 @@ def test_limits(bench):
         assert 1.5 * (1 - tolerance) < endless.dense(step) / endless.sparse(step) < 1.5
         assert 2 * (1 - tolerance) < endless.dense(forward) / endless.sparse(forward) < 2
     # Where only bytes do, for one token: 9/16 of the weight.
-    few = inference(sizes, 64, 1, 1)
+    few = inference(sizes, 64, 1, 1, kept=True)
     narrow = Roofline(1e30, 1e12)
     assert narrow.dense(few) / narrow.sparse(few) == pytest.approx(16 / 9, rel=0.03)
     adapters = [narrow.sparse(inference(sizes, 64, 1, 1, rank)) for rank in (0, 0.0156, 0.0625)]
     assert adapters == sorted(set(adapters))
+    assert adapters[0] > narrow.dense(few)  # for so few tokens an operand isn't worth making
     one = [Operation("", 8.0, 2, 100, 50)]
     assert Roofline(1, 1).dense(one) == 100
     assert Roofline(1, 100).dense(one) == 8
@@ -160,7 +161,7 @@ def test_it_runs_and_its_page_is_made(tmp_path, bench, monkeypatch):
     import make_paper
     import paper
 
-    monkeypatch.setenv("SLOPE_FX_ENGINES", "cusparselt,cpu-dense")
+    monkeypatch.setenv("SLOPE_FX_ENGINES", "cusparselt")
     monkeypatch.setattr(racing, "_SECONDS", 0.0)
     monkeypatch.setattr(paper, "RANKS", (0.0, 0.0625))
     monkeypatch.setattr(
@@ -173,19 +174,21 @@ def test_it_runs_and_its_page_is_made(tmp_path, bench, monkeypatch):
     result = json.loads((tmp_path / "paper.json").read_text())
     step, *passes = result["entries"]
     assert step["kind"] == "training"
-    assert [e["rank"] for e in passes] == [0.0, 0.0625]
+    assert [(e["rank"], e["kept"]) for e in passes] == [(0.0, False), (0.0, True), (0.0625, False)]
+    operands = [sum(r["operand_bytes"] for r in e["explain"]["linears"]) for e in passes]
+    assert operands[0] == operands[2] == 0 < operands[1]
     assert result["left_out"] == result["wrong"] == []
     assert passes[0]["peer"]["speedup"] > 0
-    assert passes[1]["peer"] is None
+    assert passes[1]["peer"] is passes[2]["peer"] is None
     for entry in result["entries"]:
         assert entry["difference"] < 0.05
         assert entry["speedup"] > 0
         reports = [r for r in entry["explain"]["linears"] if r["kind"] == "sparse"]
-        assert {p["engine"] for r in reports for p in r["products"]} <= {"cusparselt", "cpu-dense"}
+        assert {p["engine"] for r in reports for p in r["products"]} == {"cusparselt"}
     for entry in result["entries"]:
         entry["model"] = "OPT-2.6B"
     text = make_paper.measured(result, json.loads(json.dumps(paper.PAPER)))
-    assert text.count("| OPT-2.6B") == 3
+    assert text.count("| OPT-2.6B") == 4
     assert "1.13" in text  # the paper's training
     make_paper.plot(make_paper.read("paper_dry_run"), result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

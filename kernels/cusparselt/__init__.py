@@ -5,9 +5,8 @@ two of four consecutive, as 1:2, 1:4 and 2:8 have. The weight gradient is the ve
 product; of masks, expand and compress another engine's kernels take care.
 
 ``library.py`` is the narrow interface to the library, ``operands.py`` keeps what is made from a
-weight for as long as that doesn't change. The operand of the input gradient is that of the
-transpose of ``W^{R,C}``. A kept operand takes 9/16 of the dense 16-bit weight, beside the values;
-``explain`` tells.
+weight where it is used again before that changes. The operand of the input gradient is that of the
+transpose of ``W^{R,C}``. An operand takes 9/16 of the dense 16-bit weight, beside the values.
 
 PyTorch makes and destroys a plan at each call, some tenths of a millisecond on the host.
 """
@@ -30,7 +29,7 @@ class Cusparselt(VendorProducts):
     """The engine, with another one's kernels around the products.
 
     Attributes:
-        operands: what it keeps of the weights that it met.
+        operands: what it made of the weights that it met.
     """
 
     DEVICES = ("cuda",)
