@@ -56,6 +56,7 @@ gpu-kernels: ## of these, the tests and the kernels; nine minutes at most
 
 gpu-paper: ## of these, the paper's table on two blocks of three models; eight minutes at most
 	PYTHONPATH=. $(PYTHON) benchmarks/paper.py --quick
+	PYTHONPATH=. $(PYTHON) docs/make_paper.py
 
 readme: $(INSTALLED) ## write the README's table and figures, and docs/results.md, from the committed results
 	$(BIN)/python docs/make_readme.py

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slope_fx.kernels.cpu.build import BuildError, cache_directory, cpu_identity, digest
+from slope_fx.kernels.cache import CacheError, cache_directory, cpu_identity, digest
 
 MOST_TOKENS = 2048
 """More tokens than these are measured as so many: time grows in proportion by then."""
@@ -179,7 +179,7 @@ def _store(device: torch.device) -> Path | None:
         text = "".join(path.read_text() for path in sources)
         name = digest("3", torch.__version__, torch.__config__.show(), _identity(device), text)
         return cache_directory() / f"races-{name}.json"
-    except (BuildError, OSError):
+    except (CacheError, OSError):
         return None
 
 

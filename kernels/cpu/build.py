@@ -2,13 +2,11 @@
 
 The library is named by a hash of the source, the flags, the compiler and the CPU. It is
 written under another name and moved into place, so that of two processes which build it
-at once each finds a whole one. Nothing is loaded from a place that another user could
-have written to.
+at once each finds a whole one.
 """
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -16,6 +14,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from slope_fx.kernels.cache import (
+    CacheError,
+    cache_directory,
+    check_private,
+    cpu_identity,
+    digest,
+)
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
@@ -25,53 +31,6 @@ _MACHINES = {"x86_64": "-march=native", "amd64": "-march=native",
 
 class BuildError(RuntimeError):
     """The library can't be had on this machine; the message says why."""
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels and measured choices are kept: a directory of the user's own.
-
-    ``SLOPE_FX_CACHE_DIR``, or ``slope_fx`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
-
-    Raises:
-        BuildError: it can't be made, or somebody else may write to it.
-    """
-    named = os.environ.get("SLOPE_FX_CACHE_DIR")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    path = (Path(named) if named else base / "slope_fx").expanduser()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(path)
-    except OSError as error:
-        raise BuildError(f"the cache directory {path} can't be used: {error}") from None
-    return path
-
-
-def _check_private(path: Path) -> None:
-    if not hasattr(os, "getuid"):
-        return
-    found = path.stat()
-    if found.st_uid != os.getuid():
-        raise BuildError(f"{path} belongs to another user; set SLOPE_FX_CACHE_DIR")
-    if found.st_mode & 0o022:
-        raise BuildError(f"others may write to {path} (run chmod go-w on it)")
-
-
-@functools.cache
-def cpu_identity() -> str:
-    """What tells this CPU from one that the same library or timings would not suit."""
-    parts = [platform.machine(), platform.processor()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for field in ("model name", "flags", "Features", "CPU part"):
-        parts += [line for line in lines if line.startswith(field)][:1]
-    return "\n".join(parts)
-
-
-def digest(*parts: str) -> str:
-    """A short name for ``parts``."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
@@ -138,9 +97,11 @@ def _library_or_error() -> ctypes.CDLL | BuildError:
         path = cache_directory() / f"cpu-{name}.so"
         if not path.exists():
             compile_library(path)
-        _check_private(path)
+        check_private(path)
         return ctypes.CDLL(str(path))
     except BuildError as error:
         return error
+    except CacheError as error:
+        return BuildError(str(error))
     except OSError as error:
         return BuildError(f"its library can't be loaded: {error}")
