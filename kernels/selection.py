@@ -47,6 +47,8 @@ COMPETING = ("cpu", "cpu-dense", "triton", "triton-dense", "cusparselt", "dense"
 AUTO = "auto"
 TAKE_WIDER_VALUES = ("triton", "cusparselt")
 """Those whose products take fp32 values beside 16-bit inputs, and round them themselves."""
+KEEP_OPERANDS = ("cusparselt",)
+"""Those that make an operand of a weight, and may keep it; they are told which graphs train."""
 PRODUCTS = ("sparse_linear", "sparse_input_grad", "sparse_weight_grad")
 
 
@@ -160,6 +162,12 @@ def engines_for(
             continue  # for the same reason
         elif not dtype.is_floating_point:
             continue  # a mask on its way through expand; no product
+        elif (
+            isinstance(ENGINES[name], Cusparselt)
+            and not ENGINES[name].unavailable()
+            and not _is_named(name, engines)
+        ):
+            continue  # it never takes that dtype, or such a GPU
         elif at_home and dtype in (torch.float32, torch.bfloat16, torch.float16):
             _say_once(f"slope_fx's {name} engine is not used: {reason}.")
         elif len(names) == 1:
@@ -241,10 +249,16 @@ def _able(op: str, n: int, m: int, candidates: tuple[str, ...]) -> tuple[str, ..
             if reason := engine.why_not_pattern(n, m):
                 _say_once(f"slope_fx's {name} engine is not used for {n}:{m}: {reason}.")
                 continue
-            if op == "sparse_weight_grad" and len(candidates) > 1:
-                continue  # a dense product with another engine's kernels, which is there too
+            if op == "sparse_weight_grad" and any(_twins(engine, other) for other in candidates):
+                continue  # it would compute the same
         able.append(name)
     return tuple(able) or ("dense",)
+
+
+def _twins(engine: VendorProducts, name: str) -> bool:
+    """Whether the engine of that name has the same dense products, and nothing else."""
+    other = ENGINES[name]
+    return type(other) is VendorProducts and other.around is engine.around
 
 
 def choice_for(problem: Problem, candidates: tuple[str, ...], device: torch.device) -> Choice:
@@ -283,19 +297,31 @@ def choices(d_out: int, d_in: int, n: int, m: int) -> list[tuple[Problem, Choice
     ]
 
 
-def gain(d_out: int, d_in: int, n: int, m: int) -> float | None:
-    """How many times faster than dense all products of such a weight are, where they gain most.
+def gain(d_out: int, d_in: int, n: int, m: int, training: bool) -> tuple[float, int] | None:
+    """How many times faster than dense such a weight's products are together, at their best.
 
-    None if nothing was measured.
+    Args:
+        d_out, d_in, n, m: of the weight.
+        training: whether it is about all three products, or the forward one alone.
+
+    Returns:
+        The factor, and the number of tokens that it was measured for; None if no set of
+        products was measured.
     """
-    times: dict[tuple[object, ...], tuple[float, float]] = {}
-    for problem, choice in choices(d_out, d_in, n, m):
-        if choice.speedup is not None:
-            kind = (problem.tokens, problem.dtype, problem.threads)
-            dense, ours = times.get(kind, (0.0, 0.0))
-            seconds = choice.seconds
-            times[kind] = (dense + seconds["plain"], ours + seconds[choice.engine])
-    return max((dense / ours for dense, ours in times.values()), default=None)
+    times: dict[tuple[int, str, int, str], dict[str, tuple[float, float]]] = {}
+    for (problem, _, device), choice in sorted(_made.items(), key=lambda made: made[0][0].anew):
+        size = (problem.d_out, problem.d_in, problem.n, problem.m)
+        if size == (d_out, d_in, n, m) and choice.speedup is not None:
+            kind = (problem.tokens, problem.dtype, problem.threads, device)
+            pair = (choice.seconds["plain"], choice.seconds[choice.engine])
+            times.setdefault(kind, {})[problem.op] = pair  # that of a weight that trains is last
+    gains: list[tuple[float, int]] = []
+    for (tokens, *_), pairs in times.items():
+        if "sparse_linear" in pairs and (len(pairs) > 1 or not training):
+            counted = list(pairs.values()) if training else [pairs["sparse_linear"]]
+            plain, ours = (sum(side) for side in zip(*counted, strict=True))
+            gains.append((plain / ours, tokens))
+    return max(gains, default=None)
 
 
 def kept_bytes(values: Tensor) -> int:
@@ -367,6 +393,8 @@ def _working(runs: dict[str, Callable[[], Any]], problem: Problem) -> dict[str, 
                 thunk()
             working[name] = thunk
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise  # says nothing of the engine, and would be kept
             _say_once(
                 f"slope_fx's {name} engine is not used for {problem.op} of {problem.d_out}x"
                 f"{problem.d_in}, {problem.tokens} tokens: {str(error).splitlines()[0]}"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.selection import AUTO, ENGINES, TAKE_WIDER_VALUES
+from slope_fx.kernels.selection import AUTO, ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES
 from slope_fx.ops.dispatch import choose_engine
 
 
@@ -45,8 +45,12 @@ def sparse_linear(
     """
     engine = engine or _choose("sparse_linear", x, values, n, m, engines)
     values = _narrowed(values, x, engine)
-    y: Tensor = ENGINES[engine].sparse_linear(x, values, forward_mask, bias, n, m)
-    return y
+    operation: Callable[..., Tensor] = ENGINES[engine].sparse_linear
+    if engine in KEEP_OPERANDS:
+        # A graph that trains names the engines of its gradients too.
+        training = bool(input_engine or weight_engine)
+        return operation(x, values, forward_mask, bias, n, m, training)
+    return operation(x, values, forward_mask, bias, n, m)
 
 
 def _narrowed(values: Tensor, like: Tensor, engine: str) -> Tensor:

@@ -58,7 +58,9 @@ class RewritingBackend:
 
     def _tell_if_nothing_gains(self, weights: frozenset[tuple[int, int, int, int]]) -> None:
         """Say, once for such weights, that all of them are too small to gain speed."""
-        line = nothing_gains(weights)
+        if not torch.is_grad_enabled():
+            return  # evaluation may gain less than training; explain tells
+        line = nothing_gains(weights, training=True)
         if line and weights not in self._told:
             self._told.add(weights)
             warnings.warn(line, EngineWarning, stacklevel=2)
@@ -70,19 +72,21 @@ class RewritingBackend:
         return rewriting_backend, (self.inner, self.engine)
 
 
-def nothing_gains(weights: Iterable[tuple[int, int, int, int]]) -> str:
+def nothing_gains(weights: Iterable[tuple[int, int, int, int]], training: bool) -> str:
     """The line for a model of which no sparse linear gains speed, as far as was measured, or "".
 
     Args:
         weights: (d_out, d_in, N, M) of its sparse linears.
+        training: whether it is about all three products, or the forward one alone.
     """
-    gains = [selection.gain(*weight) for weight in weights]
+    gains = [selection.gain(*weight, training) for weight in weights]
     measured = [gain for gain in gains if gain is not None]
-    if not measured or len(measured) < len(gains) or max(measured) >= 1:
+    if not measured or len(measured) < len(gains) or max(measured)[0] >= 1:
         return ""
+    best, tokens = max(measured)
     return (
-        "No sparse linear is faster here than its dense one was (at best "
-        f"{max(measured):.2f}x): all are too small to gain speed. What is saved is memory."
+        f"No sparse linear is faster here than its dense one was (at best {best:.2f}x, for "
+        f"{tokens} tokens): all are too small to gain speed. What is saved is memory."
     )
 
 

@@ -161,7 +161,9 @@ def explain(model: nn.Module) -> Explanation:
             f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
             "Conv1D modules, and first and last are by module order."
         )
-    if line := nothing_gains((w.d_out, w.d_in, w.n, w.m) for w in weights.values()):
+    shapes = {(w.d_out, w.d_in, w.n, w.m) for w in weights.values()}
+    trained = any(selection.gain(*shape, training=True) for shape in shapes)
+    if line := nothing_gains(shapes, trained):
         notes.append(line)
     reports = tuple(_report(plan, weights.get(plan.name)) for plan in record.plans)
     return Explanation(reports, "\n".join(notes))

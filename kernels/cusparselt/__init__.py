@@ -59,15 +59,23 @@ class Cusparselt(VendorProducts):
         return f"{n}:{m} may keep more than two of four consecutive, and sparse tensor cores do 2:4"
 
     def sparse_linear(
-        self, x: Tensor, values: Tensor, forward_mask: Tensor, bias: Tensor | None, n: int, m: int
+        self,
+        x: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+        training: bool = False,
     ) -> Tensor:
-        """``Y = X (W^R)^T + b``."""
+        """``Y = X (W^R)^T + b``; with ``training`` it may be asked for again before a step."""
 
         def make() -> Tensor:
             dense = self.expand(values.to(x.dtype), forward_mask, n, m)
             return _compressed(dense)
 
-        operand = self.operands.get(values, (forward_mask,), ("forward", x.dtype, n, m), make)
+        purpose = ("forward", x.dtype, n, m)
+        operand = self.operands.get(values, (forward_mask,), purpose, make, training)
         return self._multiply(operand, x, bias, values.shape[0])
 
     def sparse_input_grad(
@@ -87,7 +95,7 @@ class Cusparselt(VendorProducts):
             return _compressed(dense.t())
 
         masks, purpose = (forward_mask, backward_mask), ("backward", grad.dtype, n, m)
-        operand = self.operands.get(values, masks, purpose, make)
+        operand = self.operands.get(values, masks, purpose, make, training=True)
         return self._multiply(operand, grad, None, values.shape[1] * m // n)
 
     def sparse_weight_grad(
@@ -99,7 +107,8 @@ class Cusparselt(VendorProducts):
         m: int,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed."""
+        """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed; rounded to 16 bits
+        before it is widened to ``dtype``."""
         values = super().sparse_weight_grad(grad, x, forward_mask, n, m)
         return values.to(dtype or grad.dtype)
 
@@ -113,19 +122,28 @@ class Cusparselt(VendorProducts):
         if bias is not None:
             bias = _padded(bias.to(x.dtype).unsqueeze(0), 1, library.SPARSE_MULTIPLE).squeeze(0)
         algorithm = self._algorithm(operand, rows, bias)
-        y = library.multiply(operand, rows, bias, algorithm)
+        try:
+            y = library.multiply(operand, rows, bias, algorithm)
+        except RuntimeError as error:
+            if not algorithm or isinstance(error, torch.OutOfMemoryError):
+                raise
+            # It was found for other tokens, up to the same power of two.
+            self._algorithms[self._key(operand, rows, bias)] = 0
+            y = library.multiply(operand, rows, bias, 0)
         return y[:tokens, :d_out].contiguous().view(*x.shape[:-1], d_out)
+
+    def _key(self, operand: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+        """What the best algorithm depends on."""
+        tokens = racing.bucket(rows.shape[0])
+        return (operand.shape[0], rows.shape[1], tokens, str(rows.dtype), bias is not None)
 
     def _algorithm(self, operand: Tensor, rows: Tensor, bias: Tensor | None) -> int:
         """The library's algorithm for a product: what its search finds, if faster than 0."""
-        sizes = (operand.shape[0], rows.shape[1], racing.bucket(rows.shape[0]))
-        key = (*sizes, rows.dtype, bias is not None, rows.device)
+        key = self._key(operand, rows, bias)
         if key not in self._algorithms:
             if not racing.can_measure(rows.device):
                 return 0
-            entry = json.dumps(
-                ["cusparselt", library.version(), *sizes, str(rows.dtype), *key[4:5]]
-            )
+            entry = json.dumps(["cusparselt", library.version(), *key])
             result = racing.recall(entry, _ALGORITHMS, rows.device)
             if result is None:
                 with racing.undisturbed(rows.device):

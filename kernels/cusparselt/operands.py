@@ -1,24 +1,26 @@
 """What is made from a weight, and used again where that pays and the weight hasn't changed.
 
-An operand takes as much memory as the weight's values do. So it is kept only where it was seen to
-be used again between two steps of an optimizer, as under gradient accumulation and activation
-checkpointing, and is gone while the optimizer steps. A weight that no optimizer steps, as at
-inference, keeps none. ``SLOPE_FX_KEEP_OPERANDS`` says otherwise: 1 keeps all, for speed, 0 none.
+An operand takes as much memory as the weight's values do. So it is kept only where a graph that
+trains was seen to use it again between two steps of an optimizer, as under gradient accumulation
+and activation checkpointing, and is gone while the optimizer steps. At inference and evaluation
+none is kept, nor used. ``SLOPE_FX_KEEP_OPERANDS`` says otherwise: 1 keeps all, for speed, 0 none.
 
 A kept operand is never used after its weight changed. It is made anew when
 
 - the values or a mask were written in place, replaced or moved (their versions, which autograd
   keeps for the same purpose, and their addresses);
-- an optimizer took a step, even one that writes to memory without a version showing it: through
-  ``.data``, or fused;
+- any optimizer began or ended a step: many write to memory without a version showing it, through
+  ``.data``, or fused. During a step nothing is kept;
 - the memory of the values was given back in between, as FSDP does with a gathered weight, whose
   version says nothing either. For such values nothing is kept any more, which would also gather
-  what FSDP means to spread.
+  what FSDP means to spread. The same holds for weights that are stepped by a CUDA graph, whose
+  replays call no hook.
 
 It isn't kept at all for values whose changes nobody sees (inference tensors), nor while a CUDA
 graph is captured or prepared: a replay would use it without asking.
 
-One write escapes: to ``.data``, by hand, between two uses without an optimizer step.
+Writes that escape: those to ``.data`` or by address (collectives, other kernels) between two
+micro-batches, or between two uses if all are kept; :meth:`Operands.forget` is for them.
 """
 
 import functools
@@ -39,9 +41,6 @@ from torch.optim.optimizer import (
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from slope_fx.kernels.errors import EngineError, EngineWarning
-
-_LOOK_EVERY = 32
-"""After so many operands made, those of values without memory are looked for."""
 
 
 def policy() -> Literal["", "0", "1"]:
@@ -65,16 +64,20 @@ class _Stamp:
 
     def __init__(self, values: Tensor, masks: tuple[Tensor, ...]) -> None:
         self._values = (values.data_ptr(), values._version)
-        self._versions = [mask._version for mask in masks]
+        self._of_masks = [(mask.data_ptr(), mask._version) for mask in masks]
         self._masks = [TensorWeakRef(mask) for mask in masks]
 
     def holds(self, values: Tensor, masks: tuple[Tensor, ...]) -> bool:
         """Whether it still is."""
         return (
-            self._values == (values.data_ptr(), values._version)
-            and self._versions == [mask._version for mask in masks]
+            self.of_values(values)
+            and self._of_masks == [(mask.data_ptr(), mask._version) for mask in masks]
             and all(ref() is mask for ref, mask in zip(self._masks, masks, strict=True))
         )
+
+    def of_values(self, values: Tensor) -> bool:
+        """Whether the values still are, whatever the masks."""
+        return self._values == (values.data_ptr(), values._version)
 
 
 @dataclass
@@ -91,9 +94,9 @@ class _Weight:
     Attributes:
         kept: operands by purpose.
         seen: the weight as it was when an operand was last asked for, by purpose.
-        reused: purposes for which operands were asked for again.
-        stepped: whether an optimizer steps it.
-        passing: whether its memory comes and goes.
+        reused: purposes for which operands were asked for again between two steps.
+        stepped: whether an optimizer stepped, with the weight's memory there.
+        passing: whether its memory comes and goes, or is written to by a CUDA graph.
     """
 
     kept: dict[Hashable, _Kept] = field(default_factory=dict)
@@ -108,7 +111,10 @@ class Operands:
 
     def __init__(self) -> None:
         self._weights = WeakTensorKeyDictionary()
-        self._made = 0
+        self._used = WeakTensorKeyDictionary()  # of them, those used since the last step
+        self._young = WeakTensorKeyDictionary()  # and those kept that no step has passed
+        self._steps: set[int] = set()  # optimizers in a step
+        self._epoch = 0
         self._watching = False
         self._lock = threading.RLock()
 
@@ -118,6 +124,7 @@ class Operands:
         masks: tuple[Tensor, ...],
         purpose: tuple[Hashable, ...],
         make: Callable[[], Tensor],
+        training: bool,
     ) -> Tensor:
         """The operand for a purpose: the kept one if nothing changed, else a new one.
 
@@ -125,44 +132,54 @@ class Operands:
             values, masks: what it is made from.
             purpose: what it is for, of all that may be made from the same values.
             make: makes it.
+            training: whether a graph asks for it that trains.
         """
-        if policy() == "0" or replayed(values.device):
+        keep_all = policy() == "1"
+        if not (training or keep_all) or policy() == "0" or replayed(values.device):
             return make()
         if any(tensor.is_inference() for tensor in (values, *masks)):
-            if policy() == "1":
+            if keep_all:
                 _say_inference()
             return make()
         key = (*purpose, _stream(values.device))
         with self._lock:
             self._watch()
+            if self._steps:
+                return make()
             weight: _Weight = self._weights.setdefault(values, _Weight())
+            self._used[values] = weight
             kept = weight.kept.get(key)
             if kept is not None and kept.stamp.holds(values, masks):
                 kept.used_again = True
                 return kept.operand
-            weight.kept.pop(key, None)  # before its successor takes memory too
-            del kept
+            # Before successors take memory too; of other purposes, what is of other values.
+            weight.kept.pop(key, None)
+            kept = None
+            if not all(other.stamp.of_values(values) for other in weight.kept.values()):
+                weight.kept.clear()
+            self._look_for_freed()
             if key in weight.seen and weight.seen[key].holds(values, masks):
                 weight.reused.add(key)
             stamp = weight.seen[key] = _Stamp(values, masks)
             known = weight.stepped and key in weight.reused
-            keep = not weight.passing and (known or policy() == "1")
+            keep, epoch = not weight.passing and (known or keep_all), self._epoch
         operand = make()
-        if keep:
-            with self._lock:
+        with self._lock:
+            if keep and epoch == self._epoch:
                 weight.kept[key] = _Kept(operand, stamp)
-                self._made += 1
-                if self._made % _LOOK_EVERY == 0:
-                    self._forget_freed()
+                if not weight.stepped:
+                    self._young[values] = weight
         return operand
 
     def forget(self, values: Tensor | None = None) -> None:
         """Forget what is known and kept of ``values``, or of all."""
         with self._lock:
-            if values is None:
-                self._weights.clear()
-            else:
-                self._weights.pop(values, None)
+            self._epoch += 1
+            for known in (self._weights, self._used, self._young):
+                if values is None:
+                    known.clear()
+                else:
+                    known.pop(values, None)
 
     def nbytes(self, values: Tensor | None = None) -> int:
         """Bytes of what is kept for ``values``, or for all."""
@@ -175,26 +192,48 @@ class Operands:
     def _watch(self) -> None:
         if not self._watching:
             self._watching = True
-            # Before it, so that its memory is free during the step; after it, for the closure
-            # that some evaluate within.
-            register_optimizer_step_pre_hook(self._stepped)
-            register_optimizer_step_post_hook(self._stepped)
+            register_optimizer_step_pre_hook(torch.compiler.disable(self._begins))
+            register_optimizer_step_post_hook(torch.compiler.disable(self._ends))
 
-    def _stepped(self, *_: object) -> None:
+    def _begins(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         with self._lock:
-            self._forget_freed()
-            for values, weight in list(self._weights.items()):
-                if values.requires_grad and not weight.passing:
-                    weight.stepped = True
-                    weight.reused -= {k for k, kept in weight.kept.items() if not kept.used_again}
-                    weight.kept.clear()
-                    weight.seen.clear()
+            self._steps.add(id(optimizer))
+            self._drop()
 
-    def _forget_freed(self) -> None:
-        for values, weight in list(self._weights.items()):
-            if values.untyped_storage().nbytes() == 0:
+    def _ends(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        with self._lock:
+            self._steps.discard(id(optimizer))
+            self._drop()
+
+    def _drop(self) -> None:
+        """Drop all operands, and note what they were good for."""
+        self._epoch += 1
+        if not self._used:
+            return
+        self._look_for_freed()
+        captured = _capturing()
+        for values, weight in list(self._used.items()):
+            weight.passing |= captured or _freed(values)
+            weight.stepped |= values.requires_grad and not weight.passing
+            weight.reused -= {key for key, kept in weight.kept.items() if not kept.used_again}
+            weight.kept.clear()
+            weight.seen.clear()
+        self._used.clear()
+        self._young.clear()
+
+    def _look_for_freed(self) -> None:
+        for values, weight in list(self._young.items()):
+            if _freed(values):
                 weight.passing = True
                 weight.kept.clear()
+
+
+def _freed(values: Tensor) -> bool:
+    return values.untyped_storage().nbytes() == 0
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def replayed(device: torch.device) -> bool:
