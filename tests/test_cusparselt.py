@@ -593,9 +593,9 @@ def test_weights_stepped_by_a_cuda_graph_keep_nothing(engine, monkeypatch):
     net = compiled()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     assert_fresh(net)
-    monkeypatch.setattr(operands, "_capturing", lambda: True)
-    train_step(net, optimizer)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(operands, "_capturing", lambda: True)
+        train_step(net, optimizer)
     for _ in range(2):
         assert_fresh(net)
     assert engine.operands.nbytes() == 0
@@ -632,10 +632,41 @@ def test_masks_in_other_memory_are_other_masks(engine):
     y = engine.sparse_linear(x, values, forward, None, 2, 4)
     want = x.double() @ reference.expand(values, other, 2, 4).double().t()
     torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
-    same = forward.clone()  # another tensor, the same bytes and version
+    forward.data.copy_(forward.flip(0))  # unseen
     made = fake.calls["compress"]
-    engine.sparse_linear(x, values, same, None, 2, 4)
+    engine.sparse_linear(x, values, forward.data, None, 2, 4)  # another tensor, the same version
     assert fake.calls["compress"] == made + 1
+
+
+def test_what_is_of_other_values_goes_at_once(engine):
+    """Whatever it was for: a model that changes its dtype must not drag the old operands along."""
+    values, forward, _ = layer(Pattern(2, 4), 16, 32, 0)
+    engine.sparse_linear(normal((3, 32), 1, B16), values, forward, None, 2, 4)
+    one = engine.operands.nbytes(values)
+    assert one == 16 * 32 * 2 * 9 // 16
+    values.data = values.data.half()
+    engine.sparse_linear(normal((3, 32), 1, torch.float16), values, forward, None, 2, 4)
+    assert engine.operands.nbytes(values) == one
+
+
+def test_memory_that_was_given_back_is_noticed_at_the_next_use_of_another(engine):
+    (values, forward, _), (other, mask, _) = (layer(Pattern(2, 4), 16, 16, s) for s in (0, 1))
+    x = normal((3, 16), 1, B16)
+    engine.sparse_linear(x, values, forward, None, 2, 4)
+    before, storage = values.clone(), values.untyped_storage()
+    with torch.autograd._unsafe_preserve_version_counter(values):
+        size = storage.nbytes()
+        storage.resize_(0)
+        engine.sparse_linear(x, other, mask, None, 2, 4)
+        storage.resize_(size)
+        values.copy_(-before)
+    assert engine.operands.nbytes(values) == 0
+    for _ in range(2):
+        y = engine.sparse_linear(x, values, forward, None, 2, 4)
+    want = x.double() @ reference.expand(-before, forward, 2, 4).double().t()
+    torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
+    assert engine.operands.nbytes(values) == 0
+    assert engine.operands.nbytes(other) > 0
 
 
 def test_operands_are_counted_and_go_with_the_weights(engine):
