@@ -632,6 +632,8 @@ def test_masks_in_other_memory_are_other_masks(engine):
     y = engine.sparse_linear(x, values, forward, None, 2, 4)
     want = x.double() @ reference.expand(values, other, 2, 4).double().t()
     torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
+    alias = forward.data
+    engine.sparse_linear(x, values, alias, None, 2, 4)
     forward.data.copy_(forward.flip(0))  # unseen
     made = fake.calls["compress"]
     engine.sparse_linear(x, values, forward.data, None, 2, 4)  # another tensor, the same version
