@@ -326,8 +326,17 @@ def gain(d_out: int, d_in: int, n: int, m: int, training: bool) -> tuple[float, 
 
 def kept_bytes(values: Tensor) -> int:
     """Bytes of what engines keep that they made of a weight's values."""
-    engines = (e for e in ENGINES.values() if isinstance(e, Cusparselt))
-    return sum(engine.operands.nbytes(values) for engine in engines)
+    return sum(made.nbytes(values) for made in _all_operands())
+
+
+def forget_operands(values: Tensor) -> None:
+    """Let engines forget what they made of a weight's values."""
+    for made in _all_operands():
+        made.forget(values)
+
+
+def _all_operands() -> list[operands.Operands]:
+    return [engine.operands for engine in ENGINES.values() if isinstance(engine, Cusparselt)]
 
 
 def forget() -> None:

@@ -6,7 +6,7 @@ learning-rate scheduler, and everything else stays as it was.
 
 from slope_fx import ops
 from slope_fx.backend import rewriting_backend
-from slope_fx.compiler import compile, sparse_weights
+from slope_fx.compiler import compile, sparse_weights, weights_changed
 from slope_fx.errors import (
     AdapterRankError,
     AlreadyCompiledError,
@@ -66,4 +66,5 @@ __all__ = [
     "ops",
     "rewriting_backend",
     "sparse_weights",
+    "weights_changed",
 ]

@@ -23,6 +23,7 @@ from slope_fx.errors import (
     UntracedModelWarning,
 )
 from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
+from slope_fx.kernels import selection
 from slope_fx.kernels.selection import AUTO
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
@@ -199,6 +200,22 @@ def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
     """
     compilation_of(model)
     return sparse_weights_of(model)
+
+
+def weights_changed(model: nn.Module) -> None:
+    """Tell that weights were written to in a way that PyTorch doesn't count.
+
+    An engine may keep what it made of a weight until that changes, which it sees by the parameter's
+    version or an optimizer's step. Needed after other writes, with ``SLOPE_FX_KEEP_OPERANDS=1`` or
+    between two micro-batches of one optimizer step: to ``.data``, by ``torch.distributed``'s
+    collectives into a parameter, by kernels and libraries that are given its address. Elsewhere
+    it does no harm.
+
+    Raises:
+        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+    """
+    for weight in sparse_weights(model).values():
+        selection.forget_operands(weight.values)
 
 
 def _compile_regions(model: nn.Module) -> None:

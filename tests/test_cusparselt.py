@@ -698,6 +698,25 @@ def test_operands_are_counted_and_go_with_the_weights(engine):
     assert len(engine.operands._weights) == 0
 
 
+def test_writes_that_nothing_shows_can_be_told(engine):
+    net = compiled()
+    assert_fresh(net)
+    values_of(net).data.mul_(-2)
+    slope_fx.weights_changed(net)
+    assert engine.operands.nbytes() == 0
+    assert_fresh(net)
+    with pytest.raises(slope_fx.NotCompiledError):
+        slope_fx.weights_changed(nn.Linear(4, 4))
+
+
+def test_a_model_that_moves_leaves_no_operands_behind(engine):
+    net = compiled()
+    assert_fresh(net)
+    assert engine.operands.nbytes() > 0
+    net.to("meta")
+    assert engine.operands.nbytes() == 0
+
+
 def test_inference_tensors_are_not_kept_and_that_is_said(engine):
     operands._say_inference.cache_clear()
     with torch.inference_mode():
