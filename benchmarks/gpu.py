@@ -37,8 +37,8 @@ from torch import Tensor, nn
 import slope_fx
 from slope_fx.kernels import dense as plain
 from slope_fx.kernels import triton
+from slope_fx.kernels.engines import ENGINES
 from slope_fx.kernels.packing import unpack
-from slope_fx.kernels.selection import ENGINES
 from slope_fx.kernels.triton.traffic import bytes_per_weight
 
 N, M = 2, 4

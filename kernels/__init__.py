@@ -18,7 +18,8 @@ and integers only; it knows nothing of modules, graphs or autograd.
     the vendor's product, with an engine's own kernels around it: ``cpu-dense``,
     ``triton-dense``.
 
-``selection`` says which of them computes a given product, by the measurements of ``racing``.
+``engines`` lists them and says which may compute what, ``selection`` which of them does compute a
+given product, by the measurements of ``racing``.
 """
 
 from typing import NoReturn
@@ -33,7 +34,7 @@ if __name__ != "slope_fx.kernels":
         raise ImportError(f"import slope_fx.kernels, not {__name__}")
 
 else:
-    from slope_fx.kernels.selection import ENGINES
+    from slope_fx.kernels.engines import ENGINES
 
     OPERATIONS = (
         "magnitude_mask",

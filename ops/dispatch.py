@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.selection import ENGINES, Engine, choose, engines_for
+from slope_fx.kernels.engines import ENGINES, Engine, engines_for
+from slope_fx.kernels.selection import choose
 
 
 def engine(tensor: Tensor) -> Engine:

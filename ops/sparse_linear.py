@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.selection import AUTO, ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES
+from slope_fx.kernels.engines import AUTO, ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES
 from slope_fx.ops.dispatch import choose_engine
 
 

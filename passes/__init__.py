@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from slope_fx.kernels.selection import AUTO
+from slope_fx.kernels.engines import AUTO
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears
 from slope_fx.passes.graph import graphs_of, value_of

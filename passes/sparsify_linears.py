@@ -5,7 +5,7 @@ from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch.fx import GraphModule, Node
 
-from slope_fx.kernels.selection import AUTO, limited
+from slope_fx.kernels.engines import AUTO, limited
 from slope_fx.ops.dispatch import choose_engine
 from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.find_linears import find_linears

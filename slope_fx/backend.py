@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from slope_fx.errors import ArgumentError, EngineError, EngineWarning, ExpandedWeightError
 from slope_fx.kernels import selection
-from slope_fx.kernels.selection import AUTO, ENGINES, allowed_engines
+from slope_fx.kernels.engines import AUTO, ENGINES, allowed_engines
 from slope_fx.passes import Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.weights import find_alive

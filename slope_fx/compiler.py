@@ -23,8 +23,7 @@ from slope_fx.errors import (
     UntracedModelWarning,
 )
 from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
-from slope_fx.kernels import selection
-from slope_fx.kernels.selection import AUTO
+from slope_fx.kernels.engines import AUTO, forget_operands
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
     AdapterRank,
@@ -215,7 +214,7 @@ def weights_changed(model: nn.Module) -> None:
         NotCompiledError: ``model`` is not the object that ``compile`` returned.
     """
     for weight in sparse_weights(model).values():
-        selection.forget_operands(weight.values)
+        forget_operands(weight.values)
 
 
 def _compile_regions(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from slope_fx.backend import nothing_gains
 from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.kernels import selection
+from slope_fx.kernels.engines import kept_bytes
 from slope_fx.plan import LinearPlan
 from slope_fx.weights import SparseWeight
 
@@ -193,7 +194,7 @@ def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
         bytes_after=_bytes(trained) + _bytes(frozen),
         state_before=dense * (2 * size + 8),
         state_after=2 * _bytes(trained) + 8 * sum(p.numel() for p in trained) + _bytes(frozen),
-        operand_bytes=selection.kept_bytes(values),
+        operand_bytes=kept_bytes(values),
     )
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx import ops
 from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
-from slope_fx.kernels import selection
+from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
@@ -177,7 +177,7 @@ class SparseWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseWeight":
         # The model moves to another device or dtype: what engines made of it stays behind.
-        selection.forget_operands(self.values)
+        forget_operands(self.values)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -101,7 +101,7 @@ _library = torch.library.Library("aten", "IMPL")
 @contextlib.contextmanager
 def installed(monkeypatch):
     """The engine "cusparselt", on the CPU, with this in the library's place."""
-    from slope_fx.kernels import cpu, selection
+    from slope_fx.kernels import cpu, engines, selection
     from slope_fx.kernels.cusparselt import Cusparselt, library
 
     if not calls["installed"]:  # for the process: a second time torch would refuse
@@ -112,11 +112,11 @@ def installed(monkeypatch):
     engine = Cusparselt(cpu)
     monkeypatch.setattr(library, "why_not", lambda device: "")
     monkeypatch.setattr(library, "unavailable", lambda: "")
-    monkeypatch.setitem(selection.ENGINES, "cusparselt", engine)
+    monkeypatch.setitem(engines.ENGINES, "cusparselt", engine)
     monkeypatch.setattr(engine, "DEVICES", ("cpu",), raising=False)
-    selection._why_not.cache_clear()
+    engines._why_not.cache_clear()
     selection.forget()
     calls.update(compress=-calls["compress"], multiply=-calls["multiply"], search=-calls["search"])
     yield engine
-    selection._why_not.cache_clear()
+    engines._why_not.cache_clear()
     selection.forget()

@@ -16,7 +16,7 @@ from torch import nn
 import models
 import slope_fx
 from oracle import DenseOracle, assert_same, assert_within_rounding
-from slope_fx.kernels import racing, selection, triton
+from slope_fx.kernels import engines, racing, selection, triton
 from strategies import normal
 
 pytestmark = [
@@ -40,7 +40,7 @@ def fresh(tmp_path, monkeypatch):
 
     def forget():
         selection.forget()
-        selection.ENGINES["cusparselt"].forget()
+        engines.ENGINES["cusparselt"].forget()
         tuning.forget()
         racing.forget_disk()
 
@@ -52,7 +52,7 @@ def fresh(tmp_path, monkeypatch):
 def candidates(op):
     """The engines that compete for a product in bf16 on this GPU."""
     able = {"triton", "triton-dense"}
-    if op != "sparse_weight_grad" and not selection.ENGINES["cusparselt"].unavailable():
+    if op != "sparse_weight_grad" and not engines.ENGINES["cusparselt"].unavailable():
         able.add("cusparselt")
     return able
 

@@ -25,7 +25,7 @@ import models
 import slope_fx
 from models import batch, loss_of
 from oracle import DenseOracle, assert_within_rounding
-from slope_fx.kernels import dense, racing, reference, selection
+from slope_fx.kernels import dense, engines, racing, reference, selection
 from slope_fx.kernels.cusparselt import Cusparselt, library, operands
 from slope_fx.patterns import Pattern
 from strategies import normal, seeds
@@ -56,7 +56,7 @@ WHERE = ("cpu", *(["cuda"] if not library.unavailable() else []))
 def placed(request):
     """The engine and the device it computes on: with the stand-in, and on a GPU truly."""
     if request.param == "cuda":
-        return selection.ENGINES["cusparselt"], torch.device("cuda", 0)
+        return engines.ENGINES["cusparselt"], torch.device("cuda", 0)
     return request.getfixturevalue("engine"), CPU
 
 
@@ -160,7 +160,7 @@ def test_nan_and_infinity_show(engine):
 @pytest.mark.parametrize("pattern", [Pattern(3, 4), Pattern(4, 8), Pattern(3, 8), Pattern(8, 16)])
 def test_patterns_that_are_not_contained_are_refused_aloud(engine, pattern):
     assert "more than two of four" in engine.why_not_pattern(pattern.n, pattern.m)
-    selection._say_once.cache_clear()
+    engines.say_once.cache_clear()
     with pytest.warns(slope_fx.EngineWarning, match=f"cusparselt engine is not used for {pattern}"):
         name = selection.choose(
             "sparse_linear", 8, (16, 16 * pattern.n // pattern.m), pattern.n, pattern.m, B16, CPU
@@ -179,7 +179,7 @@ def test_contained_patterns_truly_are():
 
 
 def test_other_dtypes_are_refused_aloud(engine):
-    selection._say_once.cache_clear()
+    engines.say_once.cache_clear()
     with pytest.warns(slope_fx.EngineWarning, match="bf16 and fp16, not torch.float32"):
         assert selection.choose("sparse_linear", 8, (16, 8), 2, 4, torch.float32, CPU) == "dense"
 
@@ -880,7 +880,7 @@ def test_what_the_library_refuses_is_not_chosen_and_that_is_said(race, monkeypat
         raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmul`")
 
     monkeypatch.setattr(library, "multiply", refuse)
-    selection._say_once.cache_clear()
+    engines.say_once.cache_clear()
     with pytest.warns(slope_fx.EngineWarning, match="is not used for sparse_linear of 32x32, 8 to"):
         assert selection.choose("sparse_linear", 8, (32, 16), 2, 4, B16, CPU) == "cpu-dense"
 

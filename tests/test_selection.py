@@ -9,7 +9,7 @@ from torch import nn
 
 import models
 import slope_fx
-from slope_fx.kernels import racing, selection
+from slope_fx.kernels import engines, racing, selection
 from slope_fx.kernels.selection import Choice, Problem, choose
 from slope_fx.ops.targets import SPARSE_LINEAR
 
@@ -57,7 +57,7 @@ def chosen(tokens=64, engines="auto", op="sparse_linear", dtype=F32):
 
 @pytest.mark.parametrize("op", selection.PRODUCTS)
 def test_candidates_and_plain_are_truly_timed(fresh, op):
-    assert chosen(op=op) in selection.COMPETING
+    assert chosen(op=op) in engines.COMPETING
     ((problem, choice),) = selection.choices(16, 16, 2, 4)
     assert problem == Problem(op, 64, 16, 16, 2, 4, "float32", 1)
     assert set(choice.seconds) == {"cpu", "cpu-dense", "plain"}
@@ -148,7 +148,7 @@ def test_measuring_disturbs_nothing(fresh):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
     with torch._subclasses.FakeTensorMode():
-        assert chosen(tokens=7) in selection.COMPETING
+        assert chosen(tokens=7) in engines.COMPETING
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -165,8 +165,8 @@ def test_measuring_disturbs_nothing(fresh):
 )
 def test_the_environment_forces_and_forbids(fresh, monkeypatch, limit, allowed):
     monkeypatch.setenv("SLOPE_FX_ENGINES", limit)
-    assert selection.allowed_engines() == allowed
-    assert selection.allowed_engines("cpu") == ("cpu",)  # an argument overrules it
+    assert engines.allowed_engines() == allowed
+    assert engines.allowed_engines("cpu") == ("cpu",)  # an argument overrules it
     if len(allowed) == 1:
         assert chosen() == allowed[0]
         ((_, choice),) = selection.choices(16, 16, 2, 4)
@@ -177,7 +177,7 @@ def test_the_environment_forces_and_forbids(fresh, monkeypatch, limit, allowed):
 def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
     monkeypatch.setenv("SLOPE_FX_ENGINES", limit)
     with pytest.raises(slope_fx.EngineError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, triton"):
-        selection.allowed_engines()
+        engines.allowed_engines()
     model = models.gpt2()
     before = dict(model.named_parameters())
     with pytest.raises(slope_fx.SlopeError, match="SLOPE_FX_ENGINES"):
@@ -201,17 +201,17 @@ def test_engine_without_a_backend_has_no_effect():
 
 
 def test_tensors_that_an_engine_cannot_serve(fresh):
-    selection._say_once.cache_clear()
+    engines.say_once.cache_clear()
     with pytest.warns(slope_fx.EngineWarning, match=r"cpu engine .* no kernels for torch.float64"):
         assert chosen(engines="cpu", dtype=torch.float64) == "dense"
     assert chosen(dtype=torch.float64) == "dense"  # nobody asked: nothing to say
 
 
 def test_dense_competes_if_it_is_named_or_alone(fresh, timings):
-    assert selection.engines_for(CPU, F32) == ("cpu", "cpu-dense")
-    assert selection.engines_for(CPU, F32, "cpu,dense") == ("cpu", "dense")
-    assert selection.engines_for(CPU, torch.float64) == ("dense",)
-    assert selection.engines_for(torch.device("meta"), F32) == ("dense",)
+    assert engines.engines_for(CPU, F32) == ("cpu", "cpu-dense")
+    assert engines.engines_for(CPU, F32, "cpu,dense") == ("cpu", "dense")
+    assert engines.engines_for(CPU, torch.float64) == ("dense",)
+    assert engines.engines_for(torch.device("meta"), F32) == ("dense",)
 
 
 class TwoLayers(nn.Module):
