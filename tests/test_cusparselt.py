@@ -556,13 +556,24 @@ def test_no_operand_is_stale_within_a_step(engine, monkeypatch, keep):
 
 def test_a_step_that_fails_does_no_harm(engine):
     net = compiled()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(ZeroDivisionError):
-        optimizer.step(lambda: 1 / 0)
+
+    def fail():
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        return optimizer
+
     assert_fresh(net)
+    optimizer = fail()
+    assert_fresh(net)
+    assert engine.operands.nbytes() == 0  # it may still be in its step, for all that is known
     train_step(net, optimizer)
     assert_fresh(net)
-    assert engine.operands.nbytes() > 0  # kept again
+    assert engine.operands.nbytes() > 0
+    fail()  # and is gone
+    gc.collect()
+    assert_fresh(net)
+    assert engine.operands.nbytes() > 0
 
 
 def test_evaluating_other_weights_in_their_place_leaves_nothing_stale(thrifty):

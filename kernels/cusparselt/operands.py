@@ -28,6 +28,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -113,7 +114,8 @@ class Operands:
         self._weights = WeakTensorKeyDictionary()
         self._used = WeakTensorKeyDictionary()  # of them, those used since the last step
         self._young = WeakTensorKeyDictionary()  # and those kept that no step has passed
-        self._steps: set[int] = set()  # optimizers in a step
+        # Optimizers in a step; one that failed in it is forgotten when it is gone.
+        self._steps: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._epoch = 0
         self._watching = False
         self._lock = threading.RLock()
@@ -142,10 +144,10 @@ class Operands:
                 _say_inference()
             return make()
         key = (*purpose, _stream(values.device))
+        self._watch()
+        if self._steps:
+            return make()
         with self._lock:
-            self._watch()
-            if self._steps:
-                return make()
             weight: _Weight = self._weights.setdefault(values, _Weight())
             self._used[values] = weight
             kept = weight.kept.get(key)
@@ -190,19 +192,21 @@ class Operands:
             return sum(kept.operand.nbytes for kept in weight.kept.values())
 
     def _watch(self) -> None:
-        if not self._watching:
+        with self._lock:
+            if self._watching:
+                return
             self._watching = True
             register_optimizer_step_pre_hook(torch.compiler.disable(self._begins))
             register_optimizer_step_post_hook(torch.compiler.disable(self._ends))
 
     def _begins(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         with self._lock:
-            self._steps.add(id(optimizer))
+            self._steps.add(optimizer)
             self._drop()
 
     def _ends(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         with self._lock:
-            self._steps.discard(id(optimizer))
+            self._steps.discard(optimizer)
             self._drop()
 
     def _drop(self) -> None:
