@@ -192,6 +192,37 @@ def test_the_library_is_not_there_without_a_gpu():
         slope_fx.compile(models.gpt2(), engine="cusparselt")
 
 
+def test_which_devices_the_library_serves(monkeypatch):
+    """Sparse tensor cores, and one device a process: PyTorch's handle is bound to the first."""
+    capability = {"cuda:0": (7, 5), "cuda:1": (9, 0), "cuda:2": (8, 0)}
+    monkeypatch.setattr(library, "_homes", [])
+    monkeypatch.setattr(library, "unavailable", lambda: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[str(d)])
+    why_not = library.why_not.__wrapped__
+    assert "NVIDIA GPUs, not on cpu" in why_not(CPU)
+    assert "cuda:0 has compute capability 7.5, and sparse tensor" in why_not(torch.device("cuda:0"))
+    assert why_not(torch.device("cuda:1")) == ""
+    assert "bound to cuda:1" in why_not(torch.device("cuda:2"))
+    assert why_not(torch.device("cuda:1")) == ""
+
+
+@pytest.mark.parametrize(
+    ("hip", "built", "gpu", "reason"),
+    [
+        ("6.0", True, True, "PyTorch is for AMD's"),
+        (None, False, True, "built without cuSPARSELt"),
+        (None, True, False, "no CUDA device"),
+        (None, True, True, ""),
+    ],
+)
+def test_what_the_library_needs(monkeypatch, hip, built, gpu, reason):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    assert library.unavailable().endswith(reason)
+    assert bool(library.unavailable()) == bool(reason)
+
+
 def test_the_operators_that_it_calls_are_torchs():
     """The names and arguments of the narrow interface, as this PyTorch declares them."""
     aten = torch.ops.aten
