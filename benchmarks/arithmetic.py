@@ -67,10 +67,10 @@ class Roofline:
         )
 
 
-def weights(sizes: Architecture, layers: int) -> tuple[int, int, int]:
+def weights(sizes: Architecture, layers: int, skip_first: bool = True) -> tuple[int, int, int]:
     """Elements of the sparse linears, of those left dense, and of all else, in so many blocks."""
     block = sizes.block()
-    first = sum(block[name][0] * block[name][1] for name in FED_BY_EMBEDDINGS)
+    first = skip_first * sum(block[name][0] * block[name][1] for name in FED_BY_EMBEDDINGS)
     every = layers * sum(d_in * d_out for d_in, d_out in block.values())
     return every - first, first, layers * sizes.vectors() + sizes.embeddings()
 
@@ -82,22 +82,26 @@ def inference(
     context: int,
     rank: float = 0.0,
     kept: bool = False,
+    skip_first: bool = True,
 ) -> list[Operation]:
     """A forward pass over ``tokens`` in sequences of ``context``, adapters of ``rank`` * hidden.
 
     With ``kept`` operands are there already; else each is made for its product.
     """
-    operations = list(_forward(sizes, layers, tokens, context, round(rank * sizes.hidden)))
-    made = 0.0 if kept else REBUILT * weights(sizes, layers)[0]
+    low = round(rank * sizes.hidden)
+    operations = list(_forward(sizes, layers, tokens, context, low, skip_first))
+    made = 0.0 if kept else REBUILT * weights(sizes, layers, skip_first)[0]
     return [*operations, Operation("operands", 0, 1, 0, made)]
 
 
-def training(sizes: Architecture, layers: int, tokens: int, context: int) -> list[Operation]:
+def training(
+    sizes: Architecture, layers: int, tokens: int, context: int, skip_first: bool = True
+) -> list[Operation]:
     """A training step with AdamW, everything in 16 bits, without adapters.
 
     Each forward product has two more of its size, of which the input gradient is sparse.
     """
-    operations = list(_forward(sizes, layers, tokens, context, 0))
+    operations = list(_forward(sizes, layers, tokens, context, 0, skip_first))
     for o in tuple(operations):
         if o.name.startswith("attention"):
             operations.append(Operation(f"{o.name}, gradient", 2.5 * o.flops, 1, 0, 0))
@@ -113,7 +117,7 @@ def training(sizes: Architecture, layers: int, tokens: int, context: int) -> lis
         operations.append(
             Operation(f"{o.name}, weight gradient", o.flops, 1, o.dense_bytes, o.sparse_bytes)
         )
-    sparse, dense, other = weights(sizes, layers)
+    sparse, dense, other = weights(sizes, layers, skip_first)
     # Both operands once a step, that of the input gradient turned over before.
     operations.append(Operation("operands", 0, 1, 0, sparse * (2 * REBUILT + 2 * HALF)))
     # Weight and two moments are read and written, the gradient is read.
@@ -124,11 +128,11 @@ def training(sizes: Architecture, layers: int, tokens: int, context: int) -> lis
 
 
 def _forward(
-    sizes: Architecture, layers: int, tokens: int, context: int, rank: int
+    sizes: Architecture, layers: int, tokens: int, context: int, rank: int, skip_first: bool
 ) -> Iterator[Operation]:
     for layer in range(layers):
         for name, (d_in, d_out) in sizes.block().items():
-            stays = layer == 0 and name in FED_BY_EMBEDDINGS
+            stays = skip_first and layer == 0 and name in FED_BY_EMBEDDINGS
             weight, activations = d_in * d_out, HALF * tokens * (d_in + d_out)
             low = 0 if stays else rank * (d_in + d_out)
             yield Operation(

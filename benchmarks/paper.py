@@ -17,6 +17,7 @@ import argparse
 import gc
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -180,10 +181,12 @@ class Case:
     def entry(self, kind: str, rank: float = 0.0, kept: bool = False) -> dict[str, Any]:
         """What it is, and what is to be expected of it."""
         roofline = Roofline(self.bench.flops_per_second, self.bench.bytes_per_second)
-        tokens, context = self.ids.numel(), self.args.context
+        built = replace(self.sizes, vocabulary=self._vocabulary())
+        tokens = self.ids.numel()
+        what = (built, self.layers, tokens, self.args.context)
         operations = (
-            training(self.sizes, self.layers, tokens, context) if kind == "training"
-            else inference(self.sizes, self.layers, tokens, context, rank, kept)
+            training(*what, skip_first=self.whole) if kind == "training"
+            else inference(*what, rank, kept, skip_first=self.whole)
         )  # fmt: skip
         return {
             "model": self.name, "kind": kind, "rank": rank, "kept": kept, "layers": self.layers,

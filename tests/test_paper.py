@@ -119,6 +119,39 @@ def test_limits(bench):
     assert Roofline(1, 100).sparse(one) == 4
 
 
+def test_a_truncated_models_limit_is_that_of_what_is_built(bench, monkeypatch):
+    """Two blocks, a small vocabulary, and no linear left dense."""
+    import argparse
+
+    import paper
+    from arithmetic import Roofline, inference, training, weights
+    from shapes import MODELS, Architecture
+
+    MODELS["toy"] = Architecture("llama", 32, 48, 4, 2, 3, vocabulary=4096)
+    try:
+        args = argparse.Namespace(quick=True, batch=2, context=8)
+        roofline = argparse.Namespace(
+            device=torch.device("cpu"), flops_per_second=1e9, bytes_per_second=1e9
+        )
+        case = paper.Case("toy", "training", roofline, args)
+        assert (case.layers, case.whole) == (2, False)
+        sparse = case.sparse()
+        want = Architecture("llama", 32, 48, 4, 2, 3, vocabulary=1024)
+        elements = sum(w.d_out * w.d_in for w in slope_fx.sparse_weights(sparse).values())
+        assert weights(want, 2, skip_first=False)[0] == elements
+        assert sum(weights(want, 2, skip_first=False)) == sum(
+            p.numel() for p in case.model().parameters()
+        )
+        for kind, operations in (
+            ("training", training(want, 2, 16, 8, skip_first=False)),
+            ("inference", inference(want, 2, 16, 8, skip_first=False)),
+        ):
+            line = Roofline(1e9, 1e9)
+            assert case.entry(kind)["predicted"] == line.dense(operations) / line.sparse(operations)
+    finally:
+        del MODELS["toy"]
+
+
 @pytest.fixture
 def run(bench, monkeypatch):
     """Runs the benchmark in this process."""
