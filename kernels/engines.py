@@ -64,6 +64,16 @@ def limited(engines: str) -> str:
     return (os.environ.get("SLOPE_FX_ENGINES", "").strip() or AUTO) if engines == AUTO else engines
 
 
+def without_operands(engines: str) -> str:
+    """``engines`` without those that keep what they make of a weight."""
+    allowed = allowed_engines(engines)
+    if set(allowed) <= set(KEEP_OPERANDS):
+        return "dense"
+    keeping = [name for name in KEEP_OPERANDS if name in allowed]
+    named = [] if engines == AUTO else [engines]
+    return ",".join([*named, *(f"-{name}" for name in keeping)]) or AUTO
+
+
 @functools.cache
 def _parse(source: str, text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]

@@ -6,6 +6,8 @@
 ``sparse_linear``, ``sparse_input_grad``, ``sparse_weight_grad``
     the three products of METHOD, the last two as the gradient of the first
     (``sparse_linear.py``).
+``sparse_grouped_linear``, and its two gradients
+    the same for a stack of weights, each with its own rows of the input (``grouped_linear.py``).
 ``compress``, ``magnitude_mask``, ``backward_mask``
     dense to compressed, and the choice of masks (``weights.py``, ``masks.py``).
 
@@ -18,6 +20,11 @@ if __name__ != "slope_fx.ops":
     raise ImportError(f"import this package as slope_fx.ops, not as {__name__!r}")
 
 from slope_fx.ops.adapter import add_adapter
+from slope_fx.ops.grouped_linear import (
+    sparse_grouped_input_grad,
+    sparse_grouped_linear,
+    sparse_grouped_weight_grad,
+)
 from slope_fx.ops.masks import backward_mask, magnitude_mask
 from slope_fx.ops.sparse_linear import sparse_input_grad, sparse_linear, sparse_weight_grad
 from slope_fx.ops.weights import compress, expand, expand_grad
@@ -29,6 +36,9 @@ __all__ = [
     "expand",
     "expand_grad",
     "magnitude_mask",
+    "sparse_grouped_input_grad",
+    "sparse_grouped_linear",
+    "sparse_grouped_weight_grad",
     "sparse_input_grad",
     "sparse_linear",
     "sparse_weight_grad",

@@ -8,22 +8,29 @@ from torch import Tensor
 
 @torch.library.custom_op("slope_fx::add_adapter", mutates_args=())
 def add_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``W + scale * B A``.
+    """``W + scale * B A``, or that for each weight of a stack.
 
     A marker: ``passes/insert_adapters.py`` turns a linear over it into the low-rank
     branch ``scale * (x A^T) B^T`` beside the product, so that the dense ``B A`` is made
     only for code that no pass understands.
 
     Args:
-        weight: (d_out, d_in).
-        lora_a: (r, d_in).
-        lora_b: (d_out, r).
+        weight: (d_out, d_in), or the weights of a stack one below the other.
+        lora_a: (r, d_in), as many times one below the other as there are weights.
+        lora_b: (d_out, r), likewise.
         scale: alpha / r.
 
     Returns:
         (d_out, d_in), in the dtype of ``weight``.
     """
-    return torch.add(weight, lora_b @ lora_a, alpha=scale)
+    rank = lora_b.shape[1]
+    product = torch.bmm(_stack(lora_b, lora_a, rank), lora_a.unflatten(0, (-1, rank)))
+    return torch.add(weight, product.flatten(0, 1), alpha=scale)
+
+
+def _stack(tensor: Tensor, lora_a: Tensor, rank: int) -> Tensor:
+    """What lies one below the other, by the weights of a stack."""
+    return tensor.unflatten(0, (lora_a.shape[0] // rank, -1))
 
 
 @add_adapter.register_fake
@@ -38,8 +45,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     lora_a, lora_b = ctx.saved_tensors
-    grad_a = ctx.scale * (lora_b.t() @ grad)
-    grad_b = ctx.scale * (grad @ lora_a.t())
+    rank = lora_b.shape[1]
+    a, b, g = lora_a.unflatten(0, (-1, rank)), *(_stack(t, lora_a, rank) for t in (lora_b, grad))
+    grad_a = ctx.scale * (b.mT @ g).flatten(0, 1)
+    grad_b = ctx.scale * (g @ a.mT).flatten(0, 1)
     # A marker's output may not alias its input, nor may its gradient.
     return grad.clone(), grad_a, grad_b, None
 

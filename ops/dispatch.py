@@ -22,22 +22,25 @@ def choose_engine(
     dtype: torch.dtype | None = None,
     values_dtype: torch.dtype | None = None,
     trains: bool = True,
+    groups: int = 1,
 ) -> str:
     """The engine of a product, as it goes into the graph.
 
     Args:
         op: "sparse_linear", "sparse_input_grad" or "sparse_weight_grad".
         tokens_of: (..., features): the input or the output's gradient, real or fake.
-        values_shape: (d_out, d_in * N / M).
+        values_shape: (d_out, d_in * N / M), of one weight.
         n, m: the pattern.
         engines: who may compute it: "auto", or names separated by commas.
         dtype: of the product, if it will not be that of ``tokens_of``.
         values_dtype: of the values, if not that of the product.
         trains: whether the values change between one use and the next.
+        groups: how many weights share the tokens.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:
         tokens *= _hint(length)
+    tokens = -(-tokens // groups)
     shape = (_hint(values_shape[0]), _hint(values_shape[1]))
     return choose(
         op, tokens, shape, n, m, dtype or tokens_of.dtype, tokens_of.device, engines,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from slope_fx.kernels.engines import AUTO, ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES
+from slope_fx.ops.autocast import cast, register_autocast
 from slope_fx.ops.dispatch import choose_engine
 
 
@@ -187,50 +188,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 sparse_linear.register_autograd(_backward, setup_context=_save)
 
 
-def _register_autocast(device_type: str, key: str) -> None:
-    # torch.library.register_autocast fixes one dtype at registration; the user's
-    # autocast context may name another, so the dtype is read at each call.
-    autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    op = torch.ops.slope_fx.sparse_linear.default
-
-    def autocast_sparse_linear(
-        x: Tensor,
-        values: Tensor,
-        forward_mask: Tensor,
-        backward_mask: Tensor,
-        bias: Tensor | None,
-        n: int,
-        m: int,
-        engine: str = "",
-        input_engine: str = "",
-        weight_engine: str = "",
-        engines: str = AUTO,
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        x = _cast(x, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
-        # Chosen here at the latest, for the dtype that the product now has. The tracer of
-        # torch.compile passes here too, so that this choice is the one in the graph.
-        engine = engine or _choose("sparse_linear", x, values, n, m, engines)
-        if engine not in TAKE_WIDER_VALUES or values.dtype != torch.float32:
-            # Here rather than in the op, so that forward and backward share the cast values.
-            values = _cast(values, dtype)
-        with torch._C._ExcludeDispatchKeyGuard(autocast):
-            y: Tensor = op(
-                x, values, forward_mask, backward_mask, bias, n, m,
-                engine, input_engine, weight_engine, engines,
-            )  # fmt: skip
-            return y
-
-    _LIBRARY.impl("sparse_linear", autocast_sparse_linear, key)
+def _autocast(
+    dtype: torch.dtype,
+    x: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    backward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    engine: str = "",
+    input_engine: str = "",
+    weight_engine: str = "",
+    engines: str = AUTO,
+) -> tuple[Any, ...]:
+    x = cast(x, dtype)
+    bias = None if bias is None else cast(bias, dtype)
+    # Chosen here at the latest, for the dtype that the product now has. The tracer of
+    # torch.compile passes here too, so that this choice is the one in the graph.
+    engine = engine or _choose("sparse_linear", x, values, n, m, engines)
+    if engine not in TAKE_WIDER_VALUES or values.dtype != torch.float32:
+        # Here rather than in the op, so that forward and backward share the cast values.
+        values = cast(values, dtype)
+    return (
+        x, values, forward_mask, backward_mask, bias, n, m,
+        engine, input_engine, weight_engine, engines,
+    )  # fmt: skip
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # As torch's own autocast does: float64 is left alone.
-    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if castable else tensor
-
-
-_LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast(torch.ops.slope_fx.sparse_linear.default, _autocast)

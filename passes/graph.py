@@ -1,55 +1,17 @@
-"""What every pass needs to know of FX graphs: linears, transposes, nested graphs.
-
-One place decides what a linear looks like. It reads both dialects that reach us: the
-torch functions of Dynamo's graphs, and the ATen ops of an exported program.
-"""
+"""What every pass needs of FX graphs: values, nested graphs, new nodes in the place of old."""
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx import GraphModule, Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node, Proxy
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-
-_LINEAR = {torch.nn.functional.linear, aten.linear.default}
-_ADDMM = {torch.addmm, aten.addmm.default}
-_MATMUL = {torch.matmul, torch.mm, operator.matmul, aten.matmul.default, aten.mm.default}
-_TRANSPOSE = {
-    torch.t,
-    torch.transpose,
-    torch.permute,
-    torch.swapaxes,
-    torch.swapdims,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.numpy_T.default,
-}
-_TRANSPOSE_METHODS = {"t", "transpose", "permute", "swapaxes", "swapdims"}
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """A node that computes ``x W^T + bias``.
-
-    Attributes:
-        node: the call.
-        x: its input, (..., d_in).
-        weight_operand: its weight as the node reads it.
-        weight: where the weight comes from, transposes peeled off.
-        stored_transposed: the weight's source is laid out (d_in, d_out).
-        bias: added to the product, or None. Any shape that broadcasts.
-    """
-
-    node: Node
-    x: Node
-    weight_operand: Node
-    weight: Node
-    stored_transposed: bool
-    bias: Node | None
 
 
 def value_of(node: Node) -> object:
@@ -57,80 +19,10 @@ def value_of(node: Node) -> object:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
-def match_linear(node: Node) -> LinearCall | None:
-    """``node`` as a linear over a two-dimensional weight, or None."""
-    if node.op == "call_function":
-        target = node.target
-    elif node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__"):
-        target = torch.matmul
-    elif node.op == "call_method" and node.target == "addmm":
-        target = torch.addmm
-    else:
-        return None
-
-    if target in _LINEAR:
-        x, weight, bias = (_argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
-        flipped = False
-    elif target in _ADDMM:
-        if _argument(node, 3, "beta") not in (None, 1) or _argument(node, 4, "alpha") not in (
-            None,
-            1,
-        ):
-            return None
-        bias, x, weight = (_argument(node, i, n) for i, n in enumerate(("input", "mat1", "mat2")))
-        flipped = True
-    elif target in _MATMUL:
-        x = _argument(node, 0, "input", "self")
-        weight = _argument(node, 1, "other", "mat2", "tensor2")
-        bias, flipped = None, True
-    else:
-        return None
-
-    if not isinstance(x, Node) or not isinstance(weight, Node):
-        return None
-    if bias is not None and not isinstance(bias, Node):
-        return None
-    source, odd = peel_transposes(weight)
-    value = value_of(source)
-    if isinstance(value, Tensor) and value.dim() != 2:
-        return None
-    return LinearCall(node, x, weight, source, stored_transposed=flipped != odd, bias=bias)
-
-
-def is_transpose(node: Node) -> bool:
-    """Whether ``node`` swaps the two dimensions of a matrix."""
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("T", "mT")
-    if (node.op == "call_function" and node.target in _TRANSPOSE) or (
-        node.op == "call_method" and node.target in _TRANSPOSE_METHODS
-    ):
-        dims = node.args[1:]
-    else:
-        return False
-    if node.kwargs:
-        return False
-    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
-        dims = tuple(dims[0])
-    if not dims:
-        return True
-    if len(dims) != 2 or not all(isinstance(d, int) for d in dims):
-        return False
-    first, second = (d % 2 for d in dims if isinstance(d, int))
-    # transpose(0, 1) and transpose(1, 0) both swap; permute(0, 1) doesn't.
-    is_permute = node.target in ("permute", torch.permute, aten.permute.default)
-    return (first, second) == (1, 0) if is_permute else first != second
-
-
-def peel_transposes(node: Node) -> tuple[Node, bool]:
-    """The node below any transposes of a matrix, and whether their number is odd."""
-    odd = False
-    while is_transpose(node):
-        source = node.args[0]
-        assert isinstance(source, Node)
-        node, odd = source, not odd
-    return node, odd
+def rank_of(node: object) -> int | None:
+    """The dimensions of the tensor that ``node`` is, if known."""
+    value = value_of(node) if isinstance(node, Node) else None
+    return value.dim() if isinstance(value, Tensor) else None
 
 
 def nested_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, list[Node] | None]]:
@@ -151,8 +43,11 @@ def nested_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, list[Node
         for graph in graphs:
             nested = nested_graph(gm, graph)
             assert nested is not None
-            known = len(flat) == len(nested.graph.find_nodes(op="placeholder"))
-            yield node, nested, flat if known else None
+            inputs = len(nested.graph.find_nodes(op="placeholder"))
+            # Some calls name their graph between it and its operands.
+            known = flat[-inputs:] if inputs and len(flat) >= inputs else flat
+            known = [a for a in known if isinstance(a, Node)]
+            yield node, nested, known if len(known) == inputs else None
 
 
 def nested_graph(gm: GraphModule, arg: object) -> GraphModule | None:
@@ -172,7 +67,56 @@ def graphs_of(gm: GraphModule) -> Iterator[GraphModule]:
             yield module
 
 
-def replace(gm: GraphModule, old: Node, new: Node) -> None:
+def emit(before: Node, build: Callable[..., Any], *operands: Any) -> Any:
+    """Write what ``build`` computes into the graph, ahead of ``before``.
+
+    Args:
+        before: the node that the new ones go before.
+        build: a function of tensors, written with torch's functions and methods.
+        operands: its arguments: nodes, which it sees as proxies, and anything else as it is.
+
+    Returns:
+        What ``build`` returned, with nodes in the place of proxies.
+    """
+    graph = before.graph
+    tracer = _Tracer(graph)
+    with graph.inserting_before(before):
+        result = build(*[Proxy(o, tracer) if isinstance(o, Node) else o for o in operands])
+        # Within, for an attribute such as .mT becomes a node only when it is asked for.
+        if isinstance(result, tuple):
+            return tuple(part.node if isinstance(part, Proxy) else part for part in result)
+        return result.node
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Appends to a graph, and records the fake value of each new node as Dynamo does."""
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Proxy:
+        proxy = super().create_proxy(*args, **kwargs)
+        record_value(proxy.node)
+        return proxy
+
+
+def record_value(node: Node) -> None:
+    """Compute the fake value of a new node, if all that it reads have theirs."""
+    if any(value_of(n) is None for n in node.all_input_nodes):
+        return
+    recorded: Callable[[Node], Any] = value_of
+    args, kwargs = map_arg((node.args, node.kwargs), recorded)
+    leaves = tree_leaves([value_of(n) for n in node.all_input_nodes])
+    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)]
+    if not modes:
+        return
+    target: Any = node.target
+    call: Callable[..., Any] = getattr(torch.Tensor, target) if node.op == "call_method" else target
+    with modes[0]:
+        value = call(*args, **kwargs)
+    if isinstance(value, Tensor):
+        value = value.detach().requires_grad_(value.requires_grad)
+    node.meta["example_value"] = value
+
+
+def replace(old: Node, new: Node) -> None:
     """Put ``new`` in the place of ``old``, with the source lines it came from.
 
     What ``old`` read and nothing reads any more goes too.
@@ -182,22 +126,37 @@ def replace(gm: GraphModule, old: Node, new: Node) -> None:
             new.meta.setdefault(key, old.meta[key])
     operands = old.all_input_nodes
     old.replace_all_uses_with(new)
-    gm.graph.erase_node(old)
+    old.graph.erase_node(old)
     for operand in operands:
-        _erase_if_unused(gm, operand)
+        if not operand._erased:  # the one before may have taken it along
+            erase_unused(operand)
 
 
-def _erase_if_unused(gm: GraphModule, node: Node) -> None:
-    """Erase ``node``, and the transposes it came through, if nothing reads them."""
-    while not node.users and node.op in ("call_function", "call_method"):
-        source = node.args[0] if is_transpose(node) else None
-        gm.graph.erase_node(node)
-        if not isinstance(source, Node):
-            return
-        node = source
+def erase_unused(node: Node) -> None:
+    """Erase ``node``, and what only it read, if nothing reads it and it has no other effect."""
+    if node.users or node.op not in ("call_function", "call_method") or not _is_pure(node):
+        return
+    operands = node.all_input_nodes
+    node.graph.erase_node(node)
+    for operand in operands:
+        if not operand._erased:  # the one before may have taken it along
+            erase_unused(operand)
 
 
-def _argument(node: Node, position: int, *names: str) -> fx.node.Argument:
+def _is_pure(node: Node) -> bool:
+    """Whether ``node`` only computes: writes to nothing, and calls no nested graph."""
+    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    in_place = name.endswith("_") or name in _IN_PLACE or "out" in node.kwargs
+    return not (
+        in_place or node.is_impure() or any(n.op == "get_attr" for n in node.all_input_nodes)
+    )
+
+
+_IN_PLACE = {"setitem", *(name for name in dir(operator) if name.startswith("i"))} - {"is", "index"}
+
+
+def argument(node: Node, position: int, *names: str) -> Any:
+    """An argument of a call by its place, or by any of its names; None if it isn't given."""
     if position < len(node.args):
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)

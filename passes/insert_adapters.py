@@ -1,11 +1,17 @@
 """The adapter phase: a low-rank branch beside the product, instead of a dense ``B A``."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.ops.targets import ADD_ADAPTER
-from slope_fx.passes.find_linears import find_linears
-from slope_fx.passes.graph import replace
+from slope_fx.passes.graph import emit, rank_of, replace, value_of
+from slope_fx.passes.linears import LinearCall, find_linears
+from slope_fx.passes.markers import marked_read, rows
+from slope_fx.passes.views import Read, View
 
 
 def insert_adapters(gm: GraphModule) -> int:
@@ -16,21 +22,74 @@ def insert_adapters(gm: GraphModule) -> int:
     """
     matches = 0
     for call in find_linears(gm):
-        marker = call.weight
-        # Read as (d_out, d_in): a marker that an odd number of transposes turns is
-        # the same linear if the product turns it back.
-        if marker.target is not ADD_ADAPTER or call.stored_transposed:
+        found = marked_read(call)
+        if call.build is not None or found is None or found[0].source.target is not ADD_ADAPTER:
             continue
-        weight, lora_a, lora_b, scale = marker.args
-        assert isinstance(weight, Node)
-        with gm.graph.inserting_before(call.node):
-            linear = torch.nn.functional.linear
-            product = gm.graph.call_function(linear, (call.x, weight))
-            down = gm.graph.call_function(linear, (call.x, lora_a))
-            up = gm.graph.call_function(linear, (down, lora_b))
-            if call.bias is not None:
-                product.args = (call.x, weight, call.bias)
-            result = gm.graph.call_function(torch.add, (product, up), {"alpha": scale})
-        replace(gm, call.node, result)
+        part = _part(*found)
+        if part is None:
+            continue
+        weight, lora_a, lora_b, scale = found[0].source.args
+        build = _branch(call, found[0], found[1], part, scale)
+        operands = (call.x, weight, lora_a, lora_b, call.bias, call.offsets)
+        replace(call.node, emit(call.node, build, *operands))
         matches += 1
     return matches
+
+
+class _Part:
+    """The part of a stack of adapters that belongs to some rows of the weight."""
+
+    def __init__(self, stack: int, rank: int, d_out: int, read: Read) -> None:
+        self.stack, self.rank, self.d_out, self.read = stack, rank, d_out, read
+        self.first, self.last = read.start // d_out, -(-read.stop // d_out)
+        self.blocks = self.last - self.first
+        aligned = not (read.start % d_out or read.stop % d_out)
+        self.known = self.blocks == 1 or (aligned and read.groups in (1, self.blocks))
+
+
+def _part(view: View, read: Read) -> _Part | None:
+    _, lora_a, lora_b, _ = view.source.args
+    a, b = (value_of(n) for n in (lora_a, lora_b) if isinstance(n, Node))
+    assert isinstance(a, Tensor)
+    assert isinstance(b, Tensor)
+    stack = a.shape[0] // b.shape[1]
+    part = _Part(stack, b.shape[1], b.shape[0] // stack, read)
+    return part if part.known else None
+
+
+def _branch(call: LinearCall, view: View, read: Read, part: _Part, scale: Any) -> Any:
+    dtype, total = view.dtype, part.stack * part.d_out
+    stacked = rank_of(call.weight) == 3
+
+    def build(x: Any, weight: Any, a: Any, b: Any, bias: Any, offsets: Any) -> Any:
+        weight = rows(weight, read.start, read.stop, total)
+        a = rows(a, part.first * part.rank, part.last * part.rank, part.stack * part.rank)
+        b = rows(b, read.start, read.stop, total)
+        if dtype is not None:
+            weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
+        if not stacked:
+            down = F.linear(x, a)
+            if part.blocks == 1:
+                up = F.linear(down, b)
+            else:  # all of a stack on one input: each block of rows has an adapter of its own
+                down = down.unflatten(-1, (part.blocks, part.rank)).unsqueeze(-2)
+                up = (down @ b.unflatten(0, (part.blocks, -1)).mT).squeeze(-2).flatten(-2)
+            return torch.add(F.linear(x, weight, bias), up, alpha=scale)
+        b = b.unflatten(0, (read.groups, -1))
+        weight = weight.unflatten(0, (read.groups, -1))
+        if part.blocks == read.groups:
+            down = _times(call, x, a.unflatten(0, (read.groups, -1)), offsets)
+        else:
+            down = F.linear(x, a)
+        product = _times(call, x, weight, offsets)
+        return torch.add(product, _times(call, down, b, offsets), alpha=scale)
+
+    return build
+
+
+def _times(call: LinearCall, x: Any, weight: Any, offsets: Any) -> Any:
+    """The product of ``call`` with another stack of weights, (groups, d_out, d_in)."""
+    if offsets is None:
+        return torch.bmm(x, weight.mT)
+    target: Any = call.node.target
+    return target(x, weight.mT, offs=offsets)

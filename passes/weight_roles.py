@@ -12,26 +12,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from slope_fx.passes.graph import (
-    LinearCall,
-    aten,
-    is_transpose,
-    match_linear,
-    nested_calls,
-    nested_graph,
-    value_of,
-)
+from slope_fx.passes.graph import aten, nested_calls, nested_graph, value_of
+from slope_fx.passes.linears import LinearCall, is_product, match_linears
+from slope_fx.passes.views import Read, Views, apply_view, is_cast, is_view, meta_like, read_of
 
-_PRODUCTS = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.addmm.default,
-    aten.mv.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.einsum.default,
-}
 _CHECKS = {aten._assert_tensor_metadata.default}  # what export adds ahead of a cast
 _EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default}
 
@@ -42,8 +26,7 @@ class WeightRole:
 
     Attributes:
         scopes: the module paths whose forward calls a linear with this weight.
-        layouts: how those linears read it: False (d_out, d_in), True (d_in, d_out). None
-            of either if only a slice, a view or a cast of it is a linear's weight.
+        reads: what those linears read of it; none if that isn't whole rows of a matrix.
         other_uses: what else reads the parameter, by op name.
         reads_embeddings, reads_input: some linear with it has no other linear before
             it, and an embedding, or the model's input itself, as its source.
@@ -52,7 +35,7 @@ class WeightRole:
     """
 
     scopes: list[str] = field(default_factory=list)
-    layouts: set[bool] = field(default_factory=set)
+    reads: set[Read] = field(default_factory=set)
     other_uses: list[str] = field(default_factory=list)
     reads_embeddings: bool = False
     reads_input: bool = False
@@ -64,8 +47,8 @@ class _Flow:
     """What a value was made from.
 
     Attributes:
-        parameter: the parameter that the value is, transposed or not; else None.
-        transposed: the value is that parameter transposed.
+        parameter: the parameter that the value is, or a view or a cast of; else None.
+        view: that parameter as the value sees it, without data.
         derived: the parameter that the value was computed from, and nothing else.
         on_input, on_parameter: it depends on the model's input, on a parameter.
         embedded: an embedding is among its ancestors.
@@ -74,7 +57,7 @@ class _Flow:
     """
 
     parameter: str | None = None
-    transposed: bool = False
+    view: Tensor | None = None
     derived: str | None = None
     on_input: bool = False
     on_parameter: bool = False
@@ -103,9 +86,10 @@ def weight_roles(
     walk = _Walk()
     arguments: list[_Value] = []
     for node in gm.graph.find_nodes(op="placeholder"):
-        name = parameters.get(node.name)
+        name, value = parameters.get(node.name), value_of(node)
+        view = meta_like(value) if name is not None and isinstance(value, Tensor) else None
         arguments.append(
-            _Flow(parameter=name, on_parameter=name is not None, on_input=node.name in inputs)
+            _Flow(name, view, on_parameter=name is not None, on_input=node.name in inputs)
         )
     results = walk.run(gm, arguments)
     for flow in _leaves(results):
@@ -149,29 +133,30 @@ class _Walk:
                 flows[node] = self.step(gm, node, flows)
         raise AssertionError("an FX graph ends in its output node")
 
-    def step(self, gm: GraphModule, node: Node, flows: dict[Node, _Value]) -> _Flow:
+    def step(self, gm: GraphModule, node: Node, flows: dict[Node, _Value]) -> _Value:
         operands = {
             n: _merge(flows[n]) for n in node.all_input_nodes if nested_graph(gm, n) is None
         }
-        if is_transpose(node):
+        if is_view(node) or is_cast(node):
             (operand,) = operands.values()
-            if operand.parameter is not None:
-                return dataclasses.replace(operand, transposed=not operand.transposed)
-        call = match_linear(node)
-        weight = _merge(flows[call.weight]) if call else _Flow()
+            if operand.view is not None:
+                seen = operand.view if is_cast(node) else apply_view(node, operand.view)
+                if seen is not None:
+                    return _viewed(operand, seen)
+        call, name, read = self._match(node, flows)
         for operand_node, flow in operands.items():
-            is_weight = call is not None and operand_node is call.weight_operand
+            is_weight = call is not None and operand_node is call.weight
             if flow.parameter and not is_weight and node.target not in _CHECKS:
                 self.other_uses.setdefault(flow.parameter, []).append(_op_name(node))
         merged = _merge(tuple(operands.values()))
-        if call is not None and weight.parameter is not None:
-            return self.linear(call, weight, operands[call.x], merged)
-        if node.target in _PRODUCTS:
-            # A slice or a cast of a parameter, one on the left, one in an einsum: a linear
-            # all the same, if not one that can be compressed. Its role has no layout.
+        if call is not None and read is not None:
+            return self.linear(call, name, read, operands[call.x], merged)
+        if is_product(node):
+            # A computed weight, a part of its columns: a linear all the same, if not one that
+            # can be compressed. Its role has no reads.
             for operand_node, flow in operands.items():
-                value, name = value_of(operand_node), flow.parameter or flow.derived
-                if name is not None and isinstance(value, Tensor) and value.dim() > 1:
+                value, name = value_of(operand_node), flow.parameter or flow.derived or ""
+                if name and isinstance(value, Tensor) and value.dim() > 1:
                     self.roles.setdefault(name, WeightRole()).scopes.append(_scope(node))
         embedded = merged.embedded or node.target in _EMBEDDINGS
         activations = [f for f in operands.values() if f.on_input and f.on_parameter]
@@ -186,12 +171,23 @@ class _Walk:
             fresh=fresh.pop() if len(fresh) == 1 else frozenset(),
         )
 
-    def linear(self, call: LinearCall, weight: _Flow, x: _Flow, merged: _Flow) -> _Flow:
-        name = weight.parameter
-        assert name is not None
+    def _match(
+        self, node: Node, flows: dict[Node, _Value]
+    ) -> tuple[LinearCall | None, str, Read | None]:
+        """``node`` as a linear whose weight is a parameter, with what it reads of that."""
+        for call in match_linears(node):
+            weight = _merge(flows[call.weight])
+            if weight.parameter is not None and weight.view is not None:
+                matrix = call.matrix(weight.view)
+                read = None if matrix is None else read_of(matrix)
+                if read is not None:
+                    return call, weight.parameter, read
+        return None, "", None
+
+    def linear(self, call: LinearCall, name: str, read: Read, x: _Flow, merged: _Flow) -> _Flow:
         role = self.roles.setdefault(name, WeightRole())
         role.scopes.append(_scope(call.node))
-        role.layouts.add(call.stored_transposed != weight.transposed)
+        role.reads.add(read)
         if x.on_input and not x.linears:
             role.reads_embeddings |= x.embedded
             role.reads_input |= not x.embedded
@@ -205,6 +201,12 @@ class _Walk:
             linears=merged.linears | here,
             fresh=here,
         )
+
+
+def _viewed(operand: _Flow, seen: Views) -> _Value:
+    if isinstance(seen, Tensor):
+        return dataclasses.replace(operand, view=seen)
+    return tuple(_viewed(operand, part) for part in seen)
 
 
 def _merge(value: _Value) -> _Flow:

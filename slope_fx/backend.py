@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from slope_fx.errors import ArgumentError, EngineError, EngineWarning, ExpandedWeightError
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import AUTO, ENGINES, allowed_engines
-from slope_fx.passes import Leftover, run_passes
+from slope_fx.passes import Context, Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.weights import find_alive
 
@@ -45,7 +45,7 @@ class RewritingBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         self.graphs += 1
-        rewrites = run_passes(gm, self.engine)
+        rewrites = run_passes(gm, Context.here(self.engine))
         try:
             for leftover in rewrites.leftovers:
                 _report(gm, leftover, example_inputs)

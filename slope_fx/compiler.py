@@ -147,8 +147,9 @@ def compile(
     for plan in sparse_plans:
         weight = parameters[plan.parameter_name].detach()
         assert plan.pattern is not None
-        weight = weight.t() if plan.stored_transposed else weight
-        masks[plan.name] = choose_mask(mask, plan.name, weight.contiguous(), plan.pattern)
+        assert plan.layout is not None
+        weight = plan.layout.to_matrix(weight).contiguous().view(plan.shape)
+        masks[plan.name] = choose_mask(mask, plan.name, weight, plan.pattern)
 
     scopes = [scope for plan in sparse_plans for scope in plan.scopes]
     record = Compilation(

@@ -45,7 +45,7 @@ class LinearReport:
     Attributes:
         name: qualified name.
         kind: "sparse" or "dense".
-        shape: (d_out, d_in).
+        shape: (d_out, d_in), or (stack, d_out, d_in).
         pattern: "N:M", or None for dense.
         products: what computes its products, for each kind met so far; empty for dense
             and before the first run.
@@ -162,7 +162,12 @@ def explain(model: nn.Module) -> Explanation:
             f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
             "Conv1D modules, and first and last are by module order."
         )
-    shapes = {(w.d_out, w.d_in, w.n, w.m) for w in weights.values()}
+    shapes = {
+        (rows, weight.d_in, weight.n, weight.m)
+        for plan in record.plans
+        if (weight := weights.get(plan.name)) is not None
+        for rows in plan.rows
+    }
     trained = any(selection.gain(*shape, training=True) for shape in shapes)
     if line := nothing_gains(shapes, trained):
         notes.append(line)
@@ -181,13 +186,13 @@ def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
     trained = [p for p in (values, weight.lora_A, weight.lora_B) if p is not None]
     frozen = [weight.forward_bits, weight.backward_bits]
     size = values.element_size()
-    dense = weight.d_out * weight.d_in
+    dense = math.prod(plan.shape)
     return LinearReport(
         name=plan.name,
         kind="sparse",
         shape=plan.shape,
         pattern=str(weight.pattern),
-        products=_products(weight),
+        products=_products(weight, plan.rows),
         rank=weight.rank,
         reason=weight.expanded_because or "",
         bytes_before=dense * size,
@@ -205,10 +210,11 @@ _PRODUCTS = {
 }
 
 
-def _products(weight: SparseWeight) -> tuple[ProductReport, ...]:
+def _products(weight: SparseWeight, rows: tuple[int, ...]) -> tuple[ProductReport, ...]:
     # A choice depends on the size and the pattern of a weight alone, so all that was chosen
     # for such weights is what was, or would be, chosen for this one.
-    chosen = selection.choices(weight.d_out, weight.d_in, weight.n, weight.m)
+    size = (weight.d_in, weight.n, weight.m)
+    chosen = [choice for part in rows for choice in selection.choices(part, *size)]
     reports = (
         ProductReport(
             _PRODUCTS[problem.op],

@@ -124,12 +124,11 @@ def install(
     for plan in plans:
         dense = model.get_parameter(plan.parameter_name)
         assert plan.pattern is not None
+        assert plan.layout is not None
         forward_bits = masks[plan.name]
         with torch.no_grad():
-            oriented = dense.t() if plan.stored_transposed else dense
-            compressed = ops.compress(
-                oriented.contiguous(), forward_bits, plan.pattern.n, plan.pattern.m
-            )
+            matrix = plan.layout.to_matrix(dense).contiguous()
+            compressed = ops.compress(matrix, forward_bits, plan.pattern.n, plan.pattern.m)
         values = nn.Parameter(compressed, requires_grad=dense.requires_grad)
         owner, attribute = locations[id(dense)][0]
         sparse: SparseWeight | None = None
@@ -148,7 +147,7 @@ def install(
                     attribute,
                     values.detach(),
                     forward_bits,
-                    stored_transposed=plan.stored_transposed,
+                    layout=plan.layout,
                     rank=ranks[plan.name],
                     on_fallback=on_fallback,
                 )

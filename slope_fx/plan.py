@@ -12,6 +12,7 @@ from slope_fx import ops
 from slope_fx.errors import AdapterRankError, ArgumentError, MaskError
 from slope_fx.kernels.packing import pack
 from slope_fx.passes import WeightRole
+from slope_fx.passes.views import Layout, common_layout
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.trace import Trace, linear_modules
 from slope_fx.weights import mask_problem, sparse_name, values_name
@@ -29,8 +30,10 @@ class LinearPlan:
     Attributes:
         name: the layer's qualified name (its parameter's, less a final ``.weight``).
         parameter_name: the parameter's first qualified name; "" where there is none.
-        shape: (d_out, d_in), or the parameter's own shape where that isn't known.
-        stored_transposed: the parameter is laid out (d_in, d_out).
+        shape: (d_out, d_in); of a stack of weights (stack, d_out, d_in); or the parameter's own
+            shape where that isn't known.
+        layout: how the parameter holds that; None where that isn't known.
+        rows: what its products give: d_out, or less where they take it in parts.
         pattern: N:M, or None for dense.
         reason: why it stays dense; "" for sparse.
         scopes: the modules whose forward uses it.
@@ -40,7 +43,8 @@ class LinearPlan:
     name: str
     parameter_name: str
     shape: tuple[int, ...]
-    stored_transposed: bool
+    layout: Layout | None
+    rows: tuple[int, ...]
     pattern: Pattern | None
     reason: str
     scopes: tuple[str, ...]
@@ -62,18 +66,23 @@ def plan_linears(
             continue
         reached.add(id(parameter))
         layer = _layer_name(aliases[id(parameter)], role)
-        transposed = role.layouts == {True}
-        shape = tuple(parameter.t().shape if transposed else parameter.shape)
+        own_shape = tuple(parameter.shape)
+        layout = common_layout(role.reads, own_shape) if role.reads else ""
+        shape = own_shape
+        if isinstance(layout, Layout):
+            stack = (layout.stack,) if layout.stack > 1 else ()
+            shape = (*stack, layout.d_out, layout.d_in)
         pattern, reason = rules.select(layer)
         if pattern is not None:
-            reason = _why_dense(parameter, role, shape, pattern, skip_first, skip_head)
-            reason = reason or _why_not_here(model, aliases[id(parameter)], role)
+            reason = _why_dense(parameter, role, layout, pattern, skip_first, skip_head)
+            reason = reason or _why_not_here(model, aliases[id(parameter)])
         plans.append(
             LinearPlan(
                 name=layer,
                 parameter_name=parameter_name,
                 shape=shape,
-                stored_transposed=transposed,
+                layout=layout if isinstance(layout, Layout) else None,
+                rows=tuple(sorted({(r.stop - r.start) // r.groups for r in role.reads})),
                 pattern=None if reason else pattern,
                 reason=reason,
                 scopes=tuple(dict.fromkeys(role.scopes)),
@@ -91,7 +100,7 @@ def plan_linears(
         computed = getattr(module, "weight", None) if weight is None else weight
         shape = tuple(computed.shape) if isinstance(computed, Tensor) else ()
         size = computed.numel() * computed.element_size() if isinstance(computed, Tensor) else 0
-        plans.append(LinearPlan(name, "", shape, False, None, why, (), size))
+        plans.append(LinearPlan(name, "", shape, None, (), None, why, (), size))
     return plans
 
 
@@ -104,19 +113,19 @@ def _layer_name(aliases: list[str], role: WeightRole) -> str:
 def _why_dense(
     parameter: nn.Parameter,
     role: WeightRole,
-    shape: tuple[int, ...],
+    layout: Layout | str,
     pattern: Pattern,
     skip_first: bool,
     skip_head: bool,
 ) -> str:
     """The first reason to leave a weight dense, or "" if there is none."""
     others = ", ".join(dict.fromkeys(role.other_uses))
-    if not role.layouts:
+    if not role.reads:
         return f"its weight is used through {others}"
     if others:
         return f"shared: its weight is also used by {others}"
-    if len(role.layouts) > 1:
-        return "its weight is used both as it is and transposed"
+    if isinstance(layout, str):
+        return layout
     if skip_head and role.makes_output:
         return "output head (skip_head)"
     if skip_first and role.reads_embeddings:
@@ -127,19 +136,21 @@ def _why_dense(
         return f"its weight is a {type(parameter).__name__}, not a plain parameter"
     if parameter.dtype not in SUPPORTED_DTYPES:
         return f"its weight is {parameter.dtype}"
-    d_out, d_in = shape
-    if d_in % pattern.m:
-        return f"its input width {d_in} is not divisible by {pattern.m}"
-    if d_out % pattern.m:
-        return f"its output width {d_out} is not divisible by {pattern.m}"
+    if layout.d_in % pattern.m:
+        return f"its input width {layout.d_in} is not divisible by {pattern.m}"
+    if layout.d_out % pattern.m:
+        return f"its output width {layout.d_out} is not divisible by {pattern.m}"
+    for read in role.reads:
+        if read.start % pattern.m or (read.stop - read.start) // read.groups % pattern.m:
+            return (
+                f"a linear uses its rows {read.start} to {read.stop} alone, which aren't whole "
+                f"groups of {pattern.m}"
+            )
     return ""
 
 
-def _why_not_here(model: nn.Module, aliases: list[str], role: WeightRole) -> str:
+def _why_not_here(model: nn.Module, aliases: list[str]) -> str:
     """A reason to leave a weight dense that lies in the modules around it, or ""."""
-    for scope in role.scopes:
-        if isinstance(model.get_submodule(scope), nn.MultiheadAttention):
-            return "used inside torch's multi_head_attention_forward, which no pass rewrites"
     for alias in aliases:
         path, _, attribute = alias.rpartition(".")
         owner = model.get_submodule(path)
@@ -167,17 +178,18 @@ def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -
     Args:
         mask: the ``mask`` argument of ``compile``.
         name: the layer's name.
-        weight: (d_out, d_in).
+        weight: (d_out, d_in), or (stack, d_out, d_in).
         pattern: N:M.
 
     Raises:
         MaskError: a callable's mask has the wrong type or shape, or isn't N:M.
     """
+    flat = weight.reshape(-1, weight.shape[-1])
     if mask == "magnitude":
-        return ops.magnitude_mask(weight, pattern.n, pattern.m)
+        return ops.magnitude_mask(flat, pattern.n, pattern.m)
     if mask == "random":
         # The top N of independent draws: each choice of N places is as likely as another.
-        scores = torch.rand(weight.shape, device=weight.device)
+        scores = torch.rand(flat.shape, device=weight.device)
         return ops.magnitude_mask(scores, pattern.n, pattern.m)
     assert callable(mask)
     chosen = mask(name, weight)
@@ -190,6 +202,7 @@ def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -
             f"{where} returned shape {tuple(chosen.shape)}; it must be the weight's, "
             f"(d_out, d_in) = {tuple(weight.shape)}."
         )
+    chosen = chosen.reshape(flat.shape)
     problem = mask_problem(chosen.contiguous(), pattern)
     if problem:
         raise MaskError(f"{where} isn't {pattern}: {problem}.")
@@ -225,7 +238,7 @@ def layer_rank(adapter_rank: AdapterRank, plan: LinearPlan) -> int | None:
     """
     if adapter_rank is None:
         return None
-    d_out, d_in = plan.shape
+    d_out, d_in = plan.shape[-2:]
     rank = adapter_rank if isinstance(adapter_rank, int) else max(1, round(adapter_rank * d_in))
     if rank > min(d_out, d_in):
         raise AdapterRankError(

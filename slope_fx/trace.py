@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slope_fx.errors import ExampleInputsError
 from slope_fx.passes import WeightRole, weight_roles
+from slope_fx.passes.views import Read
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         kwargs.setdefault("use_cache", False)
     _check_signature(model, args, kwargs)
     try:
-        with _quiet_fake_tensors(), _random_state_kept(), _attributes_kept(model):
+        # With gradients, for without them torch's own modules take paths of their own.
+        quiet = _quiet_fake_tensors()
+        with quiet, _random_state_kept(), _attributes_kept(model), torch.enable_grad():
             exported = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         log.info("torch.export failed", exc_info=True)
@@ -218,7 +221,7 @@ def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
         if weight is not None:
             role = roles.setdefault(first[id(weight)], WeightRole())
             role.scopes.append(path)
-            role.layouts.add(not isinstance(module, nn.Linear))
+            role.reads.add(_whole(weight, transposed=not isinstance(module, nn.Linear)))
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and path not in linears and first[id(parameter)] in roles:
@@ -230,6 +233,12 @@ def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
         head_weight = getattr(head, "weight", None)
         roles[first.get(id(head_weight), names[-1])].makes_output = True
     return roles
+
+
+def _whole(weight: Tensor, *, transposed: bool) -> Read:
+    """All of a linear module's weight."""
+    d_in, d_out = weight.shape if transposed else reversed(weight.shape)
+    return Read(transposed, d_in, d_out, 0, d_out, 1)
 
 
 def _first_line(error: BaseException) -> str:

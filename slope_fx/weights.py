@@ -15,6 +15,7 @@ from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
+from slope_fx.passes.views import Layout
 from slope_fx.patterns import Pattern
 
 OnFallback = Literal["warn", "error", "ignore"]
@@ -34,10 +35,12 @@ class SparseWeight(nn.Module):
         name: the layer's qualified name.
         n, m: the pattern.
         d_out, d_in: the size of the linear.
-        stored_transposed: the layer's own ``weight`` is laid out (d_in, d_out).
-        forward_bits: uint8 (d_out, ceil(d_in / 8)), one bit per element.
-        backward_bits: uint8 (d_out, ceil(d_in * N / M / 8)), one bit per value.
-        lora_A, lora_B: (r, d_in) and (d_out, r), or None.
+        stack: how many such linears it holds, as the experts of a mixture; 1 for a plain one.
+            Values, masks and adapters of each lie one below the other.
+        layout: how the layer's own ``weight`` holds them.
+        forward_bits: uint8 (stack * d_out, ceil(d_in / 8)), one bit per element.
+        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)), one bit per value.
+        lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None.
         adapter_active: whether the adapter takes part. Dynamo guards on it, so that a
             change recompiles; the :class:`~slope_fx.Schedule` sets it.
     """
@@ -54,15 +57,15 @@ class SparseWeight(nn.Module):
         values: Tensor,
         forward_bits: Tensor,
         *,
-        stored_transposed: bool,
+        layout: Layout,
         rank: int | None,
         on_fallback: OnFallback,
     ) -> None:
         super().__init__()
         self.name = name
         self.n, self.m = pattern.n, pattern.m
-        self.d_out, self.d_in = values.shape[0], values.shape[1] * pattern.m // pattern.n
-        self.stored_transposed = stored_transposed
+        self.stack, self.d_out, self.d_in = layout.stack, layout.d_out, layout.d_in
+        self.layout = layout
         self.on_fallback = on_fallback
         self.expanded_because: str | None = None
         self._expanded_hint: str | None = None
@@ -76,8 +79,8 @@ class SparseWeight(nn.Module):
         if rank is None:
             self.lora_A = self.lora_B = None
         else:
-            self.lora_A = nn.Parameter(values.new_empty(rank, self.d_in).normal_())
-            self.lora_B = nn.Parameter(values.new_zeros(self.d_out, rank))
+            self.lora_A = nn.Parameter(values.new_empty(self.stack * rank, self.d_in).normal_())
+            self.lora_B = nn.Parameter(values.new_zeros(self.stack * self.d_out, rank))
         self.scale = 0.0 if rank is None else 1.0 / rank  # alpha / r, with alpha = 1
         _alive.add(self)
 
@@ -96,23 +99,26 @@ class SparseWeight(nn.Module):
     @property
     def rank(self) -> int | None:
         """The adapter's rank, or None without one."""
-        return None if self.lora_A is None else self.lora_A.shape[0]
+        return None if self.lora_B is None else self.lora_B.shape[1]
 
     def forward_mask(self) -> Tensor:
-        """bool (d_out, d_in): the elements of ``W^R``."""
-        return unpack(self.forward_bits, self.d_in)
+        """bool (d_out, d_in), or (stack, d_out, d_in): the elements of ``W^R``."""
+        return self._shaped(unpack(self.forward_bits, self.d_in))
 
     def backward_mask(self) -> Tensor:
-        """bool (d_out, d_in): the elements of ``W^{R,C}``, a subset of the forward mask's."""
-        bits = unpack(self.backward_bits, self.d_in * self.n // self.m)
-        return ops.expand(
-            bits.to(torch.uint8), self.forward_bits, self.backward_bits, self.n, self.m
-        ).bool()
+        """The elements of ``W^{R,C}``, shaped like the forward mask's, of which it is a subset."""
+        bits = unpack(self.backward_bits, self.d_in * self.n // self.m).to(torch.uint8)
+        both = ops.expand(bits, self.forward_bits, self.backward_bits, self.n, self.m)
+        return self._shaped(both.bool())
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """A copy of ``W^R`` (d_out, d_in), without the adapter and without gradients."""
-        return ops.expand(self.values, self.forward_bits, self.backward_bits, self.n, self.m)
+        """A copy of ``W^R``, shaped like the masks, without the adapter and without gradients."""
+        masks = self.forward_bits, self.backward_bits
+        return self._shaped(ops.expand(self.values, *masks, self.n, self.m))
+
+    def _shaped(self, matrix: Tensor) -> Tensor:
+        return matrix if self.stack == 1 else matrix.view(self.stack, self.d_out, self.d_in)
 
     @torch.no_grad()
     def refresh_backward_mask(self) -> None:
@@ -140,7 +146,7 @@ class SparseWeight(nn.Module):
         weight: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
         if self.adapter_active:
             weight = ADD_ADAPTER(weight, self.lora_A, self.lora_B, self.scale)
-        return weight.t() if self.stored_transposed else weight
+        return self.layout.to_parameter(weight)
 
     def note_expanded(self, reason: str) -> None:
         """Take note that the dense weight was rebuilt where gradients are on.
@@ -173,7 +179,8 @@ class SparseWeight(nn.Module):
 
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""
-        return f"{self.pattern}, d_in={self.d_in}, d_out={self.d_out}{adapter}"
+        stack = f", stack={self.stack}" if self.stack > 1 else ""
+        return f"{self.pattern}, d_in={self.d_in}, d_out={self.d_out}{stack}{adapter}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseWeight":
         # The model moves to another device or dtype: what engines made of it stays behind.

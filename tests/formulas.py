@@ -5,9 +5,11 @@ be held against them, loss and gradients.
 """
 
 import copy
+import types as python_types
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 TABLE = {"1:2": 0.12500, "2:4": 0.09375, "2:8": 0.05840}
 """METHOD: extra zeros of the second pruning of a random mask, as a fraction of all elements."""
@@ -66,52 +68,175 @@ class FormulaLinear(nn.Module):
         return y
 
 
-def formula_model(dense: nn.Module, compiled: nn.Module) -> nn.Module:
-    """``dense`` in float64, with the weights of ``compiled`` and the formulas in its linears.
+VIEWS = {
+    "t", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze",
+    "chunk", "split", "split_with_sizes", "__getitem__", "select", "narrow", "unbind", "contiguous",
+    "to", "float", "double", "movedim", "index_select",
+}  # fmt: skip
+PRODUCTS = {
+    "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm", "inner",
+    "einsum", "tensordot", "conv1d", "conv2d", "conv3d", "_grouped_mm", "grouped_mm",
+}  # fmt: skip
+BIAS = {"linear": 2, "addmm": 0, "baddbmm": 0, "conv1d": 2, "conv2d": 2, "conv3d": 2}
+TURNED = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)
+
+
+class Formulas(torch.overrides.TorchFunctionMode):
+    """METHOD's products in place of the plain ones, wherever a pruned weight is an operand.
+
+    A product ``y = f(x, W)``, however it is written, is computed as
+    ``f(x, W^R) + f(x, scale B A)``, with the gradient of ``x`` in the first term that of
+    ``f(x, W^{R,C})``. Views of a weight are followed.
 
     Args:
-        dense: the model as it was before ``compile``.
-        compiled: the compiled model; each sparse weight belongs to a module of its own.
+        weights: parameter, its ``W^{R,C}``, and ``scale B A`` or None, all of one shape.
     """
-    import slope_fx
 
-    model = copy.deepcopy(dense).double()
-    weights = slope_fx.sparse_weights(compiled)
-    kept = dict(compiled.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name in kept:
-            parameter.data.copy_(kept[name].data)
-        else:
-            assert name.removesuffix(".weight") in weights, name
-    for name, sparse in weights.items():
-        parent, _, child = name.rpartition(".")
-        bias = compiled.get_submodule(name).bias
-        setattr(model.get_submodule(parent), child, FormulaLinear(sparse, bias))
-    return model
+    def __init__(self, weights: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self.known = {id(weight): (weight, twice, low) for weight, twice, low in weights}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.multi_head_attention_forward:
+            plain = {**func.__globals__, "has_torch_function": lambda tensors: False}
+            opened = python_types.FunctionType(func.__code__, plain, None, func.__defaults__)
+            with self:
+                return opened(*args, **kwargs)
+        name = getattr(func, "__name__", "").rpartition(".")[2]
+        weights = [a for a in tree_leaves((args, kwargs)) if id(a) in self.known]
+        if weights and (name in VIEWS or func in TURNED):
+            results = func(*args, **kwargs)
+            twice = self.call(func, args, kwargs, weights[0], self.known[id(weights[0])][1])
+            low = self.known[id(weights[0])][2]
+            low = None if low is None else self.call(func, args, kwargs, weights[0], low)
+            parts = results if isinstance(results, (tuple, list)) else [results]
+            for i, part in enumerate(parts):
+                pair = (t if part is results or t is None else t[i] for t in (twice, low))
+                self.known[id(part)] = (part, *pair)
+            return results
+        if weights and name in PRODUCTS:
+            return self.product(func, name, args, kwargs, weights[0])
+        return func(*args, **kwargs)
+
+    def product(self, func, name, args, kwargs, weight):
+        _, twice, low = self.known[id(weight)]
+        bias = kwargs.get("bias", kwargs.get("input" if name == "addmm" else "bias"))
+        if BIAS.get(name, 99) < len(args):
+            bias = args[BIAS[name]]
+
+        def cut(value):
+            if isinstance(value, (tuple, list)):
+                return [cut(v) for v in value]
+            if isinstance(value, Tensor) and value is not weight and value is not bias:
+                return value.detach()
+            return value
+
+        still, named = [cut(a) for a in args], {k: cut(v) for k, v in kwargs.items()}
+        y = func(*still, **named)
+        y = y + self.call(func, args, kwargs, weight, twice)
+        y = y - self.call(func, still, named, weight, twice)
+        if low is not None:
+            y = y + self.call(func, args, kwargs, weight, low)
+            y = y - self.call(func, still, named, weight, torch.zeros_like(low))
+        return y
+
+    @staticmethod
+    def call(func, args, kwargs, weight, instead):
+        def put(value):
+            if isinstance(value, (tuple, list)):
+                return type(value)(put(v) for v in value)
+            return instead if value is weight else value
+
+        return func(*[put(a) for a in args], **{k: put(v) for k, v in kwargs.items()})
 
 
-def assert_gradients_match(compiled: nn.Module, formulas: nn.Module, rtol: float) -> None:
+class FormulaModel(nn.Module):
+    """A dense model in float64, eager, whose linears compute METHOD's formulas.
+
+    Attributes:
+        layers: name of a sparse layer to its weight, forward mask, A and B.
+        names: of the other parameters.
+    """
+
+    def __init__(self, dense: nn.Module, compiled: nn.Module) -> None:
+        import slope_fx
+
+        super().__init__()
+        self.model = copy.deepcopy(dense).double()
+        kept = dict(compiled.named_parameters())
+        own = dict(self.model.named_parameters())
+        aliases = {n: p for n, p in self.model.named_parameters(remove_duplicate=False)}
+        self.layers = {}
+        self.pruned = []
+        for name, sparse in slope_fx.sparse_weights(compiled).items():
+            parameter = aliases[name if name in aliases else f"{name}.weight"]
+
+            def like(matrix, parameter=parameter, turned=sparse.layout.transposed, of=sparse):
+                stacked = matrix.reshape(of.stack, of.d_out, of.d_in)
+                stacked = stacked.transpose(1, 2) if turned else stacked
+                return stacked.reshape(parameter.shape)
+
+            parameter.data.copy_(like(sparse.to_dense().double()))
+            a = b = None
+            if sparse.adapter_active:
+                adapter = (sparse.lora_A, sparse.lora_B)
+                a, b = (nn.Parameter(t.detach().double().clone()) for t in adapter)
+            self.layers[name] = (parameter, like(sparse.forward_mask()), a, b)
+            self.pruned.append((sparse, like, like(sparse.backward_mask()), *self.layers[name]))
+        pruned = {id(p) for p, *_ in self.layers.values()}
+        self.names = {}
+        for name, parameter in own.items():
+            if id(parameter) not in pruned:
+                parameter.data.copy_(kept[name].data)
+                self.names[name] = parameter
+
+    def forward(self, *args, **kwargs):
+        weights = []
+        for sparse, like, twice, weight, _, a, b in self.pruned:
+            low = None
+            if a is not None:
+                a, b = (t.unflatten(0, (sparse.stack, -1)) for t in (a, b))
+                low = like(sparse.scale * torch.bmm(b, a))
+            weights.append((weight, weight.detach() * twice, low))
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with Formulas(weights):
+                return self.model(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def formula_model(dense: nn.Module, compiled: nn.Module) -> FormulaModel:
+    """``dense`` in float64, with the weights of ``compiled`` and the formulas for its linears."""
+    return FormulaModel(dense, compiled)
+
+
+def assert_gradients_match(compiled: nn.Module, formulas: FormulaModel, rtol: float) -> None:
     """Each gradient of ``compiled`` within ``rtol`` of the formulas', relative to its largest."""
     import slope_fx
 
     weights = slope_fx.sparse_weights(compiled)
     kept = dict(compiled.named_parameters())
+    pairs = {name: (kept[name].grad, p.grad) for name, p in formulas.names.items()}
+    for name, (weight, mask, a, b) in formulas.layers.items():
+        sparse = weights[name]
+        want = weight.grad
+        if want is not None:
+            if sparse.layout.transposed:
+                size = (sparse.stack, sparse.d_in, sparse.d_out)
+                want, mask = (t.reshape(size).transpose(1, 2) for t in (want, mask))
+            want = want[mask].view(sparse.values.shape)
+        pairs[f"{name}.weight"] = sparse.values.grad, want
+        if a is not None:
+            pairs[f"{name}.lora_A"] = sparse.lora_A.grad, a.grad
+            pairs[f"{name}.lora_B"] = sparse.lora_B.grad, b.grad
     # A key's bias has no gradient but rounding (softmax cancels it); it is held to the
     # scale of the others.
-    floor = 0.01 * max(
-        p.grad.abs().max().item() for p in formulas.parameters() if p.grad is not None
-    )
-    for name, parameter in formulas.named_parameters():
-        layer, _, attribute = name.rpartition(".")
-        if layer in weights and attribute in ("weight", "lora_A", "lora_B"):
-            sparse = weights[layer]
-            if attribute == "weight":
-                got = sparse.values.grad
-                want = parameter.grad[sparse.forward_mask()].view(got.shape)
-            else:
-                got, want = getattr(sparse, attribute).grad, parameter.grad
-        else:
-            got, want = kept[name].grad, parameter.grad
+    largest = [want.abs().max().item() for _, want in pairs.values() if want is not None]
+    floor = 0.01 * max(largest)
+    for name, (got, want) in pairs.items():
         if want is None:
             assert got is None, name
             continue

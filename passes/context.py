@@ -1,0 +1,40 @@
+"""What passes know of the world around a graph."""
+
+from dataclasses import dataclass
+
+import torch
+from torch._inductor import config as inductor_config
+
+from slope_fx.kernels.engines import AUTO, limited
+
+
+@dataclass(frozen=True)
+class Context:
+    """The circumstances that a graph is compiled in. Passes ask nothing else.
+
+    Attributes:
+        engines: what may compute the products: "auto", or names separated by commas.
+        training: whether gradients are on.
+        autocast: the dtype that autocast makes of floats, by device type, where it is on.
+        replays: whether CUDA graphs will be made, whose replays make everything anew.
+    """
+
+    engines: str = AUTO
+    training: bool = True
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    replays: bool = False
+
+    @classmethod
+    def here(cls, engines: str = AUTO, replays: bool = False) -> "Context":
+        """The circumstances now, with what the environment says of the engines."""
+        autocast = tuple(
+            (device, torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        )
+        replays = replays or bool(inductor_config.triton.cudagraphs)
+        return cls(limited(engines), torch.is_grad_enabled(), autocast, replays)
+
+    def dtype_of(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+        """What a tensor of that dtype is in a product."""
+        return dtype if dtype == torch.float64 else dict(self.autocast).get(device.type, dtype)

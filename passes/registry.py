@@ -1,0 +1,84 @@
+"""Every pass, in the one order they run in, and why in that order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
+from slope_fx.passes.context import Context
+from slope_fx.passes.decompose_attention import decompose_attention, is_attention
+from slope_fx.passes.insert_adapters import insert_adapters
+from slope_fx.passes.markers import is_marked, markers
+from slope_fx.passes.normalize_linears import normalize_linears
+from slope_fx.passes.prune_expands import prune_expands
+from slope_fx.passes.sparsify_linears import sparsify_linears
+
+Run = Callable[[GraphModule, Context], int]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass, as the registry knows it.
+
+    Attributes:
+        name: what ``disable_passes`` calls it.
+        run: changes one graph in place, nested graphs aside; returns the number of matches.
+        does: what it rewrites to what.
+        here: why it runs where it does.
+        expects: what it should match of a graph, at least once if this isn't 0.
+    """
+
+    name: str
+    run: Run
+    does: str
+    here: str
+    expects: Callable[[GraphModule], int] = lambda gm: 0
+
+
+def _attention_calls(gm: GraphModule) -> int:
+    calls = (node for node in gm.graph.nodes if is_attention(node))
+    return sum(any(map(is_marked, node.all_input_nodes)) for node in calls)
+
+
+def _marked(target: Any) -> Callable[[GraphModule], int]:
+    return lambda gm: sum(node.target is target for node in markers(gm))
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass(
+        "prune_expands",
+        lambda gm, context: prune_expands(gm),
+        "merges equal markers, drops those that nothing reads",
+        "first, so that what comes after looks at each weight once",
+    ),
+    Pass(
+        "decompose_attention",
+        lambda gm, context: decompose_attention(gm),
+        "opens torch's own attention, plain and fused, into linears and what is between them",
+        "before any pass that looks for linears: these are hidden in one call",
+        _attention_calls,
+    ),
+    Pass(
+        "normalize_linears",
+        lambda gm, context: normalize_linears(gm),
+        "writes matmul, addmm, einsum, convolutions of one pixel and so on as F.linear or bmm",
+        "before those that know only these forms",
+    ),
+    Pass(
+        "insert_adapters",
+        lambda gm, context: insert_adapters(gm),
+        "puts the low-rank branch beside the product, in the adapter phase",
+        "takes the adapter out of the weight, so that what is left is an expanded weight",
+        _marked(ADD_ADAPTER),
+    ),
+    Pass(
+        "sparsify_linears",
+        sparsify_linears,
+        "turns a linear over an expanded weight into the sparse linear, and chooses its engine",
+        "when all linears over expanded weights are in plain form, in either phase",
+        _marked(EXPAND),
+    ),
+)
+NAMES = tuple(p.name for p in PASSES)

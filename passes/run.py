@@ -1,0 +1,141 @@
+"""Runs the passes over a graph and the graphs nested in it."""
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, SPARSE_GROUPED_LINEAR, SPARSE_LINEAR
+from slope_fx.passes.context import Context
+from slope_fx.passes.graph import graphs_of, value_of
+from slope_fx.passes.record import PassReport, Recorder, node_count
+from slope_fx.passes.registry import PASSES, Pass
+from slope_fx.passes.views import is_view
+
+log = logging.getLogger(__name__)
+
+Size = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A marker that no pass could rewrite: its layer runs with a dense weight.
+
+    Attributes:
+        gm: the graph that holds it.
+        values: the node of the layer's values.
+        used_by: the ops that read the expanded weight.
+    """
+
+    gm: GraphModule
+    values: Node
+    used_by: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """What the passes did to a graph and the graphs nested in it.
+
+    Attributes:
+        reports: what each did, in the order they ran.
+        leftovers: the markers that are left.
+        weights: (d_out, d_in, N, M) of the sparse linears.
+    """
+
+    reports: tuple[PassReport, ...]
+    leftovers: tuple[Leftover, ...]
+    weights: frozenset[Size]
+
+    def matches(self, name: str) -> int:
+        """How many places the pass of that name rewrote; 0 if it didn't run."""
+        return sum(report.matches for report in self.reports if report.name == name)
+
+
+def run_passes(
+    gm: GraphModule,
+    context: Context | None = None,
+    disabled: Collection[str] = (),
+    recorder: Recorder | None = None,
+    passes: Sequence[Pass] = PASSES,
+) -> Rewrites:
+    """Run the passes over ``gm`` and every graph nested in it, in place.
+
+    Running them again changes nothing.
+
+    Args:
+        gm: a Dynamo graph.
+        context: the circumstances; None for those now.
+        disabled: names of passes to leave out.
+        recorder: writes down each step.
+        passes: which, in their order.
+    """
+    context = context or Context.here()
+    if recorder:
+        recorder.start(gm)
+    reports = []
+    for step in passes:
+        if step.name in disabled:
+            continue
+        before, expected, matches = node_count(gm), 0, 0
+        for graph_module in graphs_of(gm):
+            expected += step.expects(graph_module)
+            found = step.run(graph_module, context)
+            if found:
+                graph_module.graph.lint()
+                graph_module.recompile()
+            matches += found
+        report = PassReport(step.name, matches, expected, before, node_count(gm))
+        reports.append(report)
+        log.debug("%s: %d matches, %d nodes to %d", step.name, matches, before, report.nodes_after)
+        if report.missed:
+            log.info("%s matched none of the %d that it was there for", step.name, expected)
+        if recorder:
+            recorder.after(gm, report)
+    if recorder:
+        recorder.finish(tuple(reports))
+    leftovers = [left for graph_module in graphs_of(gm) for left in _leftovers(graph_module)]
+    weights = frozenset().union(*(_sparse_weights(g) for g in graphs_of(gm)))
+    log.info(
+        "%s; left expanded %d",
+        ", ".join(f"{r.name} {r.matches}" for r in reports), len(leftovers),
+    )  # fmt: skip
+    return Rewrites(tuple(reports), tuple(leftovers), weights)
+
+
+def _sparse_weights(gm: GraphModule) -> set[Size]:
+    found = set()
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target is SPARSE_LINEAR:
+            groups, n, m = 1, node.args[5], node.args[6]
+        elif node.target is SPARSE_GROUPED_LINEAR:
+            groups, n, m = node.args[5:8]
+        else:
+            continue
+        value = value_of(node.args[1])
+        if isinstance(value, Tensor):
+            found.add((int(value.shape[0]) // groups, int(value.shape[1]) * m // n, n, m))
+    return found
+
+
+def _leftovers(gm: GraphModule) -> list[Leftover]:
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=EXPAND):
+        values = node.args[0]
+        assert isinstance(values, Node)
+        names = {getattr(u.target, "__name__", str(u.target)) for u in _readers(node)}
+        if names:
+            found.append(Leftover(gm, values, tuple(sorted(names))))
+    return found
+
+
+def _readers(node: Node) -> set[Node]:
+    """What reads the weight that ``node`` rebuilds, its views and its adapter aside."""
+    readers = set()
+    for user in node.users:
+        through = user.target is ADD_ADAPTER or is_view(user)
+        readers |= _readers(user) if through else {user}
+    return readers
