@@ -100,11 +100,9 @@ def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m:
 
 
 def low_rank_update(y: Tensor, down: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``Y + scale * down B^T``."""
+    """``Y + scale * down B^T``, into ``y`` if that is contiguous."""
     flat = y.reshape(-1, y.shape[-1])
-    return torch.addmm(flat, down.reshape(-1, down.shape[-1]), lora_b.t(), alpha=scale).view(
-        y.shape
-    )
+    return flat.addmm_(down.reshape(-1, down.shape[-1]), lora_b.t(), alpha=scale).view(y.shape)
 
 
 def _magnitude(weight: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from slope_fx.kernels import cpu, dense, reference, triton
 from slope_fx.kernels.cusparselt import Cusparselt
-from slope_fx.kernels.cusparselt.operands import Operands
 from slope_fx.kernels.errors import EngineError, EngineWarning
+from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.vendor import VendorProducts
 
 Engine = ModuleType | VendorProducts
@@ -180,4 +180,5 @@ def forget_operands(values: Tensor) -> None:
 
 
 def _all_operands() -> list[Operands]:
-    return [engine.operands for engine in ENGINES.values() if isinstance(engine, Cusparselt)]
+    own = [engine.operands for engine in ENGINES.values() if isinstance(engine, Cusparselt)]
+    return [cpu.operands, *own]

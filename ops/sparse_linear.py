@@ -44,12 +44,26 @@ def sparse_linear(
     Returns:
         (..., d_out).
     """
-    engine = engine or _choose("sparse_linear", x, values, n, m, engines)
+    engine = engine or choose("sparse_linear", x, values, n, m, engines)
+    # A graph that trains names the engines of its gradients too.
+    training = bool(input_engine or weight_engine)
+    return product(x, values, forward_mask, bias, n, m, engine, training)
+
+
+def product(
+    x: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    engine: str,
+    training: bool,
+) -> Tensor:
+    """``X (W^R)^T + b`` by an engine."""
     values = _narrowed(values, x, engine)
     operation: Callable[..., Tensor] = ENGINES[engine].sparse_linear
     if engine in KEEP_OPERANDS:
-        # A graph that trains names the engines of its gradients too.
-        training = bool(input_engine or weight_engine)
         return operation(x, values, forward_mask, bias, n, m, training)
     return operation(x, values, forward_mask, bias, n, m)
 
@@ -60,7 +74,7 @@ def _narrowed(values: Tensor, like: Tensor, engine: str) -> Tensor:
     return values if wide else values.to(like.dtype)
 
 
-def _choose(op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, engines: str) -> str:
+def choose(op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, engines: str) -> str:
     size = (values.shape[0], values.shape[1])
     return choose_engine(op, tokens_of, size, n, m, engines, values_dtype=values.dtype)
 
@@ -102,11 +116,23 @@ def sparse_input_grad(
     engine: str = "",
 ) -> Tensor:
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
-    engine = engine or _choose("sparse_input_grad", grad, values, n, m, AUTO)
-    operation = ENGINES[engine].sparse_input_grad
+    engine = engine or choose("sparse_input_grad", grad, values, n, m, AUTO)
+    return input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
+
+
+def input_grad(
+    grad: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    backward_mask: Tensor,
+    n: int,
+    m: int,
+    engine: str,
+) -> Tensor:
+    """``grad_Y W^{R,C}`` by an engine."""
+    operation: Callable[..., Tensor] = ENGINES[engine].sparse_input_grad
     values = _narrowed(values, grad, engine)
-    dx: Tensor = operation(grad, values, forward_mask, backward_mask, n, m)
-    return dx
+    return operation(grad, values, forward_mask, backward_mask, n, m)
 
 
 @sparse_input_grad.register_fake
@@ -139,6 +165,19 @@ def sparse_weight_grad(
     """
     size = (grad.shape[-1], x.shape[-1] * n // m)
     engine = engine or choose_engine("sparse_weight_grad", grad, size, n, m, AUTO)
+    return weight_grad(grad, x, forward_mask, n, m, engine, dtype)
+
+
+def weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    forward_mask: Tensor,
+    n: int,
+    m: int,
+    engine: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """``grad_Y^T X`` where kept, by an engine, in ``dtype`` if that isn't the gradient's."""
     operation: Callable[..., Tensor] = ENGINES[engine].sparse_weight_grad
     if dtype in (None, grad.dtype):
         return operation(grad, x, forward_mask, n, m)
@@ -174,10 +213,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Under torch.compile this runs while the backward graph is traced, so that what isn't
     # chosen yet is chosen then, and the graph has its name.
     if needs_x:
-        engine = input_engine or _choose("sparse_input_grad", grad, values, n, m, engines)
+        engine = input_engine or choose("sparse_input_grad", grad, values, n, m, engines)
         dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
     if needs_values:
-        engine = weight_engine or _choose("sparse_weight_grad", grad, values, n, m, engines)
+        engine = weight_engine or choose("sparse_weight_grad", grad, values, n, m, engines)
         dtype = None if values.dtype == grad.dtype else values.dtype
         dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, dtype)
     if needs_bias:
@@ -206,14 +245,20 @@ def _autocast(
     bias = None if bias is None else cast(bias, dtype)
     # Chosen here at the latest, for the dtype that the product now has. The tracer of
     # torch.compile passes here too, so that this choice is the one in the graph.
-    engine = engine or _choose("sparse_linear", x, values, n, m, engines)
-    if engine not in TAKE_WIDER_VALUES or values.dtype != torch.float32:
-        # Here rather than in the op, so that forward and backward share the cast values.
-        values = cast(values, dtype)
+    engine = engine or choose("sparse_linear", x, values, n, m, engines)
+    values = autocast_values(values, dtype, engine)
     return (
         x, values, forward_mask, backward_mask, bias, n, m,
         engine, input_engine, weight_engine, engines,
     )  # fmt: skip
+
+
+def autocast_values(values: Tensor, dtype: torch.dtype, engine: str) -> Tensor:
+    """The values as autocast hands them to an engine."""
+    if engine in TAKE_WIDER_VALUES and values.dtype == torch.float32:
+        return values
+    # Here rather than in the op, so that forward and backward share the cast values.
+    return cast(values, dtype)
 
 
 register_autocast(torch.ops.slope_fx.sparse_linear.default, _autocast)

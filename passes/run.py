@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, SPARSE_GROUPED_LINEAR, SPARSE_LINEAR
+from slope_fx.ops.targets import (
+    ADD_ADAPTER,
+    EXPAND,
+    SPARSE_ADAPTED_LINEAR,
+    SPARSE_GROUPED_LINEAR,
+    SPARSE_LINEAR,
+    SPARSE_PARALLEL_LINEAR,
+)
 from slope_fx.passes.context import Context
 from slope_fx.passes.graph import graphs_of, value_of
 from slope_fx.passes.record import PassReport, Recorder, node_count
@@ -107,18 +114,25 @@ def run_passes(
 def _sparse_weights(gm: GraphModule) -> set[Size]:
     found = set()
     for node in gm.graph.nodes:
-        if node.op != "call_function":
+        place = _PATTERN_AT.get(node.target) if node.op == "call_function" else None
+        if place is None:
             continue
-        if node.target is SPARSE_LINEAR:
-            groups, n, m = 1, node.args[5], node.args[6]
-        elif node.target is SPARSE_GROUPED_LINEAR:
-            groups, n, m = node.args[5:8]
-        else:
-            continue
-        value = value_of(node.args[1])
-        if isinstance(value, Tensor):
-            found.add((int(value.shape[0]) // groups, int(value.shape[1]) * m // n, n, m))
+        groups = node.args[5] if node.target is SPARSE_GROUPED_LINEAR else 1
+        n, m = node.args[place : place + 2]
+        weights = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
+        for value in map(value_of, weights):
+            if isinstance(value, Tensor):
+                found.add((int(value.shape[0]) // groups, int(value.shape[1]) * m // n, n, m))
     return found
+
+
+_PATTERN_AT: dict[object, int] = {
+    SPARSE_LINEAR: 5,
+    SPARSE_PARALLEL_LINEAR: 5,
+    SPARSE_GROUPED_LINEAR: 6,
+    SPARSE_ADAPTED_LINEAR: 7,
+}
+"""Where these ops have n and m."""
 
 
 def _leftovers(gm: GraphModule) -> list[Leftover]:

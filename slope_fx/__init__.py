@@ -4,7 +4,7 @@
 learning-rate scheduler, and everything else stays as it was.
 """
 
-from slope_fx import ops
+from slope_fx import debug, ops
 from slope_fx.backend import rewriting_backend
 from slope_fx.compiler import compile, sparse_weights, weights_changed
 from slope_fx.errors import (
@@ -62,6 +62,7 @@ __all__ = [
     "StaleOptimizerWarning",
     "UntracedModelWarning",
     "compile",
+    "debug",
     "explain",
     "ops",
     "rewriting_backend",

@@ -4,18 +4,23 @@ import functools
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 from slope_fx.errors import ArgumentError, EngineError, EngineWarning, ExpandedWeightError
+from slope_fx.graphs import environment_recorder, remember
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import AUTO, ENGINES, allowed_engines
-from slope_fx.passes import Context, Leftover, run_passes
+from slope_fx.passes import NAMES, Context, Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.weights import find_alive
 
@@ -27,33 +32,88 @@ log = logging.getLogger(__name__)
 
 CompiledFunction = Callable[..., Any]
 BackendFunction = Callable[[GraphModule, Sequence[Any]], CompiledFunction]
+UserPass = Callable[[GraphModule], GraphModule | None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a backend's work depends on, besides the graph; equal settings, one backend.
+
+    Attributes:
+        inner: what compiles the rewritten graph.
+        engine: what may compute the sparse products.
+        mode, options: as of torch.compile, for ``inner``.
+        passes: the user's own, ``...`` standing for ours.
+        disabled: those of ours that are left out.
+    """
+
+    inner: str | BackendFunction = "inductor"
+    engine: str = AUTO
+    mode: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+    passes: tuple[Any, ...] = ()
+    disabled: tuple[str, ...] = ()
+
+    @property
+    def replays(self) -> bool:
+        """Whether CUDA graphs are asked for."""
+        return bool(self.inductor_options().get("triton.cudagraphs"))
+
+    def inductor_options(self) -> dict[str, Any]:
+        """What ``mode`` and ``options`` set of Inductor's configuration."""
+        if self.inner != "inductor":
+            return {}
+        mode = {} if self.mode in (None, "default") else list_mode_options(self.mode)
+        return {**mode, **{name.replace("-", "_"): value for name, value in self.options}}
+
+    def own_passes(self) -> tuple[tuple[UserPass, ...], tuple[UserPass, ...]]:
+        """The user's passes ahead of ours, and after."""
+        at = self.passes.index(...) if ... in self.passes else -1
+        return self.passes[: max(at, 0)], self.passes[at + 1 :]
 
 
 class RewritingBackend:
     """Rewrites a Dynamo graph with the passes, then compiles it with another backend.
 
     Get one from :func:`rewriting_backend`: Dynamo keeps its compiled code by the identity
-    of the backend, so there must be one object for each inner backend.
+    of the backend, so there must be one object for equal settings.
     """
 
-    def __init__(self, inner: str | BackendFunction, engine: str = AUTO) -> None:
-        self.inner = inner
-        self.engine = engine
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.graphs = 0
         """Graphs compiled so far, recompiles included."""
         self._told: set[frozenset[tuple[int, int, int, int]]] = set()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         self.graphs += 1
-        rewrites = run_passes(gm, Context.here(self.engine))
+        settings = self.settings
+        before, after = settings.own_passes()
+        gm = _run_own(gm, before)
+        context = Context.here(settings.engine, settings.replays)
+        remember(gm, context, settings.disabled, example_inputs)
+        rewrites = run_passes(gm, context, settings.disabled, environment_recorder())
         try:
             for leftover in rewrites.leftovers:
-                _report(gm, leftover, example_inputs)
+                _report(gm, leftover, example_inputs, settings.disabled)
         except ExpandedWeightError as error:
             # Raised from here it would reach the user wrapped in Dynamo's own error.
             return _raiser(error)
         self._tell_if_nothing_gains(rewrites.weights)
-        compiled: CompiledFunction = _resolve(self.inner)(gm, example_inputs)
+        gm = _run_own(gm, after)
+        return self._compile(gm, example_inputs)
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
+        settings = self.settings
+        if settings.inner == "inductor":
+            patches = settings.inductor_options()
+            return cast(CompiledFunction, compile_fx(gm, example_inputs, config_patches=patches))
+        more: dict[str, Any] = {}
+        if settings.mode not in (None, "default"):
+            more["mode"] = settings.mode
+        if settings.options:
+            more["options"] = dict(settings.options)
+        compiled = _resolve(settings.inner)(gm, example_inputs, **more)
         return compiled
 
     def _tell_if_nothing_gains(self, weights: frozenset[tuple[int, int, int, int]]) -> None:
@@ -69,7 +129,23 @@ class RewritingBackend:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return rewriting_backend, (self.inner, self.engine)
+        return backend_of, (self.settings,)
+
+
+def _run_own(gm: GraphModule, passes: Sequence[UserPass]) -> GraphModule:
+    """Run the user's passes; one may change the graph in place, or return another."""
+    for own in passes:
+        name = getattr(own, "__name__", repr(own))
+        result = own(gm)
+        if result is not None and not isinstance(result, GraphModule):
+            raise ArgumentError(
+                f"passes: {name} returned a {type(result).__name__}; a pass changes the "
+                "GraphModule it is given and returns None, or returns another GraphModule."
+            )
+        gm = gm if result is None else result
+        gm.graph.lint()
+        gm.recompile()
+    return gm
 
 
 def nothing_gains(weights: Iterable[tuple[int, int, int, int]], training: bool) -> str:
@@ -91,7 +167,13 @@ def nothing_gains(weights: Iterable[tuple[int, int, int, int]], training: bool) 
 
 
 def rewriting_backend(
-    inner: str | BackendFunction = "inductor", engine: str = AUTO
+    inner: str | BackendFunction = "inductor",
+    engine: str = AUTO,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    passes: Sequence[Any] = (),
+    disable_passes: Sequence[str] = (),
 ) -> RewritingBackend:
     """The backend that rewrites for slope_fx ahead of ``inner``.
 
@@ -102,21 +184,90 @@ def rewriting_backend(
     Args:
         inner: a torch.compile backend, by name or as a function.
         engine: what may compute the sparse products, as for ``compile``.
+        mode, options: as of torch.compile, for ``inner``.
+        passes: your own passes, functions of a GraphModule, after ours or around ``...``.
+        disable_passes: names of ours to leave out.
 
     Raises:
-        ArgumentError: there is no backend or engine of that name.
+        ArgumentError: there is no backend, engine, mode, option or pass of that name.
+    """
+    return backend_of(make_settings(inner, engine, mode, options, passes, disable_passes))
+
+
+def make_settings(
+    inner: str | BackendFunction,
+    engine: str,
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+    passes: Sequence[Any],
+    disable_passes: Sequence[str],
+) -> Settings:
+    """The settings, checked.
+
+    Raises:
+        ArgumentError: see :func:`rewriting_backend`.
     """
     _resolve(inner)
     check_engine(engine)
+    _check_mode(inner, mode, options)
+    settings = Settings(
+        inner, engine, mode, tuple(sorted((options or {}).items())),
+        _checked_passes(passes), _checked_names(disable_passes),
+    )  # fmt: skip
     try:
-        return _backend_of(inner, engine)
+        hash(settings)
     except TypeError as error:
-        raise ArgumentError(f"backend={inner!r} must be hashable: {error}.") from None
+        raise ArgumentError(f"backend, options and passes must be hashable: {error}.") from None
+    return settings
 
 
 @functools.cache
-def _backend_of(inner: str | BackendFunction, engine: str) -> RewritingBackend:
-    return RewritingBackend(inner, engine)
+def backend_of(settings: Settings) -> RewritingBackend:
+    """The one backend of such settings."""
+    return RewritingBackend(settings)
+
+
+def _check_mode(
+    inner: str | BackendFunction, mode: str | None, options: Mapping[str, Any] | None
+) -> None:
+    if options is not None and not isinstance(options, Mapping):
+        raise ArgumentError(f"options is a {type(options).__name__}; it must be a mapping.")
+    if mode is not None and options:
+        raise ArgumentError("mode and options can't both be given, as for torch.compile.")
+    if inner != "inductor":
+        return
+    modes = ["default", *list_mode_options()]
+    if mode is not None and mode not in modes:
+        raise ArgumentError(f"mode={mode!r}; allowed are {', '.join(map(repr, modes))}.")
+    known = inductor_config.get_config_copy()
+    for name in options or {}:
+        if name.replace("-", "_") not in known:
+            raise ArgumentError(
+                f"options[{name!r}] is not an option of Inductor's; torch._inductor.list_options() "
+                "has them."
+            )
+
+
+def _checked_passes(passes: Sequence[Any]) -> tuple[Any, ...]:
+    if isinstance(passes, (str, bytes)) or not isinstance(passes, Sequence):
+        raise ArgumentError(
+            f"passes is a {type(passes).__name__}; it must be a list of functions of a "
+            "GraphModule, with ... in the place of slope_fx's own."
+        )
+    for own in passes:
+        if own is not ... and not callable(own):
+            raise ArgumentError(f"passes has {own!r}, which is neither a function nor `...`.")
+    if list(passes).count(...) > 1:
+        raise ArgumentError("passes has `...` more than once; it stands for slope_fx's own.")
+    return tuple(passes)
+
+
+def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    given = [names] if isinstance(names, str) else list(names)
+    for name in given:
+        if name not in NAMES:
+            raise ArgumentError(f"disable_passes has {name!r}; there are {', '.join(NAMES)}.")
+    return tuple(sorted(set(given)))
 
 
 def check_engine(engine: object) -> None:
@@ -158,7 +309,9 @@ def _resolve(inner: str | BackendFunction) -> BackendFunction:
     return cast(BackendFunction, backend)
 
 
-def _report(gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]) -> None:
+def _report(
+    gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any], disabled: Sequence[str]
+) -> None:
     """Tell the layer that a leftover marker belongs to, if the graph is for training."""
     placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
     placeholders = gm.graph.find_nodes(op="placeholder")
@@ -168,6 +321,8 @@ def _report(gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]) 
     if not torch.is_grad_enabled():
         return
     reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
+    if disabled:
+        reason += f" (disabled are {', '.join(disabled)})"
     if leftover.used_by == ("output",):
         reason = (
             "Dynamo compiled the reading of its weight by itself, as it does below a graph break "
@@ -196,9 +351,10 @@ def _raiser(error: Exception) -> CompiledFunction:
     return fail
 
 
-def compile_module(module: nn.Module, backend: RewritingBackend) -> None:
-    """Compile ``module`` in place, keeping its identity and its parameters' names."""
-    options: dict[str, Any] = {}
+def compiled_call(
+    module: nn.Module, backend: RewritingBackend, **options: Any
+) -> Callable[..., Any]:
+    """``module``'s call, compiled by ``backend``; ``options`` are torch.compile's."""
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it
         limit = torch._dynamo.config.recompile_limit
         options["recompile_limit"] = max(limit, RECOMPILE_LIMIT)
@@ -207,7 +363,8 @@ def compile_module(module: nn.Module, backend: RewritingBackend) -> None:
         # Dynamo steps over the frames of torch's own modules and would leave an
         # nn.Sequential or nn.Linear uncompiled, so it is given a frame of ours.
         call = _framed(call)
-    module._compiled_call_impl = torch.compile(call, backend=backend, **options)
+    compiled: Callable[..., Any] = torch.compile(call, backend=backend, **options)
+    return compiled
 
 
 def _framed(call: Callable[..., Any]) -> Callable[..., Any]:

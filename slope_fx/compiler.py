@@ -3,17 +3,23 @@
 import gc
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from slope_fx.backend import BackendFunction, check_engine, compile_module, rewriting_backend
+from slope_fx.backend import (
+    BackendFunction,
+    Settings,
+    backend_of,
+    compiled_call,
+    make_settings,
+)
 from slope_fx.errors import (
     AlreadyCompiledError,
     ArgumentError,
@@ -35,7 +41,7 @@ from slope_fx.plan import (
     layer_rank,
     plan_linears,
 )
-from slope_fx.regions import Region, choose_regions
+from slope_fx.regions import Region, choose_regions, in_blocks
 from slope_fx.trace import ExampleInputs, trace
 from slope_fx.weights import OnFallback, SparseWeight
 
@@ -53,15 +59,17 @@ class Compilation:
     Attributes:
         plans: the fate of each linear.
         untraced_because: why the model's graph could not be had; "" if it was.
-        backend: what compiles the rewritten graph; None if nothing does.
-        engine: who may compute the sparse products.
+        settings: of the backend that compiles the graphs; None if nothing does.
+        options: of torch.compile: ``dynamic`` and ``fullgraph``.
+        region: as it was asked for.
         regions: paths of the modules that are compiled, "" for the model itself.
     """
 
     plans: tuple[LinearPlan, ...]
     untraced_because: str
-    backend: str | BackendFunction | None
-    engine: str
+    settings: Settings | None
+    options: tuple[tuple[str, bool | None], ...]
+    region: Region
     regions: tuple[str, ...]
 
 
@@ -75,8 +83,14 @@ def compile(
     skip_head: bool = True,
     example_inputs: ExampleInputs = None,
     backend: str | BackendFunction | None = "inductor",
-    region: Region = "model",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    region: Region = "auto",
     engine: str = AUTO,
+    passes: Sequence[Any] = (),
+    disable_passes: Sequence[str] = (),
     on_fallback: OnFallback = "warn",
 ) -> Model:
     """Make ``model`` train with SLoPe: N:M weights, double-pruned gradients, lazy adapters.
@@ -102,12 +116,21 @@ def compile(
             transformers model brings its own.
         backend: what compiles the rewritten graph, any torch.compile backend; None
             leaves compiling to you (see :func:`~slope_fx.rewriting_backend`).
-        region: "model" compiles one graph; "blocks" the repeated blocks one by one,
-            which takes a fraction of the time to compile.
+        mode, options, dynamic, fullgraph: as of ``torch.compile``.
+        region: "model" compiles one graph; "blocks" the repeated blocks one by one, which takes
+            a third of the time; what is outside of them and has no sparse linear stays eager.
+            "auto" takes the blocks if the model has any that repeat. A transformers model is
+            then called with ``use_cache=False`` while it trains, unless you say otherwise, and
+            compiled as a whole where a cache of keys and values is used.
         engine: what computes the sparse products. "auto" measures the engines on each
             kind of product that it meets and takes the fastest; a name ("cpu", "cpu-dense",
             "dense", "reference") fixes it, so that a run doesn't depend on timings; several,
             with commas, limit the choice. Overrides the environment's ``SLOPE_FX_ENGINES``.
+        passes: your own passes over each graph, functions of a ``torch.fx.GraphModule`` that
+            change it in place, or return another. They run after slope_fx's; to run some before,
+            write ``...`` where slope_fx's are: ``[mine_before, ..., mine_after]``.
+        disable_passes: names of slope_fx's passes to leave out, to find which one is at fault
+            (see also :func:`slope_fx.debug.first_difference`).
         on_fallback: what to do when a sparse layer trains with its dense weight rebuilt
             because no pass saw its linear: "warn" once a layer, "error", "ignore". It shows
             when a gradient arrives there, so that is when it is told.
@@ -126,15 +149,17 @@ def compile(
     _check_choice("skip_first", skip_first, (True, False))
     _check_choice("skip_head", skip_head, (True, False))
     _check_model(model)
-    check_engine(engine)
-    if backend is not None:
-        rewriting_backend(backend)  # so that a wrong name fails before anything is done
-    elif engine != AUTO:
-        warnings.warn(
-            f"engine={engine!r} has no effect with backend=None; give it to rewriting_backend.",
-            IgnoredArgumentWarning,
-            stacklevel=2,
-        )
+    _check_choice("dynamic", dynamic, (True, False, None))
+    _check_choice("fullgraph", fullgraph, (True, False))
+    settings = make_settings(
+        "eager" if backend is None else backend, engine, mode, options, passes, disable_passes
+    )
+    if backend is None:
+        _say_without_backend(
+            engine=(engine, AUTO), mode=(mode, None), options=(options, None),
+            dynamic=(dynamic, None), fullgraph=(fullgraph, False), passes=(list(passes), []),
+            disable_passes=(list(disable_passes), []),
+        )  # fmt: skip
 
     traced = trace(model, example_inputs)
     plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
@@ -155,8 +180,9 @@ def compile(
     record = Compilation(
         tuple(plans),
         traced.untraced_because,
-        backend,
-        engine,
+        None if backend is None else settings,
+        (("dynamic", dynamic), ("fullgraph", fullgraph)),
+        region,
         tuple(choose_regions(model, region, scopes)) if backend is not None else (),
     )
     with ExitStack() as undo:
@@ -220,11 +246,15 @@ def weights_changed(model: nn.Module) -> None:
 
 def _compile_regions(model: nn.Module) -> None:
     record: Compilation = model.__dict__[_RECORD]
-    if record.backend is None:
+    if record.settings is None:
         return
+    backend, options = backend_of(record.settings), dict(record.options)
     for path in record.regions:
-        backend = rewriting_backend(record.backend, record.engine)
-        compile_module(model.get_submodule(path), backend)
+        module = model.get_submodule(path)
+        module._compiled_call_impl = compiled_call(module, backend, **options)
+    if record.region == "auto" and record.regions != ("",):
+        whole = compiled_call(model, backend, **options)
+        model._compiled_call_impl = in_blocks(model, whole)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -265,8 +295,20 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
+def _say_without_backend(**arguments: tuple[object, object]) -> None:
+    """Warn of arguments that only a backend would look at."""
+    for name, (value, default) in arguments.items():
+        if value != default:
+            warnings.warn(
+                f"{name}={value!r} has no effect with backend=None; give it to rewriting_backend "
+                "or to torch.compile.",
+                IgnoredArgumentWarning,
+                stacklevel=3,
+            )
+
+
 def _check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ArgumentError(f"{argument}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
 

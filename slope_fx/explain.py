@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,9 +10,11 @@ from tabulate import tabulate
 from torch import nn
 
 from slope_fx.backend import nothing_gains
-from slope_fx.compiler import compilation_of, sparse_weights
+from slope_fx.compiler import Compilation, compilation_of, sparse_weights
+from slope_fx.graphs import write_graphs
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import kept_bytes
+from slope_fx.passes import PassReport
 from slope_fx.plan import LinearPlan
 from slope_fx.weights import SparseWeight
 
@@ -148,8 +151,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanation:
     """What became of every linear of a compiled model.
+
+    Args:
+        model: what :func:`slope_fx.compile` returned.
+        graphs: also write down what each pass did to each graph compiled so far, into this
+            folder; True for ``slope_fx_graphs``. There is a folder for each graph, with its code
+            as it was traced, after each pass, the differences, and a table of counts.
 
     Raises:
         NotCompiledError: ``model`` is not the object that ``compile`` returned.
@@ -171,8 +180,37 @@ def explain(model: nn.Module) -> Explanation:
     trained = any(selection.gain(*shape, training=True) for shape in shapes)
     if line := nothing_gains(shapes, trained):
         notes.append(line)
+    if line := _regions(record):
+        notes.append(line)
+    if graphs is not False:
+        folder = Path("slope_fx_graphs" if graphs is True else graphs)
+        notes.append(_graphs(write_graphs(model, folder), folder))
     reports = tuple(_report(plan, weights.get(plan.name)) for plan in record.plans)
     return Explanation(reports, "\n".join(notes))
+
+
+def _regions(record: Compilation) -> str:
+    """What is compiled, if not the model as one graph."""
+    if record.settings is None or record.regions == ("",):
+        return ""
+    line = f"Compiled one by one: {len(record.regions)} modules, {record.regions[0]} and so on."
+    if record.region == "auto":
+        line += (
+            " A transformers model is called with use_cache=False while it trains, and compiled "
+            "as a whole where a cache is used."
+        )
+    return line
+
+
+def _graphs(written: list[tuple[str, tuple[PassReport, ...]]], folder: Path) -> str:
+    if not written:
+        return f"No graph was compiled yet, so nothing is written to {folder}: run the model once."
+    lines = [f"The steps of {len(written)} graphs are in {folder.absolute()}:"]
+    for name, reports in written:
+        counts = ", ".join(f"{r.name} {r.matches}" for r in reports if r.matches)
+        lines.append(f"  {name}: {counts or 'no pass matched anything'}")
+        lines += [f"    {r.name} matched none of {r.expected}" for r in reports if r.missed]
+    return "\n".join(lines)
 
 
 def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:

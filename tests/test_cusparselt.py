@@ -25,8 +25,8 @@ import models
 import slope_fx
 from models import batch, loss_of
 from oracle import DenseOracle, assert_within_rounding
-from slope_fx.kernels import dense, engines, racing, reference, selection
-from slope_fx.kernels.cusparselt import Cusparselt, library, operands
+from slope_fx.kernels import dense, engines, operands, racing, reference, selection
+from slope_fx.kernels.cusparselt import Cusparselt, library
 from slope_fx.patterns import Pattern
 from strategies import normal, seeds
 

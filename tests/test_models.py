@@ -16,8 +16,9 @@ def test_trains_in_both_phases_as_the_formulas_do(name, backend):
     """20 steps, adapters from the tenth: the loss falls, one recompile, gradients agree."""
     dense = models.TRANSFORMERS[name](layers=3)
     model = slope_fx.compile(
-        copy.deepcopy(dense), "2:4", adapter_rank=0.1, backend="aot_eager", on_fallback="error"
-    )
+        copy.deepcopy(dense), "2:4", adapter_rank=0.1, backend="aot_eager", region="model",
+        on_fallback="error",
+    )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = slope_fx.Schedule(model, 20, adapter_start=0.5, backward_mask_interval=5)
     losses, compiles = [], []

@@ -22,9 +22,12 @@ from slope_fx.kernels.dense import (
     low_rank_update,
     magnitude_mask,
 )
+from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.packing import packed_width
 
 DEVICES = ("cpu",)
+operands = Operands()
+"""The transposes that it made of the weights that it met."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The codes of ``vectors.h``."""
 
@@ -101,8 +104,17 @@ def sparse_linear(
 def sparse_input_grad(
     grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
 ) -> Tensor:
-    """``grad_X = grad_Y W^{R,C}``, through the compressed transpose."""
-    transposed, bits = transpose(values, forward_mask, backward_mask, n, m)
+    """``grad_X = grad_Y W^{R,C}``, through the compressed transpose.
+
+    That is made once an optimizer step where it is used more often (``operands.py``).
+    """
+    transposed, bits = operands.get(
+        values,
+        (forward_mask, backward_mask),
+        ("transpose", n, m),
+        lambda: transpose(values, forward_mask, backward_mask, n, m),
+        training=True,
+    )
     return sparse_linear(grad, transposed, bits, None, n, m)
 
 

@@ -4,9 +4,9 @@ The forward product and the input gradient, for 2:4 and all patterns contained i
 two of four consecutive, as 1:2, 1:4 and 2:8 have. The weight gradient is the vendor's dense
 product; of masks, expand and compress another engine's kernels take care.
 
-``library.py`` is the narrow interface to the library, ``operands.py`` keeps what is made from a
-weight where it is used again before that changes. The operand of the input gradient is that of the
-transpose of ``W^{R,C}``. An operand takes 9/16 of the dense 16-bit weight, beside the values.
+``library.py`` is the narrow interface to the library, ``kernels/operands.py`` keeps what is made
+from a weight where it is used again before that changes. The operand of the input gradient is that
+of the transpose of ``W^{R,C}``. It takes 9/16 of the dense 16-bit weight, beside the values.
 
 PyTorch makes and destroys a plan at each call, some tenths of a millisecond on the host.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slope_fx.kernels import racing
 from slope_fx.kernels.cusparselt import library
-from slope_fx.kernels.cusparselt.operands import Operands
+from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.vendor import VendorProducts
 
 _ALGORITHMS = tuple(map(str, range(1024)))

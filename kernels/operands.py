@@ -31,7 +31,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ from torch.optim.optimizer import (
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from slope_fx.kernels.errors import EngineError, EngineWarning
+
+Operand = Tensor | tuple[Tensor, ...]
+Made = TypeVar("Made", bound=Operand)
 
 
 def policy() -> Literal["", "0", "1"]:
@@ -83,9 +86,13 @@ class _Stamp:
 
 @dataclass
 class _Kept:
-    operand: Tensor
+    operand: Operand
     stamp: _Stamp
     used_again: bool = False
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.operand if isinstance(self.operand, tuple) else (self.operand,)
 
 
 @dataclass
@@ -125,9 +132,9 @@ class Operands:
         values: Tensor,
         masks: tuple[Tensor, ...],
         purpose: tuple[Hashable, ...],
-        make: Callable[[], Tensor],
+        make: Callable[[], Made],
         training: bool,
-    ) -> Tensor:
+    ) -> Made:
         """The operand for a purpose: the kept one if nothing changed, else a new one.
 
         Args:
@@ -153,7 +160,7 @@ class Operands:
             kept = weight.kept.get(key)
             if kept is not None and kept.stamp.holds(values, masks):
                 kept.used_again = True
-                return kept.operand
+                return cast(Made, kept.operand)
             # Before successors take memory too; of other purposes, what is of other values.
             weight.kept.pop(key, None)
             kept = None
@@ -189,7 +196,7 @@ class Operands:
             if values is None:
                 return sum(map(self.nbytes, list(self._weights)))
             weight: _Weight = self._weights.get(values, _Weight())
-            return sum(kept.operand.nbytes for kept in weight.kept.values())
+            return sum(part.nbytes for kept in weight.kept.values() for part in kept.parts)
 
     def _watch(self) -> None:
         with self._lock:
