@@ -182,7 +182,9 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         for i, needed in enumerate(ctx.needs_input_grad[4])
     ]
     nothing = [None] * count
-    return dx, dvalues, nothing, nothing, dbiases, *[None] * 6
+    results = (dx, dvalues, nothing, nothing, dbiases, *[None] * 6)
+    # The dispatcher leaves out arguments at their defaults, and counts.
+    return results[: len(ctx.needs_input_grad)]
 
 
 def _choose_each(

@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from slope_fx.ops.targets import SPARSE_LINEAR, SPARSE_PARALLEL_LINEAR
 from slope_fx.passes.graph import replace, value_of
+from slope_fx.passes.views import is_view
 
 _NAMES = {"engine": "chosen", "input_engine": "input_chosen", "weight_engine": "weight_chosen"}
 
@@ -28,11 +29,28 @@ def merge_linears(gm: GraphModule) -> int:
     for nodes in groups.values():
         # All go to where the first is, so what they read must be there by then.
         first = min(nodes, key=order.__getitem__)
-        ready = [n for n in nodes if all(order[i] < order[first] for i in n.all_input_nodes)]
+        ready = [n for n in nodes if all(_early(i, first, order) for i in n.all_input_nodes)]
         if len(ready) > 1:
+            for node in ready:
+                for operand in node.all_input_nodes:
+                    _hoist(operand, first, order)
             _merge(gm, first, ready)
             matches += len(ready)
     return matches
+
+
+def _early(operand: Node, first: Node, order: dict[Node, int]) -> bool:
+    """Whether ``operand`` is there before ``first``, or is a view of what is, as rows are."""
+    if order[operand] < order[first]:
+        return True
+    return is_view(operand) and _early(operand.all_input_nodes[0], first, order)
+
+
+def _hoist(operand: Node, first: Node, order: dict[Node, int]) -> None:
+    if order[operand] > order[first]:
+        _hoist(operand.all_input_nodes[0], first, order)
+        first.prepend(operand)
+        order[operand] = order[first] - 1
 
 
 def _merge(gm: GraphModule, first: Node, nodes: list[Node]) -> None:

@@ -203,9 +203,8 @@ def test_a_functional_linear_of_a_foreign_weight_is_none_of_our_business():
 def test_passes_log_their_counts(caplog):
     with caplog.at_level(logging.INFO, logger="slope_fx"):
         compiled()(X)
-    assert "in all: find_linears 5, insert_adapters 0, sparsify_linears 3, left expanded 0" in (
-        caplog.text
-    )
+    assert "insert_adapters 0, sparsify_linears 3" in caplog.text
+    assert "left expanded 0" in caplog.text
 
 
 def test_torch_logs_shows_what_each_pass_did():
@@ -222,5 +221,5 @@ def test_torch_logs_shows_what_each_pass_did():
         text=True,
         check=True,
     )
-    assert "find_linears 4, insert_adapters 0, sparsify_linears 2" in done.stderr
+    assert "insert_adapters 0, sparsify_linears 2" in done.stderr
     assert "2 of 4 linears are sparse" in done.stderr
