@@ -38,6 +38,9 @@ from slope_fx.ops.parallel_linear import (
 from slope_fx.ops.sparse_linear import sparse_input_grad, sparse_linear, sparse_weight_grad
 from slope_fx.ops.weights import compress, expand, expand_grad
 
+# After all of them, whose rules it registers.
+from slope_fx.ops import vmap as vmap  # isort: skip
+
 __all__ = [
     "add_adapter",
     "backward_mask",

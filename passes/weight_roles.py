@@ -138,7 +138,7 @@ class _Walk:
             n: _merge(flows[n]) for n in node.all_input_nodes if nested_graph(gm, n) is None
         }
         if is_view(node) or is_cast(node):
-            (operand,) = operands.values()
+            operand = operands[node.all_input_nodes[0]]
             if operand.view is not None:
                 seen = operand.view if is_cast(node) else apply_view(node, operand.view)
                 if seen is not None:

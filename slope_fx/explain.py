@@ -16,6 +16,7 @@ from slope_fx.kernels import selection
 from slope_fx.kernels.engines import kept_bytes
 from slope_fx.passes import PassReport
 from slope_fx.plan import LinearPlan
+from slope_fx.regions import may_cache
 from slope_fx.weights import SparseWeight
 
 
@@ -180,7 +181,7 @@ def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanati
     trained = any(selection.gain(*shape, training=True) for shape in shapes)
     if line := nothing_gains(shapes, trained):
         notes.append(line)
-    if line := _regions(record):
+    if line := _regions(model, record):
         notes.append(line)
     if graphs is not False:
         folder = Path("slope_fx_graphs" if graphs is True else graphs)
@@ -189,15 +190,15 @@ def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanati
     return Explanation(reports, "\n".join(notes))
 
 
-def _regions(record: Compilation) -> str:
+def _regions(model: nn.Module, record: Compilation) -> str:
     """What is compiled, if not the model as one graph."""
     if record.settings is None or record.regions == ("",):
         return ""
     line = f"Compiled one by one: {len(record.regions)} modules, {record.regions[0]} and so on."
-    if record.region == "auto":
+    if record.region == "auto" and may_cache(model):
         line += (
-            " A transformers model is called with use_cache=False while it trains, and compiled "
-            "as a whole where a cache is used."
+            " While it trains the model is called with use_cache=False; where a cache is used it "
+            "is compiled as a whole."
         )
     return line
 

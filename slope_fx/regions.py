@@ -41,11 +41,10 @@ def in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]
     own place there, which would make each a graph of its own. Training needs no cache, so none
     is made unless it is asked for; where one is used, ``whole`` is called instead.
     """
-    signature = inspect.signature(model.forward)
-    may_cache = "use_cache" in signature.parameters and hasattr(model, "config")
+    signature, caches = inspect.signature(model.forward), may_cache(model)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if may_cache:
+        if caches:
             given = signature.bind_partial(*args, **kwargs).arguments
             wanted = given.get("use_cache")
             cached = given.get("past_key_values") is not None
@@ -59,6 +58,11 @@ def in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]
         return model._call_impl(*args, **kwargs)
 
     return call
+
+
+def may_cache(model: nn.Module) -> bool:
+    """Whether ``model`` may keep keys and values, as a language model of transformers does."""
+    return hasattr(model, "config") and "use_cache" in inspect.signature(model.forward).parameters
 
 
 def _repeated_blocks(model: nn.Module) -> set[str]:

@@ -93,8 +93,8 @@ class SparseWeight(nn.Module):
     def values(self) -> nn.Parameter:
         """The kept values (d_out, d_in * N / M): the parameter that trains."""
         values = self._owner[0]._parameters[self._values_name]
-        assert isinstance(values, nn.Parameter)
-        return values
+        assert values is not None
+        return values  # torch.func.functional_call puts a plain tensor there
 
     @property
     def rank(self) -> int | None:
