@@ -1,7 +1,8 @@
 """Several pruned weights on one input (q, k, v; gate, up) as one op, their parameters apart.
 
-What it saves is not arithmetic: one dispatch instead of several, forward and backward, and an input
-gradient that is summed in place. Each weight's products are computed by an engine of its own.
+What it saves is not arithmetic: one dispatch instead of several, forward and backward, an input
+gradient that is summed in place, and with the CPU engine the packing of the input, done once for
+all. Each weight's products are computed by an engine of its own.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slope_fx.kernels import cpu
 from slope_fx.kernels.engines import AUTO
 from slope_fx.ops.autocast import cast, register_autocast
 from slope_fx.ops.sparse_linear import autocast_values, choose, input_grad, product, weight_grad
@@ -44,11 +46,13 @@ def sparse_parallel_linear(
         (..., d_out) of each.
     """
     training = bool(input_chosen or weight_chosen)
+    names = _each(chosen, values)
     added: Sequence[Tensor | None] = biases or [None] * len(values)
+    if set(names) == {"cpu"} and len(values) <= 8 and all(v.dtype == x.dtype for v in values):
+        # This engine has a product of several weights.
+        return cpu.sparse_linears(x, values, forward_masks, added, n, m)
     results = []
-    for v, mask, bias, engine in zip(
-        values, forward_masks, added, _each(chosen, values), strict=True
-    ):
+    for v, mask, bias, engine in zip(values, forward_masks, added, names, strict=True):
         engine = engine or choose("sparse_linear", x, v, n, m, engines)
         results.append(product(x, v, mask, bias, n, m, engine, training))
     return results

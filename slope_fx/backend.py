@@ -352,7 +352,7 @@ def _raiser(error: Exception) -> CompiledFunction:
 
 
 def compiled_call(
-    module: nn.Module, backend: RewritingBackend, **options: Any
+    module: nn.Module, backend: BackendFunction, **options: Any
 ) -> Callable[..., Any]:
     """``module``'s call, compiled by ``backend``; ``options`` are torch.compile's."""
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from slope_fx.backend import RewritingBackend, backend_of
+from slope_fx.backend import RewritingBackend, backend_of, compiled_call
 from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels.packing import unpack
@@ -65,7 +65,8 @@ def first_difference(
 
     Raises:
         NotCompiledError: ``model`` isn't compiled.
-        ArgumentError: it is compiled with ``backend=None``, or the tolerance isn't positive.
+        ArgumentError: it is compiled with ``backend=None``, Dynamo compiles nothing of it, or the
+            tolerance isn't positive.
     """
     record = compilation_of(model)
     if record.settings is None:
@@ -94,12 +95,16 @@ def first_difference(
         for module in calls:
             module._compiled_call_impl = None
         torch._dynamo.reset()
-        torch.compile(model._call_impl, backend=look)(*args, **kwargs)
+        compiled_call(model, look)(*args, **kwargs)
     finally:
         for module, call in calls.items():
             module._compiled_call_impl = call
         torch._dynamo.reset()
         state()
+    if not graphs:
+        raise ArgumentError(
+            "Nothing of the model was compiled; see TORCH_LOGS=graph_breaks for why."
+        )
     return found[0] if found else None
 
 

@@ -23,7 +23,7 @@ def layer(pattern: Pattern, d_out: int, d_in: int, seed: int, dtype=torch.float3
     return weight, values, forward, backward
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.data(), patterns, dtypes, tokens, seeds)
 def test_opcheck_every_op(data, pattern, dtype, leading, seed):
     d_out, d_in = data.draw(sizes(pattern))
@@ -34,8 +34,14 @@ def test_opcheck_every_op(data, pattern, dtype, leading, seed):
     a, b = normal((2, d_in), seed, dtype), normal((d_out, 2), seed, dtype)
     bias = normal((d_out,), seed, dtype)
 
+    rows, of_rows = normal((7, d_in), seed, dtype), normal((7, d_out), seed, dtype)
+    ends = torch.tensor([3, 5], dtype=torch.int32)  # two rows belong to no group
+
     def leaf(t):
         return t.clone().requires_grad_()
+
+    def two(t):
+        return [t, t.clone()]
 
     calls = {
         "magnitude_mask": (weight, n, m),
@@ -47,7 +53,25 @@ def test_opcheck_every_op(data, pattern, dtype, leading, seed):
         "sparse_linear": (leaf(x), leaf(values), forward, backward, leaf(bias), n, m),
         "sparse_input_grad": (grad, values, forward, backward, n, m),
         "sparse_weight_grad": (grad, x, forward, n, m),
-    }
+        "sparse_adapted_linear": (x, values, forward, bias, a, b, 0.5, n, m),
+        "sparse_parallel_linear": (
+            leaf(x), [leaf(values), leaf(values)], two(forward), two(backward),
+            [leaf(bias), leaf(bias)], n, m,
+        ),
+        "sparse_parallel_input_grad": (
+            two(grad), two(values), two(forward), two(backward), n, m,
+        ),
+        "sparse_parallel_weight_grad": (two(grad), x, two(forward), n, m),
+        "sparse_grouped_linear": (
+            leaf(rows), leaf(torch.cat(two(values))), torch.cat(two(forward)),
+            torch.cat(two(backward)), ends, 2, n, m,
+        ),
+        "sparse_grouped_input_grad": (
+            of_rows, torch.cat(two(values)), torch.cat(two(forward)), torch.cat(two(backward)),
+            ends, 2, n, m,
+        ),
+        "sparse_grouped_weight_grad": (of_rows, rows, torch.cat(two(forward)), ends, 2, n, m),
+    }  # fmt: skip
     assert set(calls) == set(ops.__all__)
     for name, args in calls.items():
         opcheck(getattr(NAMESPACE, name).default, args)
@@ -145,3 +169,125 @@ def test_misfits_are_refused_under_fake_tensors():
             ops.sparse_linear(torch.randn(5, 12), values, forward, backward, None, n, m)
         with pytest.raises(RuntimeError, match=r"x is torch.float64, the weight torch.float32"):
             ops.sparse_linear(torch.randn(5, 16).double(), values, forward, backward, None, n, m)
+
+
+def grouped_by_hand(x, values, forward, backward, ends, n, m):
+    """The stack's products and gradients from the reference, group by group, in float64."""
+    groups, start = len(ends), 0
+    each = values.shape[0] // groups
+    y, dx = x.new_zeros(x.shape[0], each).double(), torch.zeros_like(x).double()
+    dw = torch.zeros_like(values).double()
+    grad = normal((x.shape[0], each), 9, x.dtype).double()
+    for g, end in enumerate(ends.tolist()):
+        own = slice(g * each, (g + 1) * each)
+        v, f, b, part = values[own].double(), forward[own], backward[own], slice(start, end)
+        rows, grads = x[part].double(), grad[part]
+        y[part] = reference.sparse_linear(rows, v, f, None, n, m)
+        dx[part] = reference.sparse_input_grad(grads, v, f, b, n, m)
+        dw[own] = reference.sparse_weight_grad(grads, rows, f, n, m)
+        start = max(start, end)
+    return y, dx, dw, grad
+
+
+@settings(max_examples=25)
+@given(
+    st.data(), patterns, st.sampled_from([torch.float32, torch.float64]), seeds,
+    st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 2), st.booleans(),
+)  # fmt: skip
+def test_grouped_products(data, pattern, dtype, seed, counts, rest, contiguous):
+    """Groups of any size, empty ones too; rows that belong to none give and get nothing."""
+    d_out, d_in = data.draw(sizes(pattern))
+    n, m = pattern.n, pattern.m
+    stack = [layer(pattern, d_out, d_in, seed + i, dtype) for i in range(len(counts))]
+    values, forward, backward = (torch.cat([part[i] for part in stack]) for i in (1, 2, 3))
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    x = normal((sum(counts) + rest, d_in), seed, dtype, contiguous)
+    want_y, want_dx, want_dw, grad = grouped_by_hand(x, values, forward, backward, ends, n, m)
+    x, values = x.detach().requires_grad_(), values.requires_grad_()
+    y = ops.sparse_grouped_linear(x, values, forward, backward, ends, len(counts), n, m)
+    y.backward(grad.to(dtype))
+    for got, want in ((y, want_y), (x.grad, want_dx), (values.grad, want_dw)):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=15)
+@given(st.data(), patterns, seeds, st.integers(0, 4), st.integers(1, 3))
+def test_equal_groups(data, pattern, seed, tokens, groups):
+    """Without offsets: a batch of matrices, as ``bmm`` has it."""
+    d_out, d_in = data.draw(sizes(pattern))
+    stack = [layer(pattern, d_out, d_in, seed + i) for i in range(groups)]
+    values, forward, backward = (torch.cat([part[i] for part in stack]) for i in (1, 2, 3))
+    x = normal((groups, tokens, d_in), seed)
+    args = (values, forward, backward)
+    y = ops.sparse_grouped_linear(x, *args, None, groups, pattern.n, pattern.m)
+    for g, (_, v, f, _) in enumerate(stack):
+        want = reference.sparse_linear(x[g].double(), v.double(), f, None, pattern.n, pattern.m)
+        torch.testing.assert_close(y[g].double(), want, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20)
+@given(st.data(), patterns, tokens, seeds, st.booleans(), st.booleans())
+def test_parallel_products_are_the_single_ones(data, pattern, leading, seed, biased, needs_x):
+    """Exactly, for they are computed by the same engine; the input gradient up to its sum."""
+    n, m = pattern.n, pattern.m
+    d_out, d_in = data.draw(sizes(pattern))
+    layers = [layer(pattern, d_out * (i + 1), d_in, seed + i) for i in range(3)]
+    x = normal((*leading, d_in), seed).requires_grad_(needs_x)
+    values = [part[1].requires_grad_(i != 1) for i, part in enumerate(layers)]
+    biases = [normal((v.shape[0],), seed).requires_grad_() for v in values] if biased else []
+    lists = ([part[2] for part in layers], [part[3] for part in layers])
+
+    def results(outputs):
+        leaves = [t for t in (x, *values, *biases) if t.requires_grad]
+        total = sum((y * normal(y.shape, seed + 7)).sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(total, leaves)]
+
+    got = results(ops.sparse_parallel_linear(x, values, *lists, biases, n, m))
+    single = [
+        ops.sparse_linear(x, v, f, b, bias, n, m)
+        for v, f, b, bias in zip(values, *lists, biases or [None] * 3, strict=True)
+    ]
+    for mine, want in zip(got, results(single), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(st.data(), patterns, tokens, dtypes, seeds, st.booleans())
+def test_adapted_products(data, pattern, leading, dtype, seed, biased):
+    d_out, d_in = data.draw(sizes(pattern))
+    _, values, forward, _ = layer(pattern, d_out, d_in, seed, dtype)
+    x, bias = normal((*leading, d_in), seed, dtype), normal((d_out,), seed, dtype)
+    a, b = normal((3, d_in), seed, dtype), normal((d_out, 3), seed + 1, dtype)
+    bias = bias if biased else None
+    before = x.clone()
+    y = ops.sparse_adapted_linear(x, values, forward, bias, a, b, 0.37, pattern.n, pattern.m)
+    assert torch.equal(x, before)
+    wide = [None if t is None else t.double() for t in (x, values, bias, a, b)]
+    want = reference.sparse_linear(wide[0], wide[1], forward, wide[2], pattern.n, pattern.m)
+    want = want + 0.37 * (wide[0] @ wide[3].t()) @ wide[4].t()
+    tolerance = 64 * torch.finfo(dtype).eps
+    scale = max(want.abs().max().item(), 1) if want.numel() else 1
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance * scale * 4)
+
+
+@pytest.mark.parametrize("batched", ["x", "weights", "both"])
+def test_vmap(batched):
+    """A batch of inputs, an ensemble of weights, and each input with its own weights."""
+    n, m = 2, 4
+    _, values, forward, backward = layer(Pattern(n, m), 8, 16, seed=0)
+    bias, many = torch.randn(8), torch.stack([values, values * 2, values.flip(0)])
+    x = torch.randn(3, 5, 16)
+
+    def one(x, v):
+        expanded = ops.expand(v, forward, backward, n, m)
+        y = ops.sparse_linear(x, v, forward, backward, bias, n, m)
+        return y, expanded, ops.sparse_input_grad(y, v, forward, backward, n, m)
+
+    dims = {"x": (0, None), "weights": (None, 0), "both": (0, 0)}[batched]
+    inputs = (x if dims[0] == 0 else x[0], many if dims[1] == 0 else values)
+    with torch.no_grad():
+        got = torch.func.vmap(one, dims)(*inputs)
+        for i in range(3):
+            want = one(*(t[i] if d == 0 else t for t, d in zip(inputs, dims, strict=True)))
+            for mine, expected in zip(got, want, strict=True):
+                torch.testing.assert_close(mine[i], expected, rtol=1e-5, atol=1e-5)

@@ -10,6 +10,7 @@ don't, it may (as zero times infinity in a dense product does) or may not.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -88,17 +89,31 @@ def sparse_linear(
     x: Tensor, values: Tensor, forward_mask: Tensor, bias: Tensor | None, n: int, m: int
 ) -> Tensor:
     """``Y = X (W^R)^T + b``."""
-    d_out, d_in = values.shape[0], x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], d_out))
-    x, values, forward_mask = _rows(x), values.contiguous(), forward_mask.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    return sparse_linears(x, [values], [forward_mask], [bias], n, m)[0]
+
+
+def sparse_linears(
+    x: Tensor,
+    values: Sequence[Tensor],
+    forward_masks: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    n: int,
+    m: int,
+) -> list[Tensor]:
+    """:func:`sparse_linear` with each of at most eight weights; the input is packed once."""
+    d_in, count = x.shape[-1], len(values)
+    ys = [x.new_empty((*x.shape[:-1], v.shape[0])) for v in values]
+    x = _rows(x)
+    values = [v.contiguous() for v in values]
+    masks = [mask.contiguous() for mask in forward_masks]
+    added = [None if bias is None else bias.contiguous() for bias in biases]
+    d_outs = (ctypes.c_long * count)(*(v.shape[0] for v in values))
     _call(
-        library().slope_linear, _pointer(x), _long(x.stride(0)), _long(x.shape[0]),
-        _pointer(values), _pointer(forward_mask), _pointer(bias),
-        _long(d_out), _long(d_in), n, m, _pointer(y), _DTYPES[x.dtype], _threads(),
-        pattern=(n, m),
+        library().slope_linear, _pointer(x), _long(x.stride(0)), _long(x.shape[0]), count,
+        _pointers(values), _pointers(masks), _pointers(added), d_outs, _long(d_in), n, m,
+        _pointers(ys), _DTYPES[x.dtype], _threads(), pattern=(n, m),
     )  # fmt: skip
-    return y
+    return ys
 
 
 def sparse_input_grad(
@@ -166,6 +181,11 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def _pointers(tensors: Sequence[Tensor | None]) -> "ctypes.Array[ctypes.c_void_p]":
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    return (ctypes.c_void_p * len(addresses))(*addresses)
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -191,6 +211,7 @@ __all__ = [
     "magnitude_mask",
     "sparse_input_grad",
     "sparse_linear",
+    "sparse_linears",
     "sparse_weight_grad",
     "transpose",
     "why_not",

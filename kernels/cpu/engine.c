@@ -11,6 +11,8 @@
 #include <pthread.h>
 #endif
 
+#define MOST_WEIGHTS 8 /* on one input, in one call */
+
 enum { OK = 0, NO_MEMORY = 1, BAD_FORWARD_MASK = 2, BAD_BACKWARD_MASK = 3 };
 
 /* In a forked child the OpenMP threads of the parent don't exist, and waiting for them
@@ -31,18 +33,28 @@ static int mask_is_valid(const mask_t *mask, int threads) {
     return valid;
 }
 
-/* y (tokens, d_out) = x (tokens, d_in) W^T + bias. */
-int slope_linear(const void *x, long x_stride, long tokens, const void *values,
-                 const uint8_t *mask_bytes, const void *bias, long d_out, long d_in, int n, int m,
-                 void *y, int dtype, int threads) {
+/* ys[k] (tokens, d_outs[k]) = x (tokens, d_in) W_k^T + biases[k], for at most MOST_WEIGHTS. */
+int slope_linear(const void *x, long x_stride, long tokens, int count, const void *const *values,
+                 const uint8_t *const *mask_bytes, const void *const *biases, const long *d_outs,
+                 long d_in, int n, int m, void *const *ys, int dtype, int threads) {
     threads = usable(threads);
-    mask_t mask = mask_of(mask_bytes, d_out, d_in, n, m);
-    if (!mask_is_valid(&mask, threads)) return BAD_FORWARD_MASK;
-    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
-    weight_t w = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask, bias};
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, outputs[MOST_WEIGHTS];
+    weight_t ws[MOST_WEIGHTS];
+    int few = tokens <= FEW;
+    for (int k = 0; k < count; k++) {
+        mask_t mask = mask_of(mask_bytes[k], d_outs[k], d_in, n, m);
+        if (!mask_is_valid(&mask, threads)) return BAD_FORWARD_MASK;
+        matrix_t kept = {values[k], d_outs[k], d_in * n / m, d_in * n / m, dtype};
+        ws[k] = (weight_t){kept, mask, biases[k]};
+        outputs[k] = (matrix_t){ys[k], tokens, d_outs[k], d_outs[k], dtype};
+        few &= d_outs[k] >= FEWEST_ROWS;
+    }
     if (tokens == 0) return OK;
-    int few = tokens <= FEW && d_out >= FEWEST_ROWS;
-    return (few ? linear_streamed : linear_panels)(&input, &w, &output, threads);
+    if (!few) return linear_panels(&input, ws, outputs, count, threads);
+    int failed = 0;
+    for (int k = 0; k < count && !failed; k++)
+        failed = linear_streamed(&input, ws + k, outputs + k, threads);
+    return failed;
 }
 
 /* dw (d_out, d_in * N / M) = grad^T x at the mask's positions. */

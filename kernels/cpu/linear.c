@@ -1,4 +1,5 @@
-/* Y = X W^T + b for an N:M weight W, and for its compressed transpose the input gradient.
+/* Y = X W^T + b for an N:M weight W, or several on one input; for a weight's compressed transpose
+ * that is the input gradient.
  *
  * X is packed into panels (panels.h). Each kept weight is then one broadcast and T
  * multiply-adds, so the work is N/M of dense for any N:M. The columns go in blocks whose
@@ -158,11 +159,11 @@ static void store_chunk(const float *acc, int T, long row, long rows, long token
     }
 }
 
-/* A product by panels: what its tasks share. */
+/* Products of one input by panels: what their tasks share. */
 typedef struct {
-    const matrix_t *x, *y;
-    const weight_t *w;
-    int pairs;
+    const matrix_t *x, *ys; /* a result for each weight */
+    const weight_t *ws;
+    int count, pairs;
     long slots; /* vectors of a panel, over T */
     split_t parts;
     long chunk; /* rows of W at a time */
@@ -173,9 +174,10 @@ static void pack_columns(const by_panels_t *job, long p, long from, long to, flo
                                          panel_width(job->parts, p), panel);
 }
 
-/* One panel times a chunk of rows of W. */
-static void multiply_chunk(const by_panels_t *job, long p, long row, const float *panel, float *acc) {
-    const weight_t *w = job->w;
+/* One panel times a chunk of rows of weight k. */
+static void multiply_chunk(const by_panels_t *job, long p, int k, long row, const float *panel,
+                           float *acc) {
+    const weight_t *w = job->ws + k;
     long d_in = job->x->columns, rows = least(job->chunk, w->mask.rows - row);
     int T = panel_width(job->parts, p), dtype = w->values.dtype;
     block_fn *block = (job->pairs ? blocks_pairs : dtype == F32 ? blocks_f32 : blocks_wide)[T];
@@ -189,19 +191,33 @@ static void multiply_chunk(const by_panels_t *job, long p, long row, const float
         block_t b = {w, panel, row, rows, c, least(BLOCK, d_in - c), (const char *)(panel + size), lines};
         block(&b, acc);
     }
-    store_chunk(acc, T, row, rows, panel_start(job->parts, p) * VL, job->y);
+    store_chunk(acc, T, row, rows, panel_start(job->parts, p) * VL, job->ys + k);
 }
 
-static int linear_panels(const matrix_t *x, const weight_t *w, const matrix_t *y, int threads) {
-    int pairs = HAS_BF16_DOT && x->dtype == BF16 && w->mask.m <= 4 && 2 * w->mask.n == w->mask.m &&
-                x->columns % 4 == 0;
-    long d_in = x->columns, d_out = w->mask.rows;
-    by_panels_t job = {x, y, w, pairs, pairs ? d_in / 4 * PAIRS : d_in, split(x->rows, VL, MOST_T), CHUNK};
+static long chunks_of(const by_panels_t *job, int k) { return ceil_div(job->ws[k].mask.rows, job->chunk); }
+
+/* Chunk c of all weights', counted through. */
+static void multiply_counted(const by_panels_t *job, long p, long c, const float *panel, float *acc) {
+    int k = 0;
+    for (; c >= chunks_of(job, k); k++) c -= chunks_of(job, k);
+    multiply_chunk(job, p, k, c * job->chunk, panel, acc);
+}
+
+/* The weights are of one pattern; each panel of the input is packed once for all of them. */
+static int linear_panels(const matrix_t *x, const weight_t *ws, const matrix_t *ys, int count,
+                         int threads) {
+    int pairs = HAS_BF16_DOT && x->dtype == BF16 && ws->mask.m <= 4 &&
+                2 * ws->mask.n == ws->mask.m && x->columns % 4 == 0;
+    long d_in = x->columns, d_out = 0, chunks = 0;
+    for (int k = 0; k < count; k++) d_out += ws[k].mask.rows;
+    by_panels_t job = {x, ys, ws, count, pairs, pairs ? d_in / 4 * PAIRS : d_in,
+                       split(x->rows, VL, MOST_T), CHUNK};
     long panels = job.parts.panels;
     /* Enough panels for all threads: each packs its own, which stays in its cache. */
     int own = panels >= threads;
     if (own) job.parts.panels = panels = least(ceil_div(panels, threads) * threads, job.parts.vectors);
     else job.chunk = least(CHUNK, ceil_div(ceil_div(d_out, 4l * threads), 32) * 32);
+    for (int k = 0; k < count; k++) chunks += chunks_of(&job, k);
     float *shared = own ? NULL : scratch(job.slots * job.parts.vectors * VL);
     int failed = !own && !shared;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -215,12 +231,12 @@ static int linear_panels(const matrix_t *x, const weight_t *w, const matrix_t *y
             for (long p = 0; p < panels; p++) {
                 if (!ready) continue;
                 pack_columns(&job, p, 0, d_in, panel);
-                for (long row = 0; row < d_out; row += job.chunk) multiply_chunk(&job, p, row, panel, acc);
+                for (long c = 0; c < chunks; c++) multiply_counted(&job, p, c, panel, acc);
             }
             give_back(panel);
         } else {
             /* Fewer: they share the packing, then the rows. */
-            long slices = ceil_div(d_in, 256), chunks = ceil_div(d_out, job.chunk);
+            long slices = ceil_div(d_in, 256);
 #pragma omp for schedule(dynamic)
             for (long task = 0; task < panels * slices; task++) {
                 long p = task / slices, c = task % slices * 256;
@@ -232,8 +248,8 @@ static int linear_panels(const matrix_t *x, const weight_t *w, const matrix_t *y
             for (long task = 0; task < panels * chunks; task++) {
                 long p = task / chunks;
                 if (ready)
-                    multiply_chunk(&job, p, task % chunks * job.chunk,
-                                   panel + panel_start(job.parts, p) * job.slots * VL, acc);
+                    multiply_counted(&job, p, task % chunks,
+                                     panel + panel_start(job.parts, p) * job.slots * VL, acc);
             }
         }
         give_back(acc);
