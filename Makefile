@@ -36,13 +36,16 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; a quarter of an hour on two cores
+bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; half an hour on two cores
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/state.py
 	$(BIN)/python benchmarks/paper.py --dry-run
+	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/passes.py
+	$(BIN)/python benchmarks/regions.py
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
 gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's PyTorch; 17 minutes at most
@@ -63,6 +66,7 @@ readme: $(INSTALLED) ## write the README's table and figures, and docs/results.m
 	$(BIN)/python docs/make_results.py
 	$(BIN)/python docs/make_gpu.py
 	$(BIN)/python docs/make_paper.py
+	$(BIN)/python docs/make_passes.py
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info

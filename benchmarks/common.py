@@ -54,11 +54,13 @@ def agree(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float) ->
     return difference
 
 
-def gpt2(layers: int, width: int, vocab_size: int, context: int) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights and no dropout, heads of 64."""
+def gpt2(
+    layers: int, width: int, vocab_size: int, context: int, dropout: float = 0.0
+) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights, heads of 64."""
     config = GPT2Config(
         n_layer=layers, n_head=width // 64, n_embd=width, vocab_size=vocab_size,
-        n_positions=context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_positions=context, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)

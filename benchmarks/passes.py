@@ -55,7 +55,10 @@ def llama(args: argparse.Namespace) -> nn.Module:
 
 def compiled(dense: nn.Module, disabled: tuple[str, ...], **more: Any) -> nn.Module:
     torch.manual_seed(0)  # the same adapters in each
-    model = slope_fx.compile(copy.deepcopy(dense), disable_passes=disabled, **more)
+    wanted = [name for name in FUSIONS if name not in disabled]  # some are off by default
+    model = slope_fx.compile(
+        copy.deepcopy(dense), disable_passes=disabled, enable_passes=wanted, **more
+    )
     for weight in slope_fx.sparse_weights(model).values():
         if weight.lora_B is not None:
             torch.nn.init.normal_(weight.lora_B, std=0.02)

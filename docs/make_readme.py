@@ -102,7 +102,7 @@ def figures_block(
             "dtype, where the engine loses too, the spread, and what a step is made of. The state "
             "shrinks as the method says; the peak also holds activations, logits and the libraries "
             "themselves, which SLoPe leaves as they are. `make bench` measures all of it anew, in "
-            "a quarter of an hour.",
+            "half an hour.",
             "",
             f"On `make train` ({last['step']} steps, {sparse['parameters'] / 1e6:.1f} M trained "
             f"parameters, dense {dense['parameters'] / 1e6:.1f} M) held-out perplexity falls from "

@@ -31,6 +31,7 @@ class Pass:
         does: what it rewrites to what.
         here: why it runs where it does.
         expects: what it should match of a graph, at least once if this isn't 0.
+        off_because: why it runs only where ``enable_passes`` names it; "" where it always does.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Pass:
     does: str
     here: str
     expects: Callable[[GraphModule], int] = lambda gm: 0
+    off_because: str = ""
 
 
 def _attention_calls(gm: GraphModule) -> int:
@@ -88,12 +90,14 @@ PASSES: tuple[Pass, ...] = (
         lambda gm, context: fuse_bias(gm),
         "lets a sparse product add the bias that is added to it",
         "after the products are there; a bias that F.linear had is theirs already",
+        off_because="Inductor adds it on the way to what comes next, at no cost",
     ),
     Pass(
         "fuse_adapters",
         fuse_adapters,
         "makes one op of a product and its low-rank branch, where no gradients are needed",
         "before products are merged, which hides them",
+        off_because="on a CPU it gains nothing, and loses with one token",
     ),
     Pass(
         "merge_linears",
@@ -103,3 +107,5 @@ PASSES: tuple[Pass, ...] = (
     ),
 )
 NAMES = tuple(p.name for p in PASSES)
+OFF = tuple(p.name for p in PASSES if p.off_because)
+"""Those that were measured to gain nothing, and wait for an engine or a device where they do."""

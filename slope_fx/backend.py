@@ -20,7 +20,7 @@ from slope_fx.errors import ArgumentError, EngineError, EngineWarning, ExpandedW
 from slope_fx.graphs import environment_recorder, remember
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import AUTO, ENGINES, allowed_engines
-from slope_fx.passes import NAMES, Context, Leftover, run_passes
+from slope_fx.passes import NAMES, OFF, Context, Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.weights import find_alive
 
@@ -174,6 +174,7 @@ def rewriting_backend(
     options: Mapping[str, Any] | None = None,
     passes: Sequence[Any] = (),
     disable_passes: Sequence[str] = (),
+    enable_passes: Sequence[str] = (),
 ) -> RewritingBackend:
     """The backend that rewrites for slope_fx ahead of ``inner``.
 
@@ -187,11 +188,13 @@ def rewriting_backend(
         mode, options: as of torch.compile, for ``inner``.
         passes: your own passes, functions of a GraphModule, after ours or around ``...``.
         disable_passes: names of ours to leave out.
+        enable_passes: names of ours to run that are off by default.
 
     Raises:
         ArgumentError: there is no backend, engine, mode, option or pass of that name.
     """
-    return backend_of(make_settings(inner, engine, mode, options, passes, disable_passes))
+    settings = make_settings(inner, engine, mode, options, passes, disable_passes, enable_passes)
+    return backend_of(settings)
 
 
 def make_settings(
@@ -201,6 +204,7 @@ def make_settings(
     options: Mapping[str, Any] | None,
     passes: Sequence[Any],
     disable_passes: Sequence[str],
+    enable_passes: Sequence[str],
 ) -> Settings:
     """The settings, checked.
 
@@ -210,9 +214,13 @@ def make_settings(
     _resolve(inner)
     check_engine(engine)
     _check_mode(inner, mode, options)
+    disabled = _checked_names("disable_passes", disable_passes)
+    enabled = _checked_names("enable_passes", enable_passes)
+    if both := sorted(disabled & enabled):
+        raise ArgumentError(f"{both[0]!r} is both in disable_passes and in enable_passes.")
     settings = Settings(
         inner, engine, mode, tuple(sorted((options or {}).items())),
-        _checked_passes(passes), _checked_names(disable_passes),
+        _checked_passes(passes), tuple(sorted(disabled | (set(OFF) - enabled))),
     )  # fmt: skip
     try:
         hash(settings)
@@ -262,12 +270,12 @@ def _checked_passes(passes: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(passes)
 
 
-def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+def _checked_names(argument: str, names: Sequence[str]) -> set[str]:
     given = [names] if isinstance(names, str) else list(names)
     for name in given:
         if name not in NAMES:
-            raise ArgumentError(f"disable_passes has {name!r}; there are {', '.join(NAMES)}.")
-    return tuple(sorted(set(given)))
+            raise ArgumentError(f"{argument} has {name!r}; there are {', '.join(NAMES)}.")
+    return set(given)
 
 
 def check_engine(engine: object) -> None:
@@ -321,8 +329,8 @@ def _report(
     if not torch.is_grad_enabled():
         return
     reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
-    if disabled:
-        reason += f" (disabled are {', '.join(disabled)})"
+    if left_out := [name for name in disabled if name not in OFF]:
+        reason += f" (disabled are {', '.join(left_out)})"
     if leftover.used_by == ("output",):
         reason = (
             "Dynamo compiled the reading of its weight by itself, as it does below a graph break "

@@ -91,6 +91,7 @@ def compile(
     engine: str = AUTO,
     passes: Sequence[Any] = (),
     disable_passes: Sequence[str] = (),
+    enable_passes: Sequence[str] = (),
     on_fallback: OnFallback = "warn",
 ) -> Model:
     """Make ``model`` train with SLoPe: N:M weights, double-pruned gradients, lazy adapters.
@@ -131,6 +132,8 @@ def compile(
             write ``...`` where slope_fx's are: ``[mine_before, ..., mine_after]``.
         disable_passes: names of slope_fx's passes to leave out, to find which one is at fault
             (see also :func:`slope_fx.debug.first_difference`).
+        enable_passes: names of those to run that are off by default, for they were measured to
+            gain nothing (docs/passes.md).
         on_fallback: what to do when a sparse layer trains with its dense weight rebuilt
             because no pass saw its linear: "warn" once a layer, "error", "ignore". It shows
             when a gradient arrives there, so that is when it is told.
@@ -152,13 +155,14 @@ def compile(
     _check_choice("dynamic", dynamic, (True, False, None))
     _check_choice("fullgraph", fullgraph, (True, False))
     settings = make_settings(
-        "eager" if backend is None else backend, engine, mode, options, passes, disable_passes
-    )
+        "eager" if backend is None else backend, engine, mode, options, passes, disable_passes,
+        enable_passes,
+    )  # fmt: skip
     if backend is None:
         _say_without_backend(
             engine=(engine, AUTO), mode=(mode, None), options=(options, None),
             dynamic=(dynamic, None), fullgraph=(fullgraph, False), passes=(list(passes), []),
-            disable_passes=(list(disable_passes), []),
+            disable_passes=(list(disable_passes), []), enable_passes=(list(enable_passes), []),
         )  # fmt: skip
 
     traced = trace(model, example_inputs)

@@ -1,6 +1,5 @@
 """A sparse layer that trains expanded is told, by name, once."""
 
-import copy
 import logging
 import os
 import subprocess
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import slope_fx
-from formulas import FormulaLinear
+from formulas import assert_gradients_match, formula_model
 from slope_fx import ExpandedWeightError, ExpandedWeightWarning
 
 X = torch.randn(3, 16)
@@ -115,21 +114,11 @@ def test_the_expanded_layer_still_computes_the_pruned_model():
     """The right loss and weight gradient; the input gradient is that of W^R."""
     model = compiled(on_fallback="ignore", breaks=True)
     weights = slope_fx.sparse_weights(model)
-    layers = {n: FormulaLinear(w, getattr(model, n).bias) for n, w in weights.items()}
-    layers["behind"].backward_mask = layers["behind"].forward_mask
-    plain = copy.deepcopy(Broken()).double()
-    for name in ("embed", "head"):
-        getattr(plain, name).load_state_dict(getattr(model, name).state_dict())
-    for name, layer in layers.items():
-        setattr(plain, name, layer)
+    plain = formula_model(Broken(), model)
+    plain.twice_pruned["behind"] = weights["behind"].forward_mask()
     model(X).sin().sum().backward()
     plain(X.double()).sin().sum().backward()
-    for name, weight in weights.items():
-        want = layers[name].weight.grad[weight.forward_mask()].view(weight.values.shape)
-        torch.testing.assert_close(weight.values.grad.double(), want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        model.embed.weight.grad.double(), plain.embed.weight.grad, rtol=1e-4, atol=1e-5
-    )
+    assert_gradients_match(model, plain, rtol=1e-4)
 
 
 @pytest.mark.parametrize("flag", ["breaks", "reads"])

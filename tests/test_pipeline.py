@@ -1,6 +1,7 @@
 """The pipeline as its user meets it: regions, options, own passes, what is shown of each step."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,8 +18,9 @@ from formulas import assert_gradients_match, formula_model
 from models import batch, loss_of
 from slope_fx.backend import backend_of
 from slope_fx.compiler import compilation_of
-from slope_fx.passes import NAMES, PASSES
+from slope_fx.passes import NAMES, OFF, PASSES
 
+ON = [name for name in NAMES if name not in OFF]
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
 
 
@@ -141,6 +143,8 @@ def test_fullgraph_says_where_a_graph_breaks():
         ({"options": [1]}, "options is a list; it must be a mapping"),
         ({"mode": "default", "options": {"max_autotune": True}}, "can't both be given"),
         ({"disable_passes": ["sparsify"]}, "disable_passes has 'sparsify'; there are prune_exp"),
+        ({"enable_passes": ["x"]}, "enable_passes has 'x'; there are prune_exp"),
+        ({"disable_passes": "fuse_bias", "enable_passes": ["fuse_bias"]}, "'fuse_bias' is both"),
         ({"passes": "mine"}, "passes is a str; it must be a list"),
         ({"passes": [3]}, "passes has 3, which is neither a function"),
         ({"passes": [..., ...]}, "`...` more than once"),
@@ -196,8 +200,9 @@ def test_each_pass_can_be_left_out(name):
     """The numbers are right all the same, but for what only the sparse product does."""
     dense = models.llama()
     model = slope_fx.compile(
-        copy.deepcopy(dense), backend="aot_eager", disable_passes=[name], on_fallback="ignore"
-    )
+        copy.deepcopy(dense), backend="aot_eager", disable_passes=[name], on_fallback="ignore",
+        enable_passes=[other for other in OFF if other != name],
+    )  # fmt: skip
     ids = batch()
     reference = formula_model(dense, model)
     want, got = loss_of(reference, ids), loss_of(model, ids)
@@ -228,14 +233,14 @@ def test_graphs_are_written_with_differences_and_counts(tmp_path):
     names = sorted(p.name for p in folder.iterdir())
     assert names[0] == "00_traced.py"
     assert [n for n in names if n.endswith(".py")][1:] == [
-        f"{i:02d}_{name}.py" for i, name in enumerate(NAMES, 1)
+        f"{i:02d}_{name}.py" for i, name in enumerate(ON, 1)
     ]
-    place = NAMES.index("sparsify_linears") + 1
+    place = ON.index("sparsify_linears") + 1
     diff = (folder / f"{place:02d}_sparsify_linears.diff").read_text()
     assert "\n-" in diff
     assert "slope_fx.sparse_linear.default" in diff
     table = (folder / "passes.txt").read_text()
-    assert [line.split()[0] for line in table.splitlines()[2:]] == list(NAMES)
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ON
 
 
 def test_the_environment_writes_graphs_too(tmp_path, monkeypatch):
@@ -277,12 +282,12 @@ def test_debug_finds_the_pass_at_fault(monkeypatch):
         return len(nodes)
 
     faulty = [
-        step if step.name != "fuse_bias" else type(step)("fuse_bias", wrong, step.does, step.here)
+        step if step.name != "merge_linears" else dataclasses.replace(step, run=wrong)
         for step in PASSES
     ]
     monkeypatch.setattr(slope_fx.debug, "PASSES", faulty)
     found = slope_fx.debug.first_difference(model, X)
-    assert (found.name, found.graph, found.matches) == ("fuse_bias", 0, 2)
+    assert (found.name, found.graph, found.matches) == ("merge_linears", 0, 2)
     assert "output 0" in str(found)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     model(X)  # as it was before

@@ -37,6 +37,7 @@ def test_generated_parts_are_those_of_the_committed_results(tmp_path):
     """`make readme` would change nothing."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
+        import make_passes
         import make_readme
         import make_results
     finally:
@@ -47,6 +48,7 @@ def test_generated_parts_are_those_of_the_committed_results(tmp_path):
     assert make_readme.explain_block(benchmarks[0]) in README
     assert make_readme.figures_block(sparse, dense, *benchmarks) in README
     assert make_results.page() == make_results.PAGE.read_text()
+    assert make_passes.page() == make_passes.PAGE.read_text()
 
 
 def test_links_lead_somewhere():
