@@ -87,9 +87,8 @@ def fusions_section(result: dict[str, Any]) -> str:
 ## What the fusions gain
 
 The same model with and without, in turns in one process, through Inductor on the CPU engine;
-medians, and between which half of the paired ratios lie. What gains nothing is off by default. A Llama of
-{layers} layers, width {width}.
-{taken(result)}
+medians, and between which half of the paired ratios lie. What gains nothing is off by default. A
+Llama of {layers} layers, width {width}. {taken(result)}
 
 {table(rows, headers)}
 
@@ -128,9 +127,8 @@ outside of them stays eager, the head and the loss for example. A transformers m
 `use_cache=False` while it trains, unless you say otherwise; where a cache of keys and values is
 used (`generate`), it is compiled as a whole, for there each block would be a graph of its own.
 
-A GPT-2 of {arguments["layers"]} blocks and width {arguments["width"]}, {arguments["rows"]}
-sequences of 128 tokens, with its own dropout, through Inductor; the last column without dropout.
-Some ten seconds of a cold start are PyTorch's own, in which it probes the compiler. {taken(result)}
+A GPT-2 of {arguments["layers"]} blocks and width {arguments["width"]}, {arguments["rows"]} x 128
+tokens, with its own dropout, through Inductor; the last column without dropout. of a cold start are PyTorch's own, in which it probes the compiler. {taken(result)}
 
 {table(rows, headers)}
 

@@ -119,8 +119,8 @@ def compile(
             leaves compiling to you (see :func:`~slope_fx.rewriting_backend`).
         mode, options, dynamic, fullgraph: as of ``torch.compile``.
         region: "model" compiles one graph; "blocks" the repeated blocks one by one, which takes
-            a third of the time; what is outside of them and has no sparse linear stays eager.
-            "auto" takes the blocks if the model has any that repeat. A transformers model is
+            little more than a third of the time; what is outside of them and has no sparse
+            linear stays eager. "auto" takes the blocks if the model has any that repeat. A transformers model is
             then called with ``use_cache=False`` while it trains, unless you say otherwise, and
             compiled as a whole where a cache of keys and values is used.
         engine: what computes the sparse products. "auto" measures the engines on each

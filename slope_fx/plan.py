@@ -101,7 +101,23 @@ def plan_linears(
         shape = tuple(computed.shape) if isinstance(computed, Tensor) else ()
         size = computed.numel() * computed.element_size() if isinstance(computed, Tensor) else 0
         plans.append(LinearPlan(name, "", shape, None, (), None, why, (), size))
-    return plans
+    return plans + (_unknown(model, reached) if trace.untraced_because else [])
+
+
+def _unknown(model: nn.Module, reached: set[int]) -> list[LinearPlan]:
+    """Matrices of modules that aren't torch's, in a model that was not traced: stacks of experts,
+    for example, may be linears of which nothing is known."""
+    why = "the model was not traced, so what its module does with it isn't known"
+    return [
+        LinearPlan(
+            f"{path}.{name}" if path else name, "", tuple(parameter.shape), None, (), None, why, (),
+            parameter.numel() * parameter.element_size(),
+        )
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() > 1 and id(parameter) not in reached
+    ]  # fmt: skip
 
 
 def _layer_name(aliases: list[str], role: WeightRole) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 import models
 import slope_fx
 from models import Plain, batch, loss_of
+from slope_fx.kernels import selection
 
 X = torch.randn(3, 8)
 
@@ -440,6 +441,7 @@ def test_an_optimizer_made_too_early_is_told():
 
 
 def test_explain_as_table_and_as_data():
+    selection.forget()  # what other models of these sizes chose in this process
     model = models.gpt2()
     slope_fx.compile(model, "2:4", adapter_rank=4, backend=None)
     explanation = slope_fx.explain(model)

@@ -9,6 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import models
 import slope_fx
+from architectures import ARCHITECTURES, plain_experts
 
 SKIPPED = {
     "gpt2": {"transformer.h.0.attn.c_attn": "embeddings", "lm_head": "shared"},
@@ -202,3 +203,14 @@ def test_untraceable_models_fall_back_to_module_types(given):
     assert "model's input" in dense["first"]
     assert "Embedding.weight" in dense["tied"]
     assert "not traced" in str(slope_fx.explain(model))
+
+
+def test_experts_in_a_loop_are_told():
+    """Which experts are hit depends on the data, so the model can't be traced."""
+    model = plain_experts(ARCHITECTURES["Mixtral"]())
+    with pytest.warns(slope_fx.UntracedModelWarning):
+        slope_fx.compile(model, backend=None)
+    dense = reasons(model)
+    for name in ("gate_up_proj", "down_proj"):
+        reason = dense[f"model.layers.1.mlp.experts.{name}"]
+        assert reason.startswith("the model was not traced, so what its module does")
