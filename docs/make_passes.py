@@ -118,6 +118,8 @@ def regions_section(result: dict[str, Any]) -> str:
     headers = ("", "first step, cold, s", "in a second process, s", "graphs compiled",
                "of these from the cache then", "a step, s")  # fmt: skip
     arguments, found = result["arguments"], result["regions"]
+    step = found["auto"]["step_speedup"]
+    low, high = step["speedup_quartiles"]
     ratio = found["auto"]["cold"]["seconds"] / found["model"]["cold"]["seconds"]
     return f"""\
 ## Regions, and how long compiling takes
@@ -128,14 +130,13 @@ outside of them stays eager, the head and the loss for example. A transformers m
 used (`generate`), it is compiled as a whole, for there each block would be a graph of its own.
 
 A GPT-2 of {arguments["layers"]} blocks and width {arguments["width"]}, {arguments["rows"]} x 128
-tokens, with its own dropout, through Inductor; the last column without dropout. of a cold start are PyTorch's own, in which it probes the compiler. {taken(result)}
+tokens, with its own dropout, through Inductor; the last column without dropout. Some ten seconds
+of a cold start are PyTorch's own, in which it probes the compiler. {taken(result)}
 
 {table(rows, headers)}
 
-By blocks the first step takes **{ratio:.2f}** of the time of the whole graph. A step by blocks
-is {found["auto"]["step_speedup"]["speedup"]:.2f}x as fast as with the whole graph
-({found["auto"]["step_speedup"]["speedup_quartiles"][0]:.2f} to
-{found["auto"]["step_speedup"]["speedup_quartiles"][1]:.2f}), and
+By blocks the first step takes **{ratio:.2f}** of the time of the whole graph. A step by blocks is
+{step["speedup"]:.2f}x as fast as with the whole graph ({low:.2f} to {high:.2f}), and
 {found["auto"]["against_dense"]["speedup"]:.2f}x as fast as the dense model under `torch.compile`.
 """
 

@@ -120,9 +120,9 @@ def compile(
         mode, options, dynamic, fullgraph: as of ``torch.compile``.
         region: "model" compiles one graph; "blocks" the repeated blocks one by one, which takes
             little more than a third of the time; what is outside of them and has no sparse
-            linear stays eager. "auto" takes the blocks if the model has any that repeat. A transformers model is
-            then called with ``use_cache=False`` while it trains, unless you say otherwise, and
-            compiled as a whole where a cache of keys and values is used.
+            linear stays eager. "auto" takes the blocks if the model has any that repeat. A model
+            of transformers is then called with ``use_cache=False`` while it trains, unless you
+            say otherwise, and compiled as a whole where a cache of keys and values is used.
         engine: what computes the sparse products. "auto" measures the engines on each
             kind of product that it meets and takes the fastest; a name ("cpu", "cpu-dense",
             "dense", "reference") fixes it, so that a run doesn't depend on timings; several,
