@@ -13,13 +13,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from slope_fx.backend import (
-    BackendFunction,
-    Settings,
-    backend_of,
-    compiled_call,
-    make_settings,
-)
+from slope_fx.backend import backend_of, compiled_call
 from slope_fx.errors import (
     AlreadyCompiledError,
     ArgumentError,
@@ -42,6 +36,7 @@ from slope_fx.plan import (
     plan_linears,
 )
 from slope_fx.regions import Region, choose_regions, in_blocks
+from slope_fx.settings import BackendFunction, Settings, make_settings
 from slope_fx.trace import ExampleInputs, trace
 from slope_fx.weights import OnFallback, SparseWeight
 

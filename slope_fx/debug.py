@@ -53,7 +53,8 @@ def first_difference(
 
     Each graph is run as it was traced, in eager, and again after each pass, with the same inputs
     and random state; outputs are compared, and gradients. For this the values that the backward
-    masks prune are taken as zero (the double pruning changes gradients, and is meant to).
+    masks prune are taken as zero (the double pruning changes gradients, and is meant to). All that
+    torch.compile compiled in this process is compiled anew afterwards.
 
     Args:
         model: what :func:`slope_fx.compile` returned.

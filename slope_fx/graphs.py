@@ -6,6 +6,7 @@ graphs=True)`` those of one model, whenever asked.
 
 import copy
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from slope_fx.weights import SparseWeight, find_alive
 MOST_GRAPHS = 64
 """Kept of a model; a run with more recompiles than that has other troubles."""
 
+log = logging.getLogger(__name__)
 _numbers = itertools.count()
 
 
@@ -43,10 +45,16 @@ def remember(
     """Keep a copy of a graph for as long as the model lives that it is of."""
     inputs = {id(t) for t in example_inputs if isinstance(t, Tensor)}
     owners = find_alive(lambda weight: id(weight.values) in inputs)
-    if owners:
-        graphs = _seen.setdefault(min(owners, key=lambda weight: weight.name), [])
-        graphs.append(Seen(copy.deepcopy(gm), context, disabled))
-        del graphs[:-MOST_GRAPHS]
+    if not owners or any(True for _ in gm.parameters()):
+        return  # it holds the parameters themselves, which a copy would hold twice
+    try:
+        copied = copy.deepcopy(gm)
+    except Exception:
+        log.info("a graph can't be copied, so its passes can't be shown later", exc_info=True)
+        return
+    graphs = _seen.setdefault(min(owners, key=lambda weight: weight.name), [])
+    graphs.append(Seen(copied, context, disabled))
+    del graphs[:-MOST_GRAPHS]
 
 
 def environment_recorder() -> Recorder | None:
