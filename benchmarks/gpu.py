@@ -31,7 +31,7 @@ from devices import (
     state_bytes,
     stepper,
 )
-from shapes import MODELS, TINY, shapes
+from shapes import MODELS, shapes, sizes_of
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -204,7 +204,7 @@ def blocks(bench: Bench, name: str, tokens: int, backend: str) -> Iterator[dict[
         return
     torch._dynamo.reset()
     with torch.device(bench.device):
-        dense = MODELS[name].build(1, 1024, tokens).to(DTYPE)
+        dense = sizes_of(name).build(1, 1024, tokens).to(DTYPE)
     sparse = slope_fx.compile(copy.deepcopy(dense), f"{N}:{M}", skip_first=False, backend=backend)
     plain_model = expanded(dense, sparse)
     ids = torch.randint(0, 1024, (1, tokens), device=bench.device)
@@ -262,7 +262,6 @@ def main() -> None:
         raise SystemExit(f"--device {args.device}: the Triton engine can't serve: {reason}.")
     if device.type == "cpu":  # the same code on the smallest sizes
         os.environ["SLOPE_FX_ENGINES"] = "triton"
-        MODELS["tiny"] = TINY
         sizes, names, args.tokens, args.rounds, backend = [(16, 32)], ["tiny"], 8, 2, "eager"
     else:
         sizes, names, backend = shapes(list(MODELS)), list(BLOCKS), "inductor"

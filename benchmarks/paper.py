@@ -33,7 +33,7 @@ from arithmetic import (
 )
 from common import agree, compare, parser, write
 from devices import DTYPE, Bench, Runs, device_of, extra_bytes, forward_pass, state_bytes, stepper
-from shapes import MODELS, TINY, Architecture
+from shapes import MODELS, Architecture, sizes_of
 from tabulate import tabulate
 from torch import nn
 
@@ -64,7 +64,7 @@ def predicted(
     name: str, layers: int, tokens: int, context: int, roofline: Roofline
 ) -> dict[str, Any]:
     """Of a model in so many blocks: operations, bytes of state, and what the roofline allows."""
-    sizes = MODELS[name]
+    sizes = sizes_of(name)
     step = training(sizes, layers, tokens, context)
     state = {
         "fp32": training_state(sizes, layers, 4, 4),
@@ -93,7 +93,8 @@ def dry_run(args: argparse.Namespace) -> None:
     roofline = Roofline(args.tflops * 1e12, args.gbps * 1e9)
     tokens = args.batch * args.context
     entries = [
-        predicted(name, MODELS[name].layers, tokens, args.context, roofline) for name in args.models
+        predicted(name, sizes_of(name).layers, tokens, args.context, roofline)
+        for name in args.models
     ]
     rows = [
         (
@@ -135,7 +136,7 @@ class Case:
     """
 
     def __init__(self, name: str, kind: str, bench: Bench, args: argparse.Namespace) -> None:
-        self.name, self.sizes = name, MODELS[name]
+        self.name, self.sizes = name, sizes_of(name)
         self.args, self.bench = args, bench
         self.whole = not args.quick and fits(self.sizes, kind, bench.device, args)
         self.layers = self.sizes.layers if self.whole else min(TRUNCATED, self.sizes.layers)
@@ -361,7 +362,6 @@ def measure(args: argparse.Namespace) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is no CUDA device; --dry-run needs none.")
     if device.type == "cpu":
-        MODELS["tiny"] = TINY
         args.models, args.batch, args.context, args.rounds = ["tiny"], 2, 8, 2
     bench = Bench(device, args.seconds, args.rounds)
     entries: list[dict[str, Any]] = []

@@ -114,6 +114,11 @@ TINY = Architecture("llama", 32, 64, 2, 1, 1, vocabulary=64)
 """For runs that only show that a benchmark runs."""
 
 
+def sizes_of(name: str) -> Architecture:
+    """The sizes of a model of the table, or of a "tiny" one that shows that a benchmark runs."""
+    return TINY if name == "tiny" else MODELS[name]
+
+
 def shapes(models: list[str]) -> list[tuple[int, int]]:
     """All (d_in, d_out) of some models' linears, by size."""
     found = {shape for name in models for shape in MODELS[name].linears()}
