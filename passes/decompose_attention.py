@@ -23,6 +23,8 @@ _NAMES = (
     "q_proj_weight", "k_proj_weight", "v_proj_weight", "static_k", "static_v",
     "average_attn_weights", "is_causal",
 )  # fmt: skip
+_NOT_OPENED = ("static_k", "static_v")
+"""Keys and values from elsewhere, which no module of torch's passes."""
 _DEFAULTS = {"training": True, "need_weights": True, "average_attn_weights": True}
 _NATIVE_NAMES = (
     "query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias",
@@ -53,6 +55,8 @@ def decompose_attention(gm: GraphModule) -> int:
             continue
         given = [argument(node, i, name) for i, name in enumerate(names)]
         given = [_DEFAULTS.get(k) if v is None else v for k, v in zip(names, given, strict=True)]
+        if any(dict(zip(names, given, strict=True)).get(k) is not None for k in _NOT_OPENED):
+            continue
         _replace_parts(node, emit(node, _by_name(names, parts), *given))
         matches += 1
     return matches
@@ -75,6 +79,8 @@ def _replace_parts(node: Node, results: Any) -> None:
     for user in list(node.users):
         if user.target is operator.getitem and isinstance(results[user.args[1]], Node):
             replace(user, results[user.args[1]])
+        elif not user.users:
+            node.graph.erase_node(user)  # the weights that weren't asked for
     operands = node.all_input_nodes
     if not node._erased:  # or the last that read it took it along
         node.graph.erase_node(node)

@@ -186,3 +186,39 @@ def test_16_bit_results_are_rounded_as_torch_rounds(dtype):
     forward = cpu.magnitude_mask(torch.tensor([[1.0, 1.0, 0.0, 0.0]] * 4, dtype=dtype), 2, 4)
     y = cpu.sparse_linear(x, torch.ones(4, 2, dtype=dtype), forward, None, 2, 4)
     assert torch.equal(y[:, 0], (a.float() + b.float()).to(dtype))
+
+
+def test_transposes_are_kept_between_micro_batches_and_never_stale(monkeypatch):
+    """Made once an optimizer step where they are used more often; the gradients are the same."""
+    import slope_fx
+
+    made, transpose = [], cpu.transpose
+    monkeypatch.setattr(cpu, "transpose", lambda *args: made.append(1) or transpose(*args))
+
+    def train(policy):
+        monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", policy)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(4)])
+        x = torch.randn(3, 5, 16)
+        slope_fx.compile(model, example_inputs=x[0], backend="eager", engine="cpu")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        schedule = slope_fx.Schedule(model, 4, backward_mask_interval=2)
+        counts, grads = [], []
+        for _ in range(4):
+            made.clear()
+            for part in x:
+                model(part).square().sum().backward()
+            counts.append(len(made))
+            grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+            optimizer.step()
+            assert cpu.operands.nbytes() == 0
+            optimizer.zero_grad()
+            schedule.step()
+        return counts, grads
+
+    kept, grads = train("")
+    anew, want = train("0")
+    assert anew == [6, 6, 6, 6]  # two layers, three micro-batches
+    assert kept == [6, 2, 2, 2]  # the first step learns that they are used again
+    for mine, others in zip(grads, want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))
