@@ -6,6 +6,7 @@ and ``nn.TransformerEncoderLayer`` call one fused op each.
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +42,18 @@ _BY_KEY = 1
 """What the fused ops call a mask of (B, S); others broadcast to (B, heads, L, S)."""
 
 
-def decompose_attention(gm: GraphModule) -> int:
+def decompose_attention(gm: GraphModule, opens: Callable[[object], bool] = is_marked) -> int:
     """Torch's attention over compressed weights to linears and what is between them.
 
     Works on ``gm`` alone, nested graphs aside. Returns the number of calls opened.
+
+    Args:
+        gm: a Dynamo graph.
+        opens: whether an operand is a weight for whose sake a call is opened.
     """
     matches = 0
     for node in list(gm.graph.nodes):
-        if not is_attention(node) or not any(map(is_marked, node.all_input_nodes)):
+        if not is_attention(node) or not any(map(opens, node.all_input_nodes)):
             continue
         names, parts = _KNOWN[node.target]
         if any(getattr(value_of(n), "is_nested", False) for n in node.all_input_nodes):

@@ -8,15 +8,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from slope_fx import ops
+from slope_fx.activations import Activations, Calibration, needs_calibration, observe
+from slope_fx.adapters import AdapterInit, check_adapter_init, make_adapter
 from slope_fx.backend import backend_of, compiled_call
 from slope_fx.errors import (
     AlreadyCompiledError,
     ArgumentError,
+    CalibrationError,
     IgnoredArgumentWarning,
     NoEligibleLinearError,
     NotCompiledError,
@@ -24,6 +28,7 @@ from slope_fx.errors import (
 )
 from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
 from slope_fx.kernels.engines import AUTO, forget_operands
+from slope_fx.kernels.packing import unpack
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
     AdapterRank,
@@ -38,7 +43,7 @@ from slope_fx.plan import (
 from slope_fx.regions import Region, choose_regions, in_blocks
 from slope_fx.settings import BackendFunction, Settings, make_settings
 from slope_fx.trace import ExampleInputs, trace
-from slope_fx.weights import OnFallback, SparseWeight
+from slope_fx.weights import OnFallback, Parts, SparseWeight
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +63,7 @@ class Compilation:
         options: of torch.compile: ``dynamic`` and ``fullgraph``.
         region: as it was asked for.
         regions: paths of the modules that are compiled, "" for the model itself.
+        adapter_init: what the adapters started from: one of its choices, or "callable".
     """
 
     plans: tuple[LinearPlan, ...]
@@ -66,6 +72,7 @@ class Compilation:
     options: tuple[tuple[str, bool | None], ...]
     region: Region
     regions: tuple[str, ...]
+    adapter_init: str = "zero"
 
 
 def compile(
@@ -73,7 +80,9 @@ def compile(
     sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
     *,
     adapter_rank: AdapterRank = None,
+    adapter_init: AdapterInit = "zero",
     mask: MaskChoice = "magnitude",
+    calibration: Calibration = None,
     skip_first: bool = True,
     skip_head: bool = True,
     example_inputs: ExampleInputs = None,
@@ -103,8 +112,16 @@ def compile(
         adapter_rank: rank of the low-rank adapters, or a float in (0, 1) as a fraction
             of each layer's input width; None for none. They take part once a
             :class:`~slope_fx.Schedule` reaches their phase.
-        mask: "magnitude"; "random"; or a callable (name, weight) -> bool mask, with
+        adapter_init: "zero" for adapters that add nothing until they train; to start from a
+            pretrained model, "svd" for the nearest to what is pruned, or "eora" for the nearest
+            in what that adds to the outputs over the calibration inputs (EoRA, arXiv
+            2410.21271); or a callable (name, weight, mask, rank) -> (A, B), of shapes (r, d_in)
+            and (d_out, r), whose product B A is added. All but "zero" take part from the start.
+        mask: "magnitude"; "wanda" for magnitude times the norm of the input over the calibration
+            inputs (arXiv 2306.11695); "random"; or a callable (name, weight) -> bool mask, with
             weight and mask of shape (d_out, d_in) and exactly N of each M kept in a row.
+        calibration: a few batches of inputs for "wanda" and "eora", each as ``example_inputs``.
+            The dense model runs on them, evaluated; "eora" needs d_in * d_in floats a layer.
         skip_first: leave dense the linears that the embeddings (or the input) feed.
         skip_head: leave dense the linear that makes the output.
         example_inputs: what to trace the model with: a tensor, a sequence of arguments,
@@ -146,9 +163,15 @@ def compile(
     _check_choice("on_fallback", on_fallback, get_args(OnFallback))
     _check_choice("skip_first", skip_first, (True, False))
     _check_choice("skip_head", skip_head, (True, False))
+    check_adapter_init(adapter_init, adapter_rank)
     _check_model(model)
     _check_choice("dynamic", dynamic, (True, False, None))
     _check_choice("fullgraph", fullgraph, (True, False))
+    needed_for = needs_calibration(mask, adapter_init)
+    if needed_for and calibration is None:
+        raise CalibrationError(
+            f"{needed_for} needs calibration=, a few batches of inputs such as [ids, ids]."
+        )
     settings = make_settings(
         "eager" if backend is None else backend, engine, mode, options, passes, disable_passes,
         enable_passes,
@@ -167,13 +190,34 @@ def compile(
         raise NoEligibleLinearError(_nothing_to_do(plans, traced.untraced_because))
     parameters = dict(model.named_parameters())
     ranks = {plan.name: layer_rank(adapter_rank, plan) for plan in sparse_plans}
+    observed: dict[str, Activations] = {}
+    if needed_for:
+        observed = observe(model, sparse_plans, calibration, grams=adapter_init == "eora")
     masks = {}
     for plan in sparse_plans:
         weight = parameters[plan.parameter_name].detach()
         assert plan.pattern is not None
         assert plan.layout is not None
         weight = plan.layout.to_matrix(weight).contiguous().view(plan.shape)
-        masks[plan.name] = choose_mask(mask, plan.name, weight, plan.pattern)
+        seen = observed.get(plan.name)
+        squares = None if seen is None else seen.squares.view(*plan.shape[:-2], plan.shape[-1])
+        masks[plan.name] = choose_mask(mask, plan.name, weight, plan.pattern, squares)
+
+    def make_parts(plan: LinearPlan, dense: Tensor) -> Parts:
+        assert plan.layout is not None
+        assert plan.pattern is not None
+        n, m, bits, rank = plan.pattern.n, plan.pattern.m, masks[plan.name], ranks[plan.name]
+        matrix = plan.layout.to_matrix(dense).contiguous()
+        values = ops.compress(matrix, bits, n, m)
+        if rank is None:
+            return Parts(values, bits)
+        adapter = make_adapter(
+            adapter_init, plan.name, matrix.view(plan.shape),
+            unpack(bits, plan.shape[-1]).view(plan.shape), rank, observed.get(plan.name),
+        )  # fmt: skip
+        return Parts(
+            values, bits, None, adapter.lora_A, adapter.lora_B, adapter.scale, adapter.active
+        )
 
     scopes = [scope for plan in sparse_plans for scope in plan.scopes]
     record = Compilation(
@@ -183,18 +227,30 @@ def compile(
         (("dynamic", dynamic), ("fullgraph", fullgraph)),
         region,
         tuple(choose_regions(model, region, scopes)) if backend is not None else (),
+        adapter_init if isinstance(adapter_init, str) else "callable",
     )
     with ExitStack() as undo:
-        replaced = install(model, sparse_plans, masks, ranks, on_fallback, undo)
-        undo.callback(restore, model, type(model), dict(model.__dict__))
-        model.__dict__[_RECORD] = record
-        set_kind(model, after_copy=_compile_regions)
-        _compile_regions(model)
+        replaced = install(model, sparse_plans, make_parts, on_fallback, undo)
+        attach(model, record, undo)
         undo.pop_all()  # nothing can fail any more
     _say_what_was_ignored(rules, traced.untraced_because)
+    if calibration is not None and not needed_for:
+        warnings.warn(
+            'calibration has no effect: only mask="wanda" and adapter_init="eora" use it.',
+            IgnoredArgumentWarning,
+            stacklevel=2,
+        )
     warn_of_stale_optimizers(replaced)
     log.info("%d of %d linears are sparse", len(sparse_plans), len(plans))
     return model
+
+
+def attach(model: nn.Module, record: Compilation, undo: ExitStack) -> None:
+    """Make ``model``, whose weights are installed, one that carries ``record`` and is compiled."""
+    undo.callback(restore, model, type(model), dict(model.__dict__))
+    model.__dict__[_RECORD] = record
+    set_kind(model, after_copy=_compile_regions)
+    _compile_regions(model)
 
 
 def compilation_of(model: nn.Module) -> Compilation:

@@ -22,6 +22,18 @@ class AdapterRankError(SlopeError, ValueError):
     """``adapter_rank`` is not a rank that the layers can have."""
 
 
+class AdapterInitError(SlopeError, ValueError):
+    """What ``adapter_init`` gave, or was to start from, can't be an adapter."""
+
+
+class CalibrationError(SlopeError, ValueError):
+    """``calibration`` is missing, doesn't fit the model, or leaves a linear unseen."""
+
+
+class CheckpointError(SlopeError, ValueError):
+    """A checkpoint is not whole, not of this model, or can't be written."""
+
+
 class ArgumentError(SlopeError, ValueError):
     """Another argument of a public function is not one of its allowed values."""
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slope_fx import ops
 from slope_fx.errors import StaleOptimizerWarning
 from slope_fx.plan import LinearPlan
-from slope_fx.weights import OnFallback, SparseWeight, sparse_name, values_name
+from slope_fx.weights import OnFallback, Parts, SparseWeight, sparse_name, values_name
 
 
 class _Kind(NamedTuple):
@@ -96,8 +95,7 @@ def set_kind(
 def install(
     model: nn.Module,
     plans: list[LinearPlan],
-    masks: dict[str, Tensor],
-    ranks: dict[str, int | None],
+    make_parts: Callable[[LinearPlan, Tensor], Parts],
     on_fallback: OnFallback,
     undo: ExitStack,
 ) -> list[Tensor]:
@@ -106,8 +104,7 @@ def install(
     Args:
         model: changed in place.
         plans: those of the sparse linears.
-        masks: packed forward mask of each, by layer name.
-        ranks: adapter rank of each, by layer name.
+        make_parts: what to replace it by, from the plan and the dense parameter.
         on_fallback: what the layers do when they run expanded.
         undo: gets what it takes to put the model back as it was.
 
@@ -125,11 +122,9 @@ def install(
         dense = model.get_parameter(plan.parameter_name)
         assert plan.pattern is not None
         assert plan.layout is not None
-        forward_bits = masks[plan.name]
         with torch.no_grad():
-            matrix = plan.layout.to_matrix(dense).contiguous()
-            compressed = ops.compress(matrix, forward_bits, plan.pattern.n, plan.pattern.m)
-        values = nn.Parameter(compressed, requires_grad=dense.requires_grad)
+            parts = make_parts(plan, dense.detach())
+        values = nn.Parameter(parts.values, requires_grad=dense.requires_grad)
         owner, attribute = locations[id(dense)][0]
         sparse: SparseWeight | None = None
         for module, name in locations[id(dense)]:
@@ -145,10 +140,8 @@ def install(
                     plan.pattern,
                     owner,
                     attribute,
-                    values.detach(),
-                    forward_bits,
+                    parts,
                     layout=plan.layout,
-                    rank=ranks[plan.name],
                     on_fallback=on_fallback,
                 )
             module.add_module(sparse_name(name), sparse)

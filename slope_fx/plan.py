@@ -178,17 +178,19 @@ def _why_not_here(model: nn.Module, aliases: list[str]) -> str:
 
 def check_mask_choice(mask: MaskChoice) -> None:
     """Raise ArgumentError unless ``mask`` is one of the allowed choices."""
-    known = isinstance(mask, str) and mask in ("magnitude", "random")
+    known = isinstance(mask, str) and mask in ("magnitude", "random", "wanda")
     if not known and not callable(mask):
         got = repr(mask) if isinstance(mask, str) else f"a {type(mask).__name__}"
         raise ArgumentError(
-            f'mask is {got}; allowed are "magnitude", "random", or a callable '
+            f'mask is {got}; allowed are "magnitude", "random", "wanda", or a callable '
             "(name, weight) -> bool tensor like weight."
         )
 
 
 @torch.no_grad()
-def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -> Tensor:
+def choose_mask(
+    mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern, squares: Tensor | None = None
+) -> Tensor:
     """The packed forward mask of a layer.
 
     Args:
@@ -196,6 +198,7 @@ def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -
         name: the layer's name.
         weight: (d_out, d_in), or (stack, d_out, d_in).
         pattern: N:M.
+        squares: for "wanda", the sum of each input's squares, (d_in,) or (stack, d_in).
 
     Raises:
         MaskError: a callable's mask has the wrong type or shape, or isn't N:M.
@@ -203,6 +206,12 @@ def choose_mask(mask: MaskChoice, name: str, weight: Tensor, pattern: Pattern) -
     flat = weight.reshape(-1, weight.shape[-1])
     if mask == "magnitude":
         return ops.magnitude_mask(flat, pattern.n, pattern.m)
+    if mask == "wanda":
+        # |W_ij| |X_j|, with the norm of each input over the calibration tokens (Wanda, arXiv
+        # 2306.11695). The paper compares within a row, which N:M groups do anyway.
+        assert squares is not None
+        scores = weight.abs().float() * squares.sqrt().unsqueeze(-2)
+        return ops.magnitude_mask(scores.view(flat.shape), pattern.n, pattern.m)
     if mask == "random":
         # The top N of independent draws: each choice of N places is as likely as another.
         scores = torch.rand(flat.shape, device=weight.device)

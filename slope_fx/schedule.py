@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from slope_fx.compiler import sparse_weights
+from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import IgnoredArgumentWarning, ScheduleError, ScheduleWarning
 from slope_fx.weights import whole
 
@@ -25,8 +25,9 @@ class Schedule:
         model: what :func:`slope_fx.compile` returned.
         total_steps: optimizer steps of the whole run.
         adapter_start: the fraction of them after which the adapters take part, in
-            [0, 1]; the paper's is 0.99, 1 means never. At least the last step has them
-            otherwise. Without adapters it has no effect.
+            [0, 1]; 1 means never, and at least the last step has them otherwise. None: the
+            paper's 0.99, or 0 for adapters that ``adapter_init`` made of what was pruned.
+            Without adapters it has no effect.
         backward_mask_interval: optimizer steps between refreshes of the backward mask;
             None keeps the first one.
 
@@ -39,19 +40,26 @@ class Schedule:
         self,
         model: nn.Module,
         total_steps: int,
-        adapter_start: float = _DEFAULT_START,
+        adapter_start: float | None = None,
         backward_mask_interval: int | None = 100,
     ) -> None:
         _check_count("total_steps", total_steps)
         if backward_mask_interval is not None:
             _check_count("backward_mask_interval", backward_mask_interval, "; None for never")
+        self._weights = list(sparse_weights(model).values())
+        self._has_adapters = any(weight.rank for weight in self._weights)
+        if adapter_start is None:
+            # Adapters that hold what was pruned are part of the model that training starts from.
+            at_work = compilation_of(model).adapter_init != "zero"
+            adapter_start = 0.0 if at_work else _DEFAULT_START
+            usual = True
+        else:
+            usual = adapter_start == _DEFAULT_START
         if not _is_number(adapter_start) or not 0 <= adapter_start <= 1:
             raise ScheduleError(
                 f"adapter_start={adapter_start!r}; allowed is a fraction of total_steps from 0 "
                 "(adapters from the first step) to 1 (never)."
             )
-        self._weights = list(sparse_weights(model).values())
-        self._has_adapters = any(weight.rank for weight in self._weights)
         self.total_steps = total_steps
         self.backward_mask_interval = backward_mask_interval
         # The slack keeps 0.99 * 100 from being 98.99999.
@@ -59,7 +67,7 @@ class Schedule:
         self.last_step = 0
         self._resumed = False
         self._logged: Phase | None = None
-        if not self._has_adapters and adapter_start != _DEFAULT_START:
+        if not usual and not self._has_adapters:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
                 "adapters. Pass adapter_rank to slope_fx.compile to have them.",

@@ -48,7 +48,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         ExampleInputsError: the inputs don't fit the model's forward.
     """
     given = example_inputs is not None
-    inputs = _split(example_inputs) if given else _transformers_inputs(model)
+    inputs = split_inputs(example_inputs) if given else _transformers_inputs(model)
     if inputs is None:
         return Trace(_roles_by_type(model), "no example_inputs were given")
     args, kwargs = inputs
@@ -94,7 +94,14 @@ def _conv1d() -> tuple[type[nn.Module], ...]:
     return () if utilities is None else (utilities.Conv1D,)
 
 
-def _split(given: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def split_inputs(
+    given: ExampleInputs, argument: str = "example_inputs"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: positional and keyword arguments.
+
+    Raises:
+        ExampleInputsError: ``given`` is none of the allowed forms.
+    """
     if isinstance(given, Tensor):
         return (given,), {}
     if isinstance(given, Mapping):
@@ -104,7 +111,7 @@ def _split(given: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return given[0], dict(given[1])
         return tuple(given), {}
     raise ExampleInputsError(
-        f"example_inputs is a {type(given).__name__}; allowed are a tensor, a sequence of "
+        f"{argument} is a {type(given).__name__}; allowed are a tensor, a sequence of "
         "arguments, a mapping of keyword arguments, or the pair (arguments, keyword arguments)."
     )
 

@@ -3,6 +3,7 @@
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,29 @@ OnFallback = Literal["warn", "error", "ignore"]
 
 # To tell, from a tensor met in a compiled graph, which layer it belongs to.
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors that a layer's dense weight is replaced by.
+
+    Attributes:
+        values: (stack * d_out, d_in * N / M), any floating dtype.
+        forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
+        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)); None to choose it from the
+            values.
+        lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None for no adapter.
+        scale: what the adapter's product is multiplied by, alpha / r.
+        adapter_active: whether the adapter takes part from the start.
+    """
+
+    values: Tensor
+    forward_bits: Tensor
+    backward_bits: Tensor | None = None
+    lora_A: Tensor | None = None  # noqa: N815
+    lora_B: Tensor | None = None  # noqa: N815
+    scale: float = 0.0
+    adapter_active: bool = False
 
 
 class SparseWeight(nn.Module):
@@ -54,11 +78,9 @@ class SparseWeight(nn.Module):
         pattern: Pattern,
         owner: nn.Module,
         attribute: str,
-        values: Tensor,
-        forward_bits: Tensor,
+        parts: Parts,
         *,
         layout: Layout,
-        rank: int | None,
         on_fallback: OnFallback,
     ) -> None:
         super().__init__()
@@ -69,19 +91,18 @@ class SparseWeight(nn.Module):
         self.on_fallback = on_fallback
         self.expanded_because: str | None = None
         self._expanded_hint: str | None = None
-        self.adapter_active = False
+        self.adapter_active = parts.adapter_active
         # In a tuple, so that the layer doesn't become a submodule of its own submodule.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
-        backward_bits = ops.backward_mask(values, forward_bits, self.n, self.m)
-        self.forward_bits = nn.Parameter(forward_bits, requires_grad=False)
+        backward_bits = parts.backward_bits
+        if backward_bits is None:
+            backward_bits = ops.backward_mask(parts.values, parts.forward_bits, self.n, self.m)
+        self.forward_bits = nn.Parameter(parts.forward_bits, requires_grad=False)
         self.backward_bits = nn.Parameter(backward_bits, requires_grad=False)
-        if rank is None:
-            self.lora_A = self.lora_B = None
-        else:
-            self.lora_A = nn.Parameter(values.new_empty(self.stack * rank, self.d_in).normal_())
-            self.lora_B = nn.Parameter(values.new_zeros(self.stack * self.d_out, rank))
-        self.scale = 0.0 if rank is None else 1.0 / rank  # alpha / r, with alpha = 1
+        self.lora_A = None if parts.lora_A is None else nn.Parameter(parts.lora_A)
+        self.lora_B = None if parts.lora_B is None else nn.Parameter(parts.lora_B)
+        self.scale = parts.scale
         _alive.add(self)
 
     @property
@@ -221,18 +242,12 @@ class SparseWeight(nn.Module):
         """What is wrong with masks about to be loaded, or "". Missing ones are torch's to tell."""
         if not isinstance(forward, Tensor) or forward.shape != self.forward_bits.shape:
             return ""
-        forward = whole(forward.detach()).to(torch.uint8)
-        problem = mask_problem(unpack(forward, self.d_in), self.pattern)
-        if problem:
-            return f"forward_bits: {problem}"
         if not isinstance(backward, Tensor) or backward.shape != self.backward_bits.shape:
-            return ""
-        kept = unpack(whole(backward.detach()).to(torch.uint8), self.d_in * self.n // self.m)
-        both = ops.expand(kept.to(torch.uint8), forward, forward, self.n, self.m)
-        columns = both.t().reshape(self.d_in, -1, self.m).sum(-1)
-        if (columns > self.n).any():
-            return f"backward_bits: the mask keeps more than {self.n} of {self.m} outputs"
-        return ""
+            backward = None
+        else:
+            backward = whole(backward.detach()).to(torch.uint8)
+        forward = whole(forward.detach()).to(torch.uint8)
+        return packed_masks_problem(forward, backward, self.d_in, self.pattern)
 
 
 def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
@@ -285,4 +300,30 @@ def mask_problem(mask: Tensor, pattern: Pattern) -> str:
     )
 
 
-__all__ = ["OnFallback", "SparseWeight", "find_alive", "mask_problem", "sparse_name", "values_name"]
+def packed_masks_problem(
+    forward: Tensor, backward: Tensor | None, d_in: int, pattern: Pattern
+) -> str:
+    """What keeps packed masks, shaped as in :class:`SparseWeight`, from being N:M, or ""."""
+    problem = mask_problem(unpack(forward, d_in), pattern)
+    if problem:
+        return f"forward_bits: {problem}"
+    if backward is None:
+        return ""
+    kept = unpack(backward, d_in * pattern.n // pattern.m)
+    both = ops.expand(kept.to(torch.uint8), forward, forward, pattern.n, pattern.m)
+    columns = both.t().reshape(d_in, -1, pattern.m).sum(-1)
+    if (columns > pattern.n).any():
+        return f"backward_bits: the mask keeps more than {pattern.n} of {pattern.m} outputs"
+    return ""
+
+
+__all__ = [
+    "OnFallback",
+    "Parts",
+    "SparseWeight",
+    "find_alive",
+    "mask_problem",
+    "packed_masks_problem",
+    "sparse_name",
+    "values_name",
+]

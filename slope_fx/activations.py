@@ -1,0 +1,179 @@
+"""What the inputs of each linear look like over a few calibration batches."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from slope_fx.backend import compiled_call
+from slope_fx.errors import CalibrationError
+from slope_fx.passes.observe_linears import Observer, observe_linears
+from slope_fx.plan import LinearPlan
+from slope_fx.regions import choose_regions
+from slope_fx.trace import ExampleInputs, split_inputs
+
+Calibration = Iterable[ExampleInputs] | None
+
+
+@dataclass
+class Activations:
+    """Sums over the inputs of one linear, or of each of a stack.
+
+    Attributes:
+        rows: tokens summed over, (stack,).
+        squares: of each input's elements, (stack, d_in), fp32.
+        gram: sum of x x^T, (stack, d_in, d_in), fp32; None unless it was asked for.
+    """
+
+    rows: Tensor
+    squares: Tensor
+    gram: Tensor | None
+
+
+def needs_calibration(mask: object, adapter_init: object) -> str:
+    """Which argument of ``compile`` needs calibration inputs; "" if none does."""
+    if mask == "wanda":
+        return 'mask="wanda"'
+    return 'adapter_init="eora"' if adapter_init == "eora" else ""
+
+
+@torch.no_grad()
+def observe(
+    model: nn.Module, plans: Sequence[LinearPlan], calibration: Calibration, *, grams: bool
+) -> dict[str, Activations]:
+    """Run ``model``, dense as it still is, on each batch and sum up what its linears read.
+
+    Dynamo traces the model; where it finds one of the weights in a linear, however that is
+    written, the linear's input is summed up beside it. The model runs evaluated, without
+    gradients, and is left as it was.
+
+    Args:
+        model: not changed, nor is its mode; what its forward keeps of its inputs changes.
+        plans: of the linears to look at.
+        calibration: the batches, each as ``example_inputs`` of ``compile``.
+        grams: whether to sum x x^T too, d_in * d_in floats a linear.
+
+    Returns:
+        The sums by the layer's name.
+
+    Raises:
+        CalibrationError: there is no batch, one doesn't run or gives no finite numbers, or a
+            linear was never reached.
+    """
+    parameters = dict(model.named_parameters())
+    sums: dict[int, Activations] = {}
+    heights: dict[int, int] = {}
+    for plan in plans:
+        parameter, layout = parameters[plan.parameter_name], plan.layout
+        assert layout is not None
+        stack, d_in, device = layout.stack, layout.d_in, parameter.device
+        heights[id(parameter)] = layout.d_out
+        sums[id(parameter)] = Activations(
+            torch.zeros(stack, dtype=torch.int64, device=device),
+            torch.zeros(stack, d_in, device=device, dtype=torch.float32),
+            torch.zeros(stack, d_in, d_in, device=device, dtype=torch.float32) if grams else None,
+        )
+
+    def add(x: Tensor, parameter: Tensor, first_row: int, offsets: Tensor | None) -> None:
+        found = sums.get(id(parameter))
+        if found is not None:
+            _add(found, x.detach(), first_row // heights[id(parameter)], offsets)
+
+    batches = _run(model, plans, calibration, add)
+    if not batches:
+        raise CalibrationError(
+            "calibration has no batch. Pass a few, each as you would call the model with, such "
+            "as [ids, ids]."
+        )
+    result = {plan.name: sums[id(parameters[plan.parameter_name])] for plan in plans}
+    for name, found in result.items():
+        if not found.rows.all():
+            raise CalibrationError(
+                f"calibration reached no input of {name}"
+                + (f", matrix {int((found.rows == 0).nonzero()[0])}" if len(found.rows) > 1 else "")
+                + ". Pass more batches, or keep it dense: sparsity={..., that name: None}. If the "
+                "model calls it, see TORCH_LOGS=graph_breaks,recompiles for why it wasn't traced."
+            )
+        if not found.squares.isfinite().all():
+            raise CalibrationError(f"calibration gave {name} inputs that are NaN or inf.")
+    return result
+
+
+def _run(
+    model: nn.Module,
+    plans: Sequence[LinearPlan],
+    calibration: Calibration,
+    observer: Observer,
+) -> int:
+    """Run the batches through the model, its regions compiled to be observed."""
+    scopes = [scope for plan in plans for scope in plan.scopes]
+    batches = 0
+    with ExitStack() as undo:
+        undo.callback(_observers.remove, observer)
+        _observers.append(observer)
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+            module.training = False
+        for path in choose_regions(model, "auto", scopes):
+            region = model.get_submodule(path)
+            undo.callback(setattr, region, "_compiled_call_impl", region._compiled_call_impl)
+            region._compiled_call_impl = compiled_call(region, _observing_backend)
+        for batch in calibration or ():
+            args, kwargs = split_inputs(batch, f"calibration's batch {batches}")
+            if hasattr(model, "config") and hasattr(model.config, "use_cache"):
+                kwargs.setdefault("use_cache", False)  # each block has its own place in a cache
+            try:
+                model(*args, **kwargs)
+            except Exception as error:
+                message = (str(error).strip().splitlines() or ["no message"])[0]
+                raise CalibrationError(
+                    f"calibration: the model fails on batch {batches} with "
+                    f"{type(error).__name__}: {message} Each batch is what you would call the "
+                    "model with, on its device: a tensor, a sequence of arguments, a mapping of "
+                    "keyword arguments, or (arguments, keyword arguments)."
+                ) from error
+            batches += 1
+    return batches
+
+
+# One backend and one function for the whole process: Dynamo keeps what it compiled by the identity
+# of the backend, and no more than some graphs for a function's code.
+_observers: list[Observer] = []
+
+
+def _observing_backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+    observe_linears(gm, _tell)
+    return gm.forward
+
+
+def _tell(x: Tensor, parameter: Tensor, first_row: int, offsets: Tensor | None) -> None:
+    _observers[-1](x, parameter, first_row, offsets)
+
+
+def _add(sums: Activations, x: Tensor, first: int, offsets: Tensor | None) -> None:
+    """Add the inputs of one call.
+
+    Args:
+        sums: of the weight.
+        x: (..., d_in) for one matrix; (groups, rows, d_in) for a stack of them; (rows, d_in) with
+            ``offsets`` for a grouped product.
+        first: the first of the stack's matrices that the call uses.
+        offsets: where each group ends among the rows of x.
+    """
+    if offsets is not None:
+        ends = [0, *offsets.tolist()]
+        parts = [x[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    elif len(sums.rows) > 1 and x.dim() == 3:
+        parts = list(x)
+    else:
+        parts = [x.reshape(-1, x.shape[-1])]
+    for i, part in enumerate(parts, first):
+        part = part.float()
+        sums.rows[i] += len(part)
+        sums.squares[i] += part.square().sum(0)
+        if sums.gram is not None:
+            sums.gram[i].addmm_(part.t(), part)
