@@ -6,16 +6,29 @@ learning-rate scheduler, and everything else stays as it was.
 
 from slope_fx import debug, ops
 from slope_fx.backend import rewriting_backend
+from slope_fx.checkpoints import (
+    CheckpointReport,
+    describe_checkpoint,
+    load_pretrained,
+    load_training,
+    save_pretrained,
+    verify,
+)
 from slope_fx.compiler import compile, sparse_weights, weights_changed
+from slope_fx.densify import densify, export_peft
 from slope_fx.errors import (
+    AdapterInitError,
     AdapterRankError,
     AlreadyCompiledError,
     ArgumentError,
+    CalibrationError,
+    CheckpointError,
     EngineError,
     EngineWarning,
     ExampleInputsError,
     ExpandedWeightError,
     ExpandedWeightWarning,
+    ExportError,
     IgnoredArgumentWarning,
     MaskError,
     NoEligibleLinearError,
@@ -31,20 +44,25 @@ from slope_fx.errors import (
 from slope_fx.explain import Explanation, LinearReport, ProductReport, explain
 from slope_fx.patterns import Pattern
 from slope_fx.schedule import Schedule
+from slope_fx.version import __version__
 from slope_fx.weights import SparseWeight
 
-__version__ = "0.1.0"
 
 __all__ = [
+    "AdapterInitError",
     "AdapterRankError",
     "AlreadyCompiledError",
     "ArgumentError",
+    "CalibrationError",
+    "CheckpointError",
+    "CheckpointReport",
     "EngineError",
     "EngineWarning",
     "ExampleInputsError",
     "ExpandedWeightError",
     "ExpandedWeightWarning",
     "Explanation",
+    "ExportError",
     "IgnoredArgumentWarning",
     "LinearReport",
     "MaskError",
@@ -61,11 +79,19 @@ __all__ = [
     "SparseWeight",
     "StaleOptimizerWarning",
     "UntracedModelWarning",
+    "__version__",
     "compile",
     "debug",
+    "densify",
+    "describe_checkpoint",
     "explain",
+    "export_peft",
+    "load_pretrained",
+    "load_training",
     "ops",
     "rewriting_backend",
+    "save_pretrained",
     "sparse_weights",
+    "verify",
     "weights_changed",
 ]

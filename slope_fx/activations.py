@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ def _add(sums: Activations, x: Tensor, first: int, offsets: Tensor | None) -> No
     """
     if offsets is not None:
         ends = [0, *offsets.tolist()]
-        parts = [x[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [x[a:b] for a, b in pairwise(ends)]
     elif len(sums.rows) > 1 and x.dim() == 3:
         parts = list(x)
     else:

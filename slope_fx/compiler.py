@@ -75,6 +75,47 @@ class Compilation:
     adapter_init: str = "zero"
 
 
+@dataclass(frozen=True)
+class CompileOptions:
+    """How a model is compiled, as ``compile`` and ``load_pretrained`` take it."""
+
+    backend: str | BackendFunction | None
+    mode: str | None
+    options: Mapping[str, Any] | None
+    dynamic: bool | None
+    fullgraph: bool
+    region: Region
+    engine: str
+    passes: Sequence[Any]
+    disable_passes: Sequence[str]
+    enable_passes: Sequence[str]
+    on_fallback: OnFallback
+
+    def settings(self) -> Settings | None:
+        """The backend's settings, checked; None if there is no backend.
+
+        Raises:
+            ArgumentError: one of them is not one of its allowed values.
+        """
+        check_choice("region", self.region, get_args(Region))
+        check_choice("on_fallback", self.on_fallback, get_args(OnFallback))
+        check_choice("dynamic", self.dynamic, (True, False, None))
+        check_choice("fullgraph", self.fullgraph, (True, False))
+        settings = make_settings(
+            "eager" if self.backend is None else self.backend, self.engine, self.mode,
+            self.options, self.passes, self.disable_passes, self.enable_passes,
+        )  # fmt: skip
+        if self.backend is not None:
+            return settings
+        _say_without_backend(
+            engine=(self.engine, AUTO), mode=(self.mode, None), options=(self.options, None),
+            dynamic=(self.dynamic, None), fullgraph=(self.fullgraph, False),
+            passes=(list(self.passes), []), disable_passes=(list(self.disable_passes), []),
+            enable_passes=(list(self.enable_passes), []),
+        )  # fmt: skip
+        return None
+
+
 def compile(
     model: Model,
     sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
@@ -159,29 +200,20 @@ def compile(
     rules = PatternRules(sparsity)
     adapter_rank = check_adapter_rank(adapter_rank)
     check_mask_choice(mask)
-    _check_choice("region", region, get_args(Region))
-    _check_choice("on_fallback", on_fallback, get_args(OnFallback))
-    _check_choice("skip_first", skip_first, (True, False))
-    _check_choice("skip_head", skip_head, (True, False))
+    check_choice("skip_first", skip_first, (True, False))
+    check_choice("skip_head", skip_head, (True, False))
     check_adapter_init(adapter_init, adapter_rank)
-    _check_model(model)
-    _check_choice("dynamic", dynamic, (True, False, None))
-    _check_choice("fullgraph", fullgraph, (True, False))
+    check_model(model)
     needed_for = needs_calibration(mask, adapter_init)
     if needed_for and calibration is None:
         raise CalibrationError(
             f"{needed_for} needs calibration=, a few batches of inputs such as [ids, ids]."
         )
-    settings = make_settings(
-        "eager" if backend is None else backend, engine, mode, options, passes, disable_passes,
-        enable_passes,
+    how = CompileOptions(
+        backend, mode, options, dynamic, fullgraph, region, engine, passes, disable_passes,
+        enable_passes, on_fallback,
     )  # fmt: skip
-    if backend is None:
-        _say_without_backend(
-            engine=(engine, AUTO), mode=(mode, None), options=(options, None),
-            dynamic=(dynamic, None), fullgraph=(fullgraph, False), passes=(list(passes), []),
-            disable_passes=(list(disable_passes), []), enable_passes=(list(enable_passes), []),
-        )  # fmt: skip
+    settings = how.settings()
 
     traced = trace(model, example_inputs)
     plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
@@ -219,16 +251,8 @@ def compile(
             values, bits, None, adapter.lora_A, adapter.lora_B, adapter.scale, adapter.active
         )
 
-    scopes = [scope for plan in sparse_plans for scope in plan.scopes]
-    record = Compilation(
-        tuple(plans),
-        traced.untraced_because,
-        None if backend is None else settings,
-        (("dynamic", dynamic), ("fullgraph", fullgraph)),
-        region,
-        tuple(choose_regions(model, region, scopes)) if backend is not None else (),
-        adapter_init if isinstance(adapter_init, str) else "callable",
-    )
+    begun = adapter_init if isinstance(adapter_init, str) else "callable"
+    record = make_record(model, plans, traced.untraced_because, how, settings, begun)
     with ExitStack() as undo:
         replaced = install(model, sparse_plans, make_parts, on_fallback, undo)
         attach(model, record, undo)
@@ -245,12 +269,40 @@ def compile(
     return model
 
 
+def make_record(
+    model: nn.Module,
+    plans: Sequence[LinearPlan],
+    untraced_because: str,
+    how: CompileOptions,
+    settings: Settings | None,
+    adapter_init: str,
+) -> Compilation:
+    """What is kept on a model, of which nothing is changed here."""
+    scopes = [scope for plan in plans if plan.pattern is not None for scope in plan.scopes]
+    return Compilation(
+        tuple(plans),
+        untraced_because,
+        settings,
+        (("dynamic", how.dynamic), ("fullgraph", how.fullgraph)),
+        how.region,
+        tuple(choose_regions(model, how.region, scopes)) if settings is not None else (),
+        adapter_init,
+    )
+
+
 def attach(model: nn.Module, record: Compilation, undo: ExitStack) -> None:
     """Make ``model``, whose weights are installed, one that carries ``record`` and is compiled."""
     undo.callback(restore, model, type(model), dict(model.__dict__))
     model.__dict__[_RECORD] = record
     set_kind(model, after_copy=_compile_regions)
     _compile_regions(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach` on a model whose weights are dense again."""
+    record: Compilation = model.__dict__.pop(_RECORD)
+    for path in {"", *record.regions}:
+        model.get_submodule(path)._compiled_call_impl = None
 
 
 def compilation_of(model: nn.Module) -> Compilation:
@@ -312,7 +364,7 @@ def _compile_regions(model: nn.Module) -> None:
         model._compiled_call_impl = in_blocks(model, whole)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` is one that can be compiled, and isn't compiled or wrapped yet."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
@@ -362,7 +414,7 @@ def _say_without_backend(**arguments: tuple[object, object]) -> None:
             )
 
 
-def _check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
+def check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ArgumentError(f"{argument}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
 

@@ -34,6 +34,10 @@ class CheckpointError(SlopeError, ValueError):
     """A checkpoint is not whole, not of this model, or can't be written."""
 
 
+class ExportError(SlopeError, ValueError):
+    """A model can't be written in another format."""
+
+
 class ArgumentError(SlopeError, ValueError):
     """Another argument of a public function is not one of its allowed values."""
 

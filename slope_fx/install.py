@@ -150,6 +150,31 @@ def install(
     return replaced
 
 
+def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> None:
+    """Give every layer a dense weight again, in place of its values, masks and adapter.
+
+    Args:
+        model: changed in place.
+        dense_of: the weight as the layer's own parameter was shaped.
+    """
+    made: dict[SparseWeight, nn.Parameter] = {}
+    for module in list(model.modules()):
+        kind = getattr(type(module), "_slope_kind", None)
+        if kind is None:
+            continue
+        for attribute in kind.attributes:
+            sparse = module._modules[sparse_name(attribute)]
+            values = module._parameters[values_name(attribute)]
+            assert isinstance(sparse, SparseWeight)
+            assert values is not None
+            if sparse not in made:
+                made[sparse] = nn.Parameter(dense_of(sparse), requires_grad=values.requires_grad)
+            del module._modules[sparse_name(attribute)], module._parameters[values_name(attribute)]
+            # Ahead of the bias, where torch's own layers have it.
+            module.__dict__["_parameters"] = {attribute: made[sparse], **module._parameters}
+        module.__class__ = kind.base
+
+
 def restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
     """Give ``module`` back a class and a ``__dict__`` that it had."""
     module.__class__ = cls

@@ -1,0 +1,179 @@
+"""The rest of a training run beside the weights: optimizers, schedules, random states.
+
+State dicts are trees of mappings, lists, numbers and tensors. The tensors go into
+``training.safetensors``, the tree with their names in their places into ``training.json``; so
+nothing is unpickled when it is read.
+"""
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slope_fx.checkpoints.manifest import check_files, read_manifest
+from slope_fx.errors import CheckpointError
+from slope_fx.weights import whole
+
+TREE, TENSORS = "training.json", "training.safetensors"
+_RANDOM = "random_states"
+
+
+def write_training(folder: Path, training: Mapping[str, Any]) -> None:
+    """Write ``training`` and the random states into ``folder``.
+
+    Raises:
+        CheckpointError: something in it can't be stored without pickle.
+    """
+    if not isinstance(training, Mapping) or not all(isinstance(k, str) for k in training):
+        raise CheckpointError(
+            "training must map names to what has a state_dict, or to plain data, such as "
+            '{"optimizer": optimizer, "schedule": schedule, "step": step}.'
+        )
+    if _RANDOM in training:
+        raise CheckpointError(f"training has {_RANDOM!r}, which is kept by itself.")
+    tensors: dict[str, Tensor] = {}
+    states = {name: _state_of(part) for name, part in training.items()}
+    tree = {name: _encode(state, name, tensors) for name, state in states.items()}
+    tree[_RANDOM] = _encode(_random_states(), _RANDOM, tensors)
+    (folder / TREE).write_text(json.dumps(tree))
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+
+
+def load_training(
+    path: str | os.PathLike[str],
+    training: Mapping[str, Any] | None = None,
+    *,
+    random_states: bool = True,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Put a run's optimizers, schedules and random states back as ``save_pretrained`` found them.
+
+    Args:
+        path: the checkpoint.
+        training: by the names that they were saved under, the objects to load: each has a
+            ``load_state_dict``. Make them as for a new run, over the loaded model.
+        random_states: whether to set those of torch, Python and NumPy too. The run goes on
+            exactly where it was if this is the last thing before the loop.
+        verify: check the files' hashes.
+
+    Returns:
+        All else that was saved, by name: plain data, and state dicts of what isn't in
+        ``training``.
+
+    Raises:
+        CheckpointError: the checkpoint has no such state, isn't whole, or ``training`` names
+            something that wasn't saved.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if TREE not in manifest.files:
+        raise CheckpointError(
+            f"{folder} has no training state: it was saved without training=. Only the model can "
+            "be loaded from it."
+        )
+    check_files(folder, manifest, hashes=verify)
+    tree = json.loads((folder / TREE).read_text())
+    tensors = load_file(folder / TENSORS)
+    states = {name: _decode(node, tensors) for name, node in tree.items()}
+    randoms = states.pop(_RANDOM)
+    for name, part in (training or {}).items():
+        if name not in states:
+            raise CheckpointError(
+                f"training has {name!r}, but {folder} was saved with {sorted(states)}."
+            )
+        if not hasattr(part, "load_state_dict"):
+            raise CheckpointError(
+                f"training[{name!r}] is a {type(part).__name__}, which has no load_state_dict. "
+                "Plain data need not be named: it is returned."
+            )
+        part.load_state_dict(states.pop(name))
+    if random_states:
+        _set_random_states(randoms)
+    return states
+
+
+def _state_of(part: Any) -> Any:
+    return part.state_dict() if hasattr(part, "state_dict") else part
+
+
+def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON, its tensors put into ``tensors`` under the name of their place."""
+    if isinstance(value, Tensor):
+        tensor = whole(value.detach()).cpu()
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise CheckpointError(
+                f"training: {where} is a {type(tensor).__name__}, a tensor of a kind that "
+                "safetensors can't hold. Keep that optimizer's state with torch.save."
+            )
+        tensors[where] = tensor.contiguous().clone()
+        return {"tensor": where}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        # Also numbers of NumPy and such, which JSON would refuse or change.
+        plain = type(value) in (type(None), bool, int, float, str)
+        return value if plain else _encode(value.__reduce__()[1][0], where, tensors)
+    if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return _encode(value.item(), where, tensors)
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, Mapping):
+        items = [[_key(k, where), _encode(v, f"{where}.{k}", tensors)] for k, v in value.items()]
+        return {"items": items}
+    raise CheckpointError(
+        f"training: {where} is a {type(value).__name__}, which can't be stored without pickle. "
+        "Allowed are numbers, strings, tensors, lists, tuples, mappings, and None."
+    )
+
+
+def _key(key: Any, where: str) -> Any:
+    if type(key) not in (str, int, float, bool):
+        raise CheckpointError(f"training: {where} has the key {key!r}; keys are str or numbers.")
+    return key
+
+
+def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, inner),) = node.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "items":
+        return {key: _decode(value, tensors) for key, value in inner}
+    decoded = [_decode(value, tensors) for value in inner]
+    return tuple(decoded) if kind == "tuple" else decoded
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = _numpy()
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        states["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
+    return states
+
+
+def _set_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    if "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+    numpy = _numpy()
+    if "numpy" in states and numpy is not None:
+        name, keys, *rest = states["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
