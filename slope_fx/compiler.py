@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -318,6 +319,18 @@ def compilation_of(model: nn.Module) -> Compilation:
             "Pass the object that compile returned, not a part or a wrapper of it."
         )
     return record
+
+
+def compiled_models(module: nn.Module) -> list[nn.Module]:
+    """The compiled models in ``module``, itself included."""
+    return [m for m in module.modules() if isinstance(m.__dict__.get(_RECORD), Compilation)]
+
+
+def sparsity_of(module: nn.Module) -> float:
+    """The fraction of the weights of all linears of its compiled models that is zero."""
+    plans = [plan for model in compiled_models(module) for plan in compilation_of(model).plans]
+    sizes = [(math.prod(p.shape), p.pattern.density if p.pattern else 1.0) for p in plans]
+    return 1 - sum(size * kept for size, kept in sizes) / sum(size for size, _ in sizes)
 
 
 def sparse_weights_of(model: nn.Module) -> dict[str, SparseWeight]:

@@ -38,6 +38,7 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         "_slope_kind": kind,
         "__reduce_ex__": _reduce,
         "requires_grad_": _requires_grad,
+        "_load_from_state_dict": _load_from_state_dict,
         **{attribute: _weight_property(attribute) for attribute in kind.attributes},
     }
     if kind.after_copy is not None:
@@ -67,6 +68,32 @@ def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(requires_grad)
     return module
+
+
+def _load_from_state_dict(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    # With strict=False, as the Trainer has it, torch would pass over a dense weight in silence.
+    kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
+    for attribute in kind.attributes:
+        if f"{prefix}{attribute}" in state_dict and f"{prefix}{values_name(attribute)}" not in (
+            state_dict
+        ):
+            error_msgs.append(
+                f"{prefix}{attribute} is the weight of a dense model, where this one has "
+                f"{prefix}{values_name(attribute)}. Load dense weights before slope_fx.compile."
+            )
+    kind.base._load_from_state_dict(
+        module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+        error_msgs,
+    )  # fmt: skip
 
 
 def _blank(*kind: Any) -> nn.Module:

@@ -1,0 +1,92 @@
+"""For the Trainer of Lightning."""
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any
+
+from slope_fx.compiler import compiled_models, sparsity_of
+from slope_fx.errors import ArgumentError, NotCompiledError
+from slope_fx.schedule import Schedule
+
+# The same library has two names, and a Trainer of one wants callbacks of the same.
+if TYPE_CHECKING:
+    Callback = object
+elif "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import Callback
+else:
+    from lightning.pytorch import Callback
+
+
+class SlopeCallback(Callback):
+    """Drives SLoPe's phases from Lightning: ``Trainer(..., callbacks=[SlopeCallback()])``.
+
+    It makes a :class:`slope_fx.Schedule` for each compiled model in the LightningModule, of the
+    Trainer's own number of optimizer steps, steps it after the optimizer, logs
+    ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the fraction of all linear weights
+    that is zero) where the Trainer has a logger, and is saved and restored with its checkpoints.
+
+    Args:
+        adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
+
+    Raises:
+        NotCompiledError: when training begins and nothing in the module is compiled by slope_fx.
+        ArgumentError: when the number of steps isn't known, or there are several optimizers.
+        ScheduleError: when a run is resumed that had another schedule.
+    """
+
+    def __init__(
+        self, adapter_start: float | None = None, backward_mask_interval: int | None = 100
+    ) -> None:
+        super().__init__()
+        self.adapter_start = adapter_start
+        self.backward_mask_interval = backward_mask_interval
+        self.schedules: list[Schedule] = []
+        self._saved: list[dict[str, Any]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning keeps in its checkpoint."""
+        return {"schedules": [schedule.state_dict() for schedule in self.schedules]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called before training begins; the Schedules are made then."""
+        self._saved = state_dict["schedules"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Make the Schedules, at the step that the run is at."""
+        models = compiled_models(pl_module)
+        if not models:
+            raise NotCompiledError(
+                f"{type(pl_module).__name__} holds no model that slope_fx.compile has been called "
+                "on. Compile the model in it, in __init__ or configure_model."
+            )
+        if len(trainer.optimizers) > 1:
+            raise ArgumentError(
+                f"there are {len(trainer.optimizers)} optimizers, of which Lightning counts every "
+                "step. Step a slope_fx.Schedule yourself, after the optimizer of the model."
+            )
+        total = trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ArgumentError(
+                "the Trainer has no end, so there is no last hundredth of the steps. Set its "
+                "max_steps or max_epochs."
+            )
+        self.schedules = [
+            Schedule(model, int(total), self.adapter_start, self.backward_mask_interval)
+            for model in models
+        ]
+        if self._saved is not None:
+            for schedule, saved in zip(self.schedules, self._saved, strict=True):
+                schedule.load_state_dict(saved)
+            self._saved = None
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Step the Schedules if the optimizer made a step."""
+        for schedule in self.schedules:
+            if schedule.last_step < trainer.global_step:
+                schedule.step()
+        if trainer.logger is not None and self.schedules:
+            adapters = max(schedule.phase == "adapter" for schedule in self.schedules)
+            pl_module.log("slope/adapter_phase", float(adapters))
+            pl_module.log("slope/sparsity", sparsity_of(pl_module))

@@ -1,0 +1,127 @@
+"""For the Trainer of transformers."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from slope_fx.checkpoints import describe_checkpoint
+from slope_fx.compiler import sparsity_of
+from slope_fx.errors import ArgumentError, IgnoredArgumentWarning, ScheduleError
+from slope_fx.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Drives SLoPe's phases from the Trainer: ``Trainer(model, ..., callbacks=[SlopeCallback()])``.
+
+    It makes a :class:`slope_fx.Schedule` of the Trainer's own number of steps, steps it after the
+    optimizer, puts ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the fraction of all
+    linear weights that is zero) into the training logs, makes each ``checkpoint-N`` one that
+    ``slope_fx.load_pretrained`` reads, and goes on in the right phase after
+    ``resume_from_checkpoint``.
+
+    Args:
+        adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
+
+    Raises:
+        ArgumentError: when the Trainer is made with ``torch_compile=True``.
+        NotCompiledError: when training begins with a model that isn't compiled by slope_fx.
+        ScheduleError: when a run is resumed that had another schedule, or no SlopeCallback.
+    """
+
+    def __init__(
+        self, adapter_start: float | None = None, backward_mask_interval: int | None = 100
+    ) -> None:
+        self.adapter_start = adapter_start
+        self.backward_mask_interval = backward_mask_interval
+        self.schedule: Schedule | None = None
+        self._sparsity = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps in ``trainer_state.json``."""
+        arguments = {
+            "adapter_start": self.adapter_start,
+            "backward_mask_interval": self.backward_mask_interval,
+        }
+        saved = None if self.schedule is None else self.schedule.state_dict()
+        return {"args": arguments, "attributes": {"saved": saved}}
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse what would undo the compilation."""
+        if args.torch_compile:
+            raise ArgumentError(
+                "torch_compile=True would compile the model a second time, around the sparse "
+                "weights, which then run dense. Leave it out: slope_fx.compile has compiled the "
+                "model. What torch_compile_backend and torch_compile_mode say goes to its "
+                "backend= and mode=."
+            )
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Make the Schedule, at the step that the run is at."""
+        assert model is not None
+        self.schedule = Schedule(
+            model, state.max_steps, self.adapter_start, self.backward_mask_interval
+        )
+        self._sparsity = sparsity_of(model)
+        if state.global_step == 0:
+            return
+        stored = state.stateful_callbacks.get(type(self).__name__)
+        saved = stored["attributes"]["saved"] if isinstance(stored, dict) else None
+        if saved is None:
+            raise ScheduleError(
+                f"the run is resumed at step {state.global_step}, but its checkpoint was written "
+                "without a SlopeCallback, so the phase it was in isn't known."
+            )
+        self.schedule.load_state_dict(saved)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step the Schedule."""
+        assert self.schedule is not None
+        before = self.schedule.phase
+        self.schedule.step()
+        if self.schedule.phase != before:
+            log.info("step %d: the %s phase begins", self.schedule.last_step, self.schedule.phase)
+
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the phase and the sparsity to the logs of training."""
+        if self.schedule is None or logs is None or "loss" not in logs:
+            return
+        more = {
+            "slope/adapter_phase": float(self.schedule.phase == "adapter"),
+            "slope/sparsity": self._sparsity,
+        }
+        logs.update(more)
+        if state.log_history:
+            state.log_history[-1].update(more)
+
+    def on_save(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Describe the checkpoint that the Trainer wrote, so that slope_fx can load it alone."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not state.is_world_process_zero or model is None:
+            return
+        if not any(folder.glob("*.safetensors")):
+            warnings.warn(
+                f"{folder} has no safetensors file, so slope_fx.load_pretrained won't read it; "
+                "the Trainer can still resume from it.",
+                IgnoredArgumentWarning,
+                stacklevel=2,
+            )
+            return
+        describe_checkpoint(model, folder)
