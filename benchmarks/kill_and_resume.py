@@ -162,8 +162,10 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     args.out.write_text(json.dumps({"torch": str(torch.__version__), **result}, indent=1) + "\n")
-    print(f"{args.kills} kills, {result['kills_in_adapter_phase']} of them in the adapter phase: "
-          "the weights, the optimizer's state and the losses are the uninterrupted run's.")  # fmt: skip
+    print(
+        f"{args.kills} kills, {result['kills_in_adapter_phase']} of them in the adapter phase: "
+        "the weights, the optimizer's state and the losses are the uninterrupted run's."
+    )
 
 
 if __name__ == "__main__":

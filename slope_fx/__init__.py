@@ -4,7 +4,7 @@
 learning-rate scheduler, and everything else stays as it was.
 """
 
-from slope_fx import debug, ops
+from slope_fx import averaging, debug, ops
 from slope_fx.backend import rewriting_backend
 from slope_fx.checkpoints import (
     CheckpointReport,
@@ -43,10 +43,10 @@ from slope_fx.errors import (
 )
 from slope_fx.explain import Explanation, LinearReport, ProductReport, explain
 from slope_fx.patterns import Pattern
+from slope_fx.preview import preview
 from slope_fx.schedule import Schedule
 from slope_fx.version import __version__
 from slope_fx.weights import SparseWeight
-
 
 __all__ = [
     "AdapterInitError",
@@ -80,6 +80,7 @@ __all__ = [
     "StaleOptimizerWarning",
     "UntracedModelWarning",
     "__version__",
+    "averaging",
     "compile",
     "debug",
     "densify",
@@ -89,6 +90,7 @@ __all__ = [
     "load_pretrained",
     "load_training",
     "ops",
+    "preview",
     "rewriting_backend",
     "save_pretrained",
     "sparse_weights",

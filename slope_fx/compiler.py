@@ -381,6 +381,11 @@ def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` is one that can be compiled, and isn't compiled or wrapped yet."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    if any(c.__name__ == "LightningModule" for c in type(model).__mro__):
+        raise ArgumentError(
+            "model is a LightningModule, whose training_step Lightning calls past any compiled "
+            "forward. Compile the model in it: self.model = slope_fx.compile(self.model, ...)."
+        )
     already = list(sparse_weights_of(model))
     if already:
         raise AlreadyCompiledError(

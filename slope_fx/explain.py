@@ -1,6 +1,7 @@
 """``explain``: what became of every linear, and why."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,9 @@ from slope_fx.compiler import Compilation, compilation_of, sparse_weights
 from slope_fx.graphs import write_graphs
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import kept_bytes
+from slope_fx.kernels.packing import packed_width
 from slope_fx.passes import PassReport
+from slope_fx.patterns import Pattern
 from slope_fx.plan import LinearPlan
 from slope_fx.regions import may_cache
 from slope_fx.weights import SparseWeight
@@ -216,29 +219,60 @@ def _graphs(written: list[tuple[str, tuple[PassReport, ...]]], folder: Path) -> 
 
 def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
     if weight is None:
-        state = 2 * plan.bytes_dense + 8 * math.prod(plan.shape)
+        return report_linear(plan, None, 0)
+    values = weight.values
+    # The sizes as they are, whatever dtype the model was moved to.
+    return report_linear(
+        plan,
+        weight.rank,
+        values.element_size(),
+        products=_products(weight, plan.rows),
+        reason=weight.expanded_because or "",
+        operand_bytes=kept_bytes(values),
+    )
+
+
+def report_linear(
+    plan: LinearPlan,
+    rank: int | None,
+    size: int,
+    *,
+    products: tuple[ProductReport, ...] = (),
+    reason: str = "",
+    operand_bytes: int = 0,
+) -> LinearReport:
+    """The report on one linear, of which all but this follows from its plan.
+
+    Args:
+        plan: its fate; dense if it has no pattern.
+        rank: of its adapter, or None.
+        size: bytes of an element of a sparse weight.
+        products, reason, operand_bytes: as in :class:`LinearReport`, for a sparse one.
+    """
+    count = math.prod(plan.shape)
+    if plan.pattern is None or plan.layout is None:
+        state = 2 * plan.bytes_dense + 8 * count
         return LinearReport(
             plan.name, "dense", plan.shape, None, (), None, plan.reason,
             plan.bytes_dense, plan.bytes_dense, state, state,
         )  # fmt: skip
-    values = weight.values
-    trained = [p for p in (values, weight.lora_A, weight.lora_B) if p is not None]
-    frozen = [weight.forward_bits, weight.backward_bits]
-    size = values.element_size()
-    dense = math.prod(plan.shape)
+    layout, pattern = plan.layout, plan.pattern
+    rows, kept = layout.stack * layout.d_out, layout.d_in * pattern.n // pattern.m
+    masks = rows * (packed_width(layout.d_in) + packed_width(kept))
+    trained = rows * kept + (rank or 0) * (rows + layout.stack * layout.d_in)
     return LinearReport(
         name=plan.name,
         kind="sparse",
         shape=plan.shape,
-        pattern=str(weight.pattern),
-        products=_products(weight, plan.rows),
-        rank=weight.rank,
-        reason=weight.expanded_because or "",
-        bytes_before=dense * size,
-        bytes_after=_bytes(trained) + _bytes(frozen),
-        state_before=dense * (2 * size + 8),
-        state_after=2 * _bytes(trained) + 8 * sum(p.numel() for p in trained) + _bytes(frozen),
-        operand_bytes=kept_bytes(values),
+        pattern=str(pattern),
+        products=products,
+        rank=rank,
+        reason=reason,
+        bytes_before=count * size,
+        bytes_after=trained * size + masks,
+        state_before=count * (2 * size + 8),
+        state_after=trained * (2 * size + 8) + masks,
+        operand_bytes=operand_bytes,
     )
 
 
@@ -252,8 +286,12 @@ _PRODUCTS = {
 def _products(weight: SparseWeight, rows: tuple[int, ...]) -> tuple[ProductReport, ...]:
     # A choice depends on the size and the pattern of a weight alone, so all that was chosen
     # for such weights is what was, or would be, chosen for this one.
-    size = (weight.d_in, weight.n, weight.m)
-    chosen = [choice for part in rows for choice in selection.choices(part, *size)]
+    return products_of([(part, weight.d_in) for part in rows], weight.pattern)
+
+
+def products_of(sizes: Iterable[tuple[int, int]], pattern: Pattern) -> tuple[ProductReport, ...]:
+    """What was chosen in this process for weights (d_out, d_in) of some sizes."""
+    chosen = [c for size in sizes for c in selection.choices(*size, pattern.n, pattern.m)]
     reports = (
         ProductReport(
             _PRODUCTS[problem.op],
@@ -299,10 +337,6 @@ def _engines(report: LinearReport) -> str:
             parts.append(f"{product.speedup:.2f}x")
         last = product.engine
     return " ".join(parts)
-
-
-def _bytes(tensors: list[nn.Parameter]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _size(count: int) -> str:

@@ -48,6 +48,13 @@ class Parts:
     adapter_active: bool = False
 
 
+class Origin:
+    """What a weight and its copies have in common: averages of a model are such copies."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
+        return self
+
+
 class SparseWeight(nn.Module):
     """What ``compile`` puts beside a layer's ``weight_values``.
 
@@ -67,6 +74,7 @@ class SparseWeight(nn.Module):
         lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None.
         adapter_active: whether the adapter takes part. Dynamo guards on it, so that a
             change recompiles; the :class:`~slope_fx.Schedule` sets it.
+        origin: the same in each deep copy of this weight, and in no other.
     """
 
     lora_A: nn.Parameter | None  # noqa: N815
@@ -92,6 +100,7 @@ class SparseWeight(nn.Module):
         self.expanded_because: str | None = None
         self._expanded_hint: str | None = None
         self.adapter_active = parts.adapter_active
+        self.origin = Origin()
         # In a tuple, so that the layer doesn't become a submodule of its own submodule.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
@@ -131,6 +140,11 @@ class SparseWeight(nn.Module):
         bits = unpack(self.backward_bits, self.d_in * self.n // self.m).to(torch.uint8)
         both = ops.expand(bits, self.forward_bits, self.backward_bits, self.n, self.m)
         return self._shaped(both.bool())
+
+    def masks_problem(self) -> str:
+        """What keeps its masks from being N:M, which nothing but a write to them can, or ""."""
+        forward, backward = whole(self.forward_bits), whole(self.backward_bits)
+        return packed_masks_problem(forward, backward, self.d_in, self.pattern)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
@@ -189,8 +203,9 @@ class SparseWeight(nn.Module):
         message = (
             f"{self.name}: {reason}, so it trains with its dense weight rebuilt: the loss is "
             "right, but the layer is slow and its input gradient is that of W^R, not of the "
-            "double-pruned W^{R,C}. Call the object that slope_fx.compile returned, and see "
-            "TORCH_LOGS=recompiles,graph_breaks for why Dynamo gave up, if it did."
+            "double-pruned W^{R,C}. Call the object that slope_fx.compile returned, without "
+            "another torch.compile around it (a trainer's torch_compile=True, dynamo_backend=), "
+            "and see TORCH_LOGS=recompiles,graph_breaks for why Dynamo gave up, if it did."
         )
         if self.on_fallback == "error":
             raise ExpandedWeightError(message)

@@ -106,7 +106,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
     trainer_of(compiled(), tmp_path, [slope, StopAt(2)]).train()
     with pytest.raises(slope_fx.ScheduleError, match="adapter_step"):
         trainer_of(compiled(), tmp_path, [SlopeCallback(0.9, 3)]).train(resume_from_checkpoint=True)
-    with pytest.raises(RuntimeError, match="exactly 2 of each 8|size mismatch"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         trainer_of(compiled(sparsity="2:8"), tmp_path).train(resume_from_checkpoint=True)
     state = tmp_path / "checkpoint-2" / "trainer_state.json"
     told = json.loads(state.read_text())

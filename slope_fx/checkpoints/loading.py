@@ -34,6 +34,7 @@ from slope_fx.weights import (
     values_name,
 )
 
+
 def load_pretrained(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
@@ -237,7 +238,11 @@ def _install(
 def _read_parts(plan: LinearPlan, manifest: Manifest, reader: _Reader) -> Parts:
     assert plan.pattern is not None
     assert plan.layout is not None
-    entry, layout, (n, m) = manifest.sparse[plan.name], plan.layout, (plan.pattern.n, plan.pattern.m)
+    entry, layout, (n, m) = (
+        manifest.sparse[plan.name],
+        plan.layout,
+        (plan.pattern.n, plan.pattern.m),
+    )
     path, _, attribute = plan.parameter_name.rpartition(".")
     prefix = f"{path}." if path else ""
     beside = f"{prefix}{sparse_name(attribute)}."

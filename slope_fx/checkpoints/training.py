@@ -99,7 +99,8 @@ def load_training(
 
 
 def _state_of(part: Any) -> Any:
-    return part.state_dict() if hasattr(part, "state_dict") else part
+    has_state = hasattr(part, "state_dict") and not isinstance(part, type)
+    return part.state_dict() if has_state else part
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:

@@ -4,8 +4,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from slope_fx.compiler import compiled_models, sparsity_of
-from slope_fx.errors import ArgumentError, NotCompiledError
+from slope_fx.compiler import compiled_models, sparse_weights, sparsity_of
+from slope_fx.errors import ArgumentError, MaskError, NotCompiledError
 from slope_fx.schedule import Schedule
 
 # The same library has two names, and a Trainer of one wants callbacks of the same.
@@ -29,6 +29,7 @@ class SlopeCallback(Callback):
         adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
 
     Raises:
+        MaskError: when training ends and another callback has averaged forward masks.
         NotCompiledError: when training begins and nothing in the module is compiled by slope_fx.
         ArgumentError: when the number of steps isn't known, or there are several optimizers.
         ScheduleError: when a run is resumed that had another schedule.
@@ -78,6 +79,22 @@ class SlopeCallback(Callback):
             for schedule, saved in zip(self.schedules, self._saved, strict=True):
                 schedule.load_state_dict(saved)
             self._saved = None
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Mend what an average of the weights that was put back has made of backward masks.
+
+        Lightning's StochasticWeightAveraging averages every parameter, masks too.
+        """
+        for model in compiled_models(pl_module):
+            for weight in sparse_weights(model).values():
+                problem = weight.masks_problem()
+                if problem.startswith("forward"):
+                    raise MaskError(
+                        f"{weight.name}: {problem}. Something averaged its masks, as a callback "
+                        "that averages weights may: use Lightning's WeightAveraging."
+                    )
+                if problem:
+                    weight.refresh_backward_mask()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -10,11 +10,28 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from slope_fx.checkpoints import describe_checkpoint
-from slope_fx.compiler import sparsity_of
+from slope_fx.compiler import sparse_weights, sparsity_of
 from slope_fx.errors import ArgumentError, IgnoredArgumentWarning, ScheduleError
 from slope_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)
+
+
+def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Refuse a low-rank optimizer that was given none of the sparse layers.
+
+    The Trainer picks its targets (GaLore's, APOLLO's) by the name "weight", which no sparse layer
+    has, and would train those with plain AdamW.
+    """
+    groups = [g for g in getattr(optimizer, "param_groups", ()) if g.get("rank") is not None]
+    values = {id(weight.values) for weight in sparse_weights(model).values()}
+    if groups and not any(id(p) in values for group in groups for p in group["params"]):
+        raise ArgumentError(
+            "optim_target_modules reaches none of the sparse layers: it looks for parameters named "
+            "weight, and theirs are named weight_values. Make the optimizer yourself, with "
+            "[w.values for w in slope_fx.sparse_weights(model).values()] as the low-rank group, "
+            "and pass it as Trainer(optimizers=(optimizer, None))."
+        )
 
 
 class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -30,7 +47,8 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
 
     Raises:
-        ArgumentError: when the Trainer is made with ``torch_compile=True``.
+        ArgumentError: when the Trainer is made with ``torch_compile=True``, or its
+            ``optim_target_modules`` miss every sparse layer.
         NotCompiledError: when training begins with a model that isn't compiled by slope_fx.
         ScheduleError: when a run is resumed that had another schedule, or no SlopeCallback.
     """
@@ -67,6 +85,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Make the Schedule, at the step that the run is at."""
         assert model is not None
+        _check_optimizer(model, kwargs.get("optimizer"))
         self.schedule = Schedule(
             model, state.max_steps, self.adapter_start, self.backward_mask_interval
         )

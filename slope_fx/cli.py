@@ -1,0 +1,190 @@
+"""The command ``slope-fx``: explain, convert, inspect."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from slope_fx.errors import SlopeError, SlopeWarning
+
+FAILED, MISUSED = 1, 2
+"""Exit codes: something of ours is wrong (a checkpoint, an argument's value); the command line is
+(argparse's own). 0 is success."""
+
+_EXPLAIN = """example:
+  slope-fx explain config.json --sparsity 2:4
+  slope-fx explain runs/gpt2/checkpoint --json
+  slope-fx explain config.json --sparsity '*.mlp.*=2:8' '*=2:4' --adapter-rank 16
+"""
+_CONVERT = """example:
+  slope-fx convert my-model my-model-2-4 --to sparse --sparsity 2:4     dense to sparse
+  slope-fx convert my-model-2-4 my-model-dense --to dense               and back
+  slope-fx convert my-model-2-4 my-adapter --to peft                    my-adapter, my-adapter-base
+  slope-fx convert my-adapter my-model-2-4 --to sparse                  and back
+"""
+_INSPECT = """example:
+  slope-fx inspect runs/gpt2/checkpoint
+  slope-fx inspect runs/gpt2/checkpoint --json && echo whole
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.simplefilter("always", SlopeWarning)
+            text, data = options.run(options)
+    except SlopeError as error:
+        if options.json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"slope-fx {options.command}: {error}", file=sys.stderr)
+        return FAILED
+    print(json.dumps(data, indent=1) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from slope_fx.version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="slope-fx",
+        description="Sparse pretraining with SLoPe: what it would do to a model, and its files.",
+        epilog="Exit codes: 0 success, 1 the model or checkpoint is wrong, 2 the command line is.",
+    )
+    parser.add_argument("--version", action="version", version=f"slope-fx {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str, examples: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        made.add_argument("--json", action="store_true", help="print JSON instead of text")
+        made.set_defaults(run=run)
+        return made
+
+    explain = command(
+        "explain", _explain,
+        "Tell what would become of every linear of a model, from its configuration alone.",
+        _EXPLAIN,
+    )  # fmt: skip
+    explain.add_argument(
+        "source", metavar="CONFIG_OR_CHECKPOINT",
+        help="a config.json, a folder with one, a hub name, or a sparse checkpoint",
+    )  # fmt: skip
+    _pattern_options(explain)
+    explain.add_argument(
+        "--tokens", type=int, default=1024, help="in a step, to measure for (default: %(default)s)"
+    )
+    explain.add_argument(
+        "--no-measure", action="store_true", help="don't time which layers gain on this machine"
+    )
+    explain.add_argument("--dtype", help="of the weights (default: the configuration's)")
+
+    convert = command(
+        "convert", _convert,
+        "Turn a dense model, a sparse checkpoint or a PEFT adapter into another of these.",
+        _CONVERT,
+    )  # fmt: skip
+    convert.add_argument("source", metavar="SOURCE", help="folder of a model, or a hub name")
+    convert.add_argument("target", metavar="TARGET", help="folder to write, new or empty")
+    convert.add_argument("--to", required=True, choices=("sparse", "dense", "peft"))
+    _pattern_options(convert)
+    convert.add_argument(
+        "--adapters", choices=("merge", "drop"), default="merge",
+        help="to dense: add the adapters to the weights, or leave them out (default: %(default)s)",
+    )  # fmt: skip
+    convert.add_argument(
+        "--adapter-init", choices=("zero", "svd"), default="zero",
+        help="to sparse, with --adapter-rank: what the adapters start from (default: %(default)s)",
+    )  # fmt: skip
+
+    inspect = command(
+        "inspect", _inspect,
+        "Verify a sparse checkpoint: hashes, tensors, masks, nothing missing or left over.",
+        _INSPECT,
+    )  # fmt: skip
+    inspect.add_argument("source", metavar="CHECKPOINT", help="a folder that save_pretrained wrote")
+    return parser
+
+
+def _pattern_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sparsity", nargs="+", default=["2:4"], metavar="N:M",
+        help="one pattern, or NAME=N:M for layers by name, the first match wins, NAME=dense "
+        "(default: 2:4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter-rank", type=_rank, metavar="R", help="a rank, or a fraction of a layer's width"
+    )
+
+
+def _explain(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from slope_fx.preview import preview
+
+    explanation = preview(
+        options.source, _sparsity(options.sparsity), adapter_rank=options.adapter_rank,
+        dtype=options.dtype, tokens=options.tokens, measure=not options.no_measure,
+    )  # fmt: skip
+    return str(explanation), explanation.to_dict()
+
+
+def _convert(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from slope_fx.convert import convert
+
+    written = convert(
+        options.source, options.target, options.to, sparsity=_sparsity(options.sparsity),
+        adapter_rank=options.adapter_rank, adapter_init=options.adapter_init,
+        adapters=options.adapters,
+    )  # fmt: skip
+    text = "\n".join(f"{kind}: {folder}" for kind, folder in written.items())
+    return text, {kind: str(folder) for kind, folder in written.items()}
+
+
+def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from slope_fx.checkpoints import verify
+
+    report = verify(options.source)
+    patterns = ", ".join(f"{count} {pattern}" for pattern, count in report.patterns.items())
+    lines = [
+        f"{report.path}: whole, {report.files} files, {report.bytes:,} bytes.",
+        f"{report.model_class}, written by slope_fx {report.version}: {report.tensors} tensors; "
+        f"linears: {patterns}, {report.dense} dense.",
+        f"Adapters on {report.adapters} layers, taking part in {report.adapters_active}."
+        if report.adapters
+        else "No adapters.",
+        "With the state of a training run." if report.training else "No training state.",
+    ]
+    return "\n".join(lines), report.to_dict()
+
+
+def _sparsity(given: list[str]) -> str | dict[str, str | None]:
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    rules: dict[str, str | None] = {}
+    for rule in given:
+        name, equals, pattern = rule.rpartition("=")
+        if not equals:
+            name = "*"
+        rules[name] = None if pattern == "dense" else pattern
+    return rules
+
+
+def _rank(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _show_warning(message: Any, category: type[Warning], *where: Any) -> None:
+    if issubclass(category, SlopeWarning):
+        print(f"slope-fx: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

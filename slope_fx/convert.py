@@ -1,0 +1,187 @@
+"""Between a dense model on disk, a sparse checkpoint and a PEFT adapter."""
+
+import importlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from slope_fx.checkpoints import load_pretrained, save_pretrained
+from slope_fx.checkpoints.manifest import MANIFEST
+from slope_fx.compiler import compile
+from slope_fx.densify import densify, export_peft
+from slope_fx.errors import ArgumentError, ExportError
+from slope_fx.patterns import Pattern
+from slope_fx.plan import AdapterRank
+
+Kind = Literal["sparse", "dense", "peft"]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: Kind,
+    *,
+    sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
+    adapter_rank: AdapterRank = None,
+    adapter_init: str = "zero",
+    adapters: Literal["merge", "drop"] = "merge",
+) -> dict[str, Path]:
+    """Write the model in ``source`` as another kind of checkpoint into ``target``.
+
+    Args:
+        source: a dense model of transformers (a folder, a hub name), a sparse checkpoint, or a
+            PEFT LoRA adapter whose configuration names its base model.
+        target: a folder, new or empty.
+        to: "sparse": compiled and saved. "dense": for transformers. "peft": the adapter in
+            ``target``, and the dense model that it belongs to beside it, in ``target`` + "-base".
+        sparsity, adapter_rank, adapter_init: as of :func:`slope_fx.compile`, to "sparse". An
+            adapter of PEFT keeps its own rank and takes part from the start.
+        adapters: to "dense": add them to the weights, or leave them out.
+
+    Returns:
+        The folders written, by kind.
+
+    Raises:
+        ArgumentError: ``source`` is none of these, or ``target`` is in use.
+        SlopeError: as ``compile``, ``load_pretrained``, ``densify`` and ``export_peft`` do.
+    """
+    source, target = Path(source), Path(target)
+    base = target.with_name(f"{target.name}-base")
+    for folder in (target, base) if to == "peft" else (target,):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ArgumentError(f"target={str(folder)!r} exists and is not an empty folder.")
+    kind = _kind_of(source)
+    if kind == to:
+        raise ArgumentError(f"{source} is {to} already.")
+    tokenizer = _tokenizer(source)
+    if to == "sparse":
+        model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
+        return {"sparse": save_pretrained(model, target, tokenizer=tokenizer)}
+    if kind != "sparse":
+        if to == "dense":
+            return {"dense": _save_dense(_merged(source), target, _tokenizer(source))}
+        raise ArgumentError(
+            f"{source} is a dense model, which has no adapters to give to PEFT. Convert it to "
+            "sparse, with --adapter-rank and --adapter-init svd."
+        )
+    model = load_pretrained(source, backend=None)
+    if to == "dense":
+        return {"dense": _save_dense(densify(model, adapters, inplace=True), target, tokenizer)}
+    export_peft(model, target, base_model=str(base.absolute()))
+    return {"peft": target, "dense": _save_dense(densify(model, "drop"), base, tokenizer)}
+
+
+def _kind_of(source: Path) -> Kind:
+    if (source / MANIFEST).is_file():
+        return "sparse"
+    return "peft" if (source / "adapter_config.json").is_file() else "dense"
+
+
+def _compiled(
+    source: Path,
+    kind: Kind,
+    sparsity: str | Pattern | Mapping[str, str | Pattern | None],
+    rank: AdapterRank,
+    init: Any,
+) -> nn.Module:
+    if kind == "dense":
+        return compile(
+            _dense(str(source)), sparsity, adapter_rank=rank, adapter_init=init, backend=None
+        )
+    peft_model = _adapted(source)
+    factors = _factors(peft_model)
+    ranks = {len(a) for a, _ in factors.values()}
+    if len(ranks) > 1 or not ranks:
+        raise ExportError(
+            f"{source} has adapters of ranks {sorted(ranks)}; slope_fx has one rank for all. "
+            "Merge them: slope-fx convert ... --to dense."
+        )
+    (own,) = ranks
+    unused = set(factors)
+
+    def adapter(name: str, weight: Tensor, mask: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        unused.discard(name)
+        nothing = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
+        return factors.get(name, nothing)
+
+    model = compile(
+        peft_model.unload(), sparsity, adapter_rank=own, adapter_init=adapter, backend=None
+    )
+    if unused:
+        raise ExportError(
+            f"{source} has an adapter on {sorted(unused)[0]}, which stays dense and so has no "
+            "place for it. Choose it in sparsity=, or merge: slope-fx convert ... --to dense."
+        )
+    return model
+
+
+def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each adapted layer, by its name in the base model; B with the scale."""
+    found = {}
+    for path, module in peft_model.base_model.model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            found[path] = (a.detach(), b.detach() * module.scaling["default"])
+    return found
+
+
+def _adapted(source: Path) -> Any:
+    try:
+        peft = importlib.import_module("peft")
+    except ImportError as error:
+        raise ArgumentError(f"PEFT can't be imported: {error}. `pip install peft`.") from error
+    told = json.loads((source / "adapter_config.json").read_text())
+    base = told.get("base_model_name_or_path")
+    if not base or told.get("peft_type") != "LORA":
+        raise ArgumentError(
+            f"{source}/adapter_config.json must be of a LoRA adapter, and name its base model "
+            f"(base_model_name_or_path); it has peft_type={told.get('peft_type')!r} and "
+            f"base_model_name_or_path={base!r}."
+        )
+    return peft.PeftModel.from_pretrained(_dense(base), source)
+
+
+def _merged(source: Path) -> nn.Module:
+    model: nn.Module = _adapted(source).merge_and_unload()
+    return model
+
+
+def _dense(name: str) -> nn.Module:
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        names = [n for n in config.architectures or () if hasattr(transformers, n)]
+        kind = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+        model: nn.Module = kind.from_pretrained(name, dtype=getattr(config, "dtype", None))
+    except (OSError, ValueError) as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise ArgumentError(f"{name!r} can't be loaded by transformers: {lines[0]}") from None
+    return model
+
+
+def _save_dense(model: nn.Module, folder: Path, tokenizer: Any) -> Path:
+    model.save_pretrained(folder)  # type: ignore[operator]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(source: Path) -> Any:
+    """The tokenizer in ``source``, if it has one."""
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return _transformers().AutoTokenizer.from_pretrained(source)
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ArgumentError(f"transformers can't be imported: {error}.") from error
+
+
+__all__ = ["convert"]

@@ -1,0 +1,172 @@
+"""What would become of a model, told from its configuration alone."""
+
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slope_fx.checkpoints.manifest import DTYPES, MANIFEST, read_manifest
+from slope_fx.errors import ArgumentError, NoEligibleLinearError
+from slope_fx.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
+from slope_fx.kernels import selection
+from slope_fx.patterns import Pattern, PatternRules
+from slope_fx.plan import AdapterRank, LinearPlan, check_adapter_rank, layer_rank, plan_linears
+from slope_fx.trace import trace
+
+MOST_WIDTH = 2048
+"""Products are measured on weights of at most this width: what is gained hardly changes beyond,
+and takes seconds to measure."""
+
+
+def preview(
+    source: str | os.PathLike[str],
+    sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
+    *,
+    adapter_rank: AdapterRank = None,
+    skip_first: bool = True,
+    skip_head: bool = True,
+    dtype: str | torch.dtype | None = None,
+    tokens: int = 1024,
+    measure: bool = True,
+) -> Explanation:
+    """What ``compile`` would make of a model of transformers, without its weights.
+
+    The model is made on the meta device, which takes no memory, and traced as ``compile`` would.
+    Of a checkpoint of slope_fx it tells what it holds.
+
+    Args:
+        source: a ``config.json``, a folder that has one, a name on the hub, or a checkpoint
+            that ``save_pretrained`` wrote.
+        sparsity, adapter_rank, skip_first, skip_head: as of :func:`slope_fx.compile`.
+        dtype: of the weights; None for the configuration's, or float32.
+        tokens: in a step, for which the products are measured.
+        measure: time the products on this machine, to tell which layers gain.
+
+    Raises:
+        ArgumentError: there is no such configuration, or no model of transformers of its class.
+        SlopeError: as ``compile`` does for the other arguments.
+    """
+    if (Path(source) / MANIFEST).is_file():
+        return _of_checkpoint(Path(source))
+    rules, rank = PatternRules(sparsity), check_adapter_rank(adapter_rank)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
+    model = _meta_model(source, _dtype(dtype))
+    traced = trace(model, None)
+    plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
+    sparse = [plan for plan in plans if plan.pattern is not None]
+    if not sparse:
+        raise NoEligibleLinearError(f"No linear of {source} can be made {sparsity}.")
+    size = next(model.parameters()).element_size()
+    kind = next(model.parameters()).dtype
+    products = _measured(sparse, kind, tokens) if measure else {}
+    reports = tuple(
+        report_linear(
+            plan,
+            layer_rank(rank, plan) if plan.pattern else None,
+            size,
+            products=products.get(plan.name, ()),
+        )
+        for plan in plans
+    )
+    notes = []
+    if traced.untraced_because:
+        notes.append(f"The model was not traced ({traced.untraced_because}).")
+    if products:
+        notes.append(_gains(reports, tokens))
+    for key in rules.unmatched():
+        notes.append(f"sparsity[{key!r}] matches no linear that an earlier key doesn't match.")
+    return Explanation(reports, "\n".join(notes))
+
+
+def _of_checkpoint(folder: Path) -> Explanation:
+    manifest = read_manifest(folder)
+    reports = []
+    for plan in manifest.plans:
+        entry = manifest.sparse.get(plan.name)
+        count = max(1, torch.Size(plan.shape).numel())
+        reports.append(
+            report_linear(plan, None if entry is None else entry.rank, plan.bytes_dense // count)
+        )
+    active = sum(entry.adapter_active for entry in manifest.sparse.values())
+    note = f"A sparse checkpoint; adapters take part in {active} of its layers."
+    return Explanation(tuple(reports), note)
+
+
+def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn.Module:
+    """The model that a configuration describes, on the meta device."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ArgumentError(f"a configuration needs transformers: {error}.") from error
+    where = Path(source)
+    if not where.exists() and (where.suffix == ".json" or where.is_absolute()):
+        raise ArgumentError(f"source={str(source)!r} is not there.")
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        raise ArgumentError(
+            f"{str(source)!r} is neither a config.json, a folder with one or with a checkpoint of "
+            f"slope_fx, nor a model on the hub: {lines[0]}"
+        ) from None
+    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        if names:
+            model = getattr(transformers, names[0])._from_config(config, dtype=dtype)
+        else:
+            try:
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            except ValueError:
+                model = transformers.AutoModel.from_config(config, dtype=dtype)
+    return model  # type: ignore[no-any-return]
+
+
+def _measured(
+    plans: list[LinearPlan], dtype: torch.dtype, tokens: int
+) -> dict[str, tuple[ProductReport, ...]]:
+    """What computes the products of each sparse linear here, and how much faster than dense."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for plan in plans:
+        assert plan.pattern is not None
+        n, m = plan.pattern.n, plan.pattern.m
+        size = (_capped(max(plan.rows), m), _capped(plan.shape[-1], m))
+        for op in selection.PRODUCTS:
+            values = (size[0], size[1] * n // m)
+            selection.choose(op, tokens, values, n, m, dtype, device)
+        met = products_of([size], plan.pattern)
+        kind = str(dtype).removeprefix("torch.")
+        found[plan.name] = tuple(p for p in met if p.dtype == kind)
+    return found
+
+
+def _capped(width: int, m: int) -> int:
+    return width if width <= MOST_WIDTH else MOST_WIDTH // m * m
+
+
+def _gains(reports: tuple[LinearReport, ...], tokens: int) -> str:
+    gaining = [r for r in reports if r.products and _speedup(r) > 1]
+    sparse = sum(r.kind == "sparse" for r in reports)
+    return (
+        f"{len(gaining)} of {sparse} sparse linears train faster than dense here, by all three "
+        f"products at {tokens} tokens (measured on weights of at most {MOST_WIDTH} a side)."
+    )
+
+
+def _speedup(report: LinearReport) -> float:
+    """Of the three products together: each takes the same time dense, nearly."""
+    speedups = [p.speedup for p in report.products if p.speedup is not None]
+    return len(speedups) / sum(1 / s for s in speedups) if speedups else 0.0
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and known not in DTYPES.values():
+        raise ArgumentError(f"dtype={dtype!r}; allowed are {', '.join(DTYPES)}, and None.")
+    return known
