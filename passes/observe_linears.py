@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.passes.decompose_attention import decompose_attention
-from slope_fx.passes.graph import graphs_of
+from slope_fx.passes.graph import graphs_of, rank_of, value_of
 from slope_fx.passes.linears import LinearCall, find_linears
 from slope_fx.passes.normalize_linears import normalize_linears
 from slope_fx.passes.views import Read, View, read_of, source_of, view_of
 
-Observer = Callable[[Tensor, Tensor, int, Tensor | None], None]
-"""Called with the input, the parameter, the first of its rows that is read, and the offsets of a
-grouped product."""
+Rows = tuple[int, int, int]
+"""The rows of a weight that are read, from and to, and how many matrices at once."""
+Observer = Callable[[Tensor, Tensor, Rows, Tensor | None], None]
+"""Called with the input, the parameter, what is read of it, and a grouped product's offsets."""
 
 
 def observe_linears(gm: GraphModule, observer: Observer) -> int:
@@ -25,20 +27,22 @@ def observe_linears(gm: GraphModule, observer: Observer) -> int:
 
     Args:
         gm: a Dynamo graph of a model whose weights are parameters.
-        observer: gets the input, (..., d_in), of one matrix; (groups, rows, d_in) of a stack.
+        observer: gets the input, (..., d_in), of one matrix; (groups, rows, d_in) of a stack, or
+            (rows, d_in) if its matrices all get the same.
     """
     found = 0
     for graph_module in graphs_of(gm):
         graph = graph_module.graph
         decompose_attention(graph_module, opens=_is_parameter)
-        normalize_linears(graph_module, reads=_parameter_read)
+        normalize_linears(graph_module, reads=_read_to_normalize)
         for call in find_linears(graph_module):
-            seen = _parameter_read(call) if call.build is None else None
-            if seen is None:
+            seen = _parameter_read(call)
+            if seen is None or (call.build is not None and not _is_broadcast(call, seen[1])):
                 continue
             view, read = seen
             with graph.inserting_before(call.node):
-                graph.call_function(observer, (call.x, view.source, read.start, call.offsets))
+                rows = (read.start, read.stop, read.groups)
+                graph.call_function(observer, (call.x, view.source, rows, call.offsets))
             found += 1
         graph.lint()
         graph_module.recompile()
@@ -46,8 +50,24 @@ def observe_linears(gm: GraphModule, observer: Observer) -> int:
 
 
 def _is_parameter(operand: object) -> bool:
-    """Whether it may be a parameter or a view of one: something that the graph is given."""
-    return isinstance(operand, Node) and source_of(operand).op == "placeholder"
+    """Whether it is a parameter that the graph is given, or a view of one."""
+    if not isinstance(operand, Node):
+        return False
+    source = source_of(operand)
+    return source.op == "placeholder" and isinstance(value_of(source), torch.nn.Parameter)
+
+
+def _read_to_normalize(call: LinearCall) -> tuple[View, Read] | None:
+    seen = _parameter_read(call)
+    return None if seen is None or _is_broadcast(call, seen[1]) else seen
+
+
+def _is_broadcast(call: LinearCall, read: Read) -> bool:
+    """Whether each of a stack's matrices gets the same input, (rows, d_in).
+
+    In its plain form the weight is a copy, if its matrices lie there transposed.
+    """
+    return read.groups > 1 and rank_of(call.x) == 2 and call.offsets is None
 
 
 def _parameter_read(call: LinearCall) -> tuple[View, Read] | None:

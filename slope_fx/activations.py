@@ -1,5 +1,6 @@
 """What the inputs of each linear look like over a few calibration batches."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from slope_fx.backend import compiled_call
-from slope_fx.errors import CalibrationError
-from slope_fx.passes.observe_linears import Observer, observe_linears
+from slope_fx.errors import CalibrationError, CalibrationWarning
+from slope_fx.passes.observe_linears import Observer, Rows, observe_linears
 from slope_fx.plan import LinearPlan
 from slope_fx.regions import choose_regions
 from slope_fx.trace import ExampleInputs, split_inputs
@@ -79,10 +80,10 @@ def observe(
             torch.zeros(stack, d_in, d_in, device=device, dtype=torch.float32) if grams else None,
         )
 
-    def add(x: Tensor, parameter: Tensor, first_row: int, offsets: Tensor | None) -> None:
+    def add(x: Tensor, parameter: Tensor, rows: Rows, offsets: Tensor | None) -> None:
         found = sums.get(id(parameter))
         if found is not None:
-            _add(found, x.detach(), first_row // heights[id(parameter)], offsets)
+            _add(found, x.detach(), rows, heights[id(parameter)], offsets)
 
     batches = _run(model, plans, calibration, add)
     if not batches:
@@ -92,16 +93,32 @@ def observe(
         )
     result = {plan.name: sums[id(parameters[plan.parameter_name])] for plan in plans}
     for name, found in result.items():
-        if not found.rows.all():
+        if not found.rows.any():
             raise CalibrationError(
-                f"calibration reached no input of {name}"
-                + (f", matrix {int((found.rows == 0).nonzero()[0])}" if len(found.rows) > 1 else "")
-                + ". Pass more batches, or keep it dense: sparsity={..., that name: None}. If the "
+                f"calibration reached no input of {name}. Pass more batches, or keep it dense: sparsity={..., that name: None}. If the "
                 "model calls it, see TORCH_LOGS=graph_breaks,recompiles for why it wasn't traced."
             )
         if not found.squares.isfinite().all():
             raise CalibrationError(f"calibration gave {name} inputs that are NaN or inf.")
+        _fill_unseen(name, found)
     return result
+
+
+def _fill_unseen(name: str, found: Activations) -> None:
+    """Give experts that no token reached inputs that are all alike, and say so."""
+    unseen = (found.rows == 0).nonzero().flatten().tolist()
+    if not unseen:
+        return
+    found.squares[unseen] = 1.0
+    if found.gram is not None:
+        found.gram[unseen] = torch.eye(found.gram.shape[-1], device=found.gram.device)
+    warnings.warn(
+        f"calibration reached no input of {name}'s matrices {', '.join(map(str, unseen))} (of "
+        f"{len(found.rows)}): they are chosen by magnitude, their adapters begin as by "
+        '"svd". Pass more batches to have them seen.',
+        CalibrationWarning,
+        stacklevel=4,
+    )
 
 
 def _run(
@@ -151,27 +168,29 @@ def _observing_backend(gm: GraphModule, inputs: Sequence[Any]) -> Any:
     return gm.forward
 
 
-def _tell(x: Tensor, parameter: Tensor, first_row: int, offsets: Tensor | None) -> None:
-    _observers[-1](x, parameter, first_row, offsets)
+def _tell(x: Tensor, parameter: Tensor, rows: Rows, offsets: Tensor | None) -> None:
+    _observers[-1](x, parameter, rows, offsets)
 
 
-def _add(sums: Activations, x: Tensor, first: int, offsets: Tensor | None) -> None:
+def _add(sums: Activations, x: Tensor, rows: Rows, d_out: int, offsets: Tensor | None) -> None:
     """Add the inputs of one call.
 
     Args:
         sums: of the weight.
-        x: (..., d_in) for one matrix; (groups, rows, d_in) for a stack of them; (rows, d_in) with
-            ``offsets`` for a grouped product.
-        first: the first of the stack's matrices that the call uses.
+        x: (..., d_in) for one matrix; (groups, rows, d_in) for several; (rows, d_in) for several
+            with the same input, or with ``offsets`` for a grouped product.
+        rows: what the call reads of the weight, in all of whose matrices rows are counted.
+        d_out: rows of each matrix.
         offsets: where each group ends among the rows of x.
     """
-    if offsets is not None:
-        ends = [0, *offsets.tolist()]
-        parts = [x[a:b] for a, b in pairwise(ends)]
-    elif len(sums.rows) > 1 and x.dim() == 3:
-        parts = list(x)
+    start, stop, groups = rows
+    first, last = start // d_out, -(-stop // d_out)
+    if groups == 1:
+        parts = [x.reshape(-1, x.shape[-1])] * (last - first)
+    elif offsets is None:
+        parts = list(x) if x.dim() == 3 else [x] * groups
     else:
-        parts = [x.reshape(-1, x.shape[-1])]
+        parts = [x[a:b] for a, b in pairwise([0, *offsets.tolist()])]
     for i, part in enumerate(parts, first):
         part = part.float()
         sums.rows[i] += len(part)

@@ -70,6 +70,10 @@ class ExpandedWeightWarning(SlopeWarning):
     """A sparse layer runs with its dense weight rebuilt: right, but slow, and single-pruned."""
 
 
+class CalibrationWarning(SlopeWarning):
+    """Some experts of a mixture got no calibration input."""
+
+
 class UntracedModelWarning(SlopeWarning):
     """The model could not be traced; its linears were found by module type."""
 
