@@ -95,8 +95,9 @@ def observe(
     for name, found in result.items():
         if not found.rows.any():
             raise CalibrationError(
-                f"calibration reached no input of {name}. Pass more batches, or keep it dense: sparsity={..., that name: None}. If the "
-                "model calls it, see TORCH_LOGS=graph_breaks,recompiles for why it wasn't traced."
+                f"calibration reached no input of {name}. Pass more batches, or keep it dense: "
+                "sparsity={..., that name: None}. If the model calls it, see "
+                "TORCH_LOGS=graph_breaks,recompiles for why it wasn't traced."
             )
         if not found.squares.isfinite().all():
             raise CalibrationError(f"calibration gave {name} inputs that are NaN or inf.")
