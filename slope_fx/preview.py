@@ -124,7 +124,7 @@ def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
             except ValueError:
                 model = transformers.AutoModel.from_config(config, dtype=dtype)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _measured(

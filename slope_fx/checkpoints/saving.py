@@ -1,7 +1,7 @@
 """From a model to a checkpoint."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +231,3 @@ def _check_target(path: Path) -> None:
 
 def _writes() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-__all__: Iterable[str] = ["describe_checkpoint", "named_tensors", "save_pretrained"]

@@ -1,0 +1,157 @@
+"""The command line, in this process: what it prints, writes and returns."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import models
+import slope_fx
+from models import batch
+from slope_fx import cli
+from slope_fx.explain import Explanation
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A dense model of transformers on disk."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("cli") / "dense"
+    models.llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments, code=0):
+        assert cli.main([str(a) for a in arguments]) == code
+        return capsys.readouterr()
+
+    return call
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=batch(3)).logits
+
+
+def test_explain_tells_what_compile_would_do(dense, run):
+    """From the configuration alone the same table as of the compiled model, sizes and all."""
+    model = models.LlamaForCausalLM.from_pretrained(dense)
+    slope_fx.compile(model, {"*.mlp.*": "2:8", "*": "2:4"}, adapter_rank=3, backend=None)
+    want = slope_fx.explain(model)
+    told = run(
+        "explain", dense / "config.json", "--sparsity", "*.mlp.*=2:8", "*=2:4", "--adapter-rank",
+        "3", "--no-measure", "--json",
+    )  # fmt: skip
+    got = Explanation.from_dict(json.loads(told.out))
+    met = [dataclasses.replace(linear, products=()) for linear in want.linears]
+    assert list(got.linears) == met
+    assert slope_fx.preview(dense, "2:4", measure=False).linears
+
+
+def test_explain_says_what_gains_here(dense, run):
+    text = run("explain", dense, "--tokens", 16).out
+    assert "of 11 sparse linears train faster than dense here" in text
+    assert "cpu" in text
+
+
+def test_explain_describes_70_billion_parameters(tmp_path, run):
+    """On the meta device: its weights would take 140 GB."""
+    LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=4, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256, architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)  # fmt: skip
+    told = json.loads(run("explain", tmp_path, "--no-measure", "--json").out)
+    sizes = {tuple(linear["shape"]) for linear in told["linears"] if linear["kind"] == "sparse"}
+    assert sizes == {(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)}
+    ratio = sum(r["state_after"] for r in told["linears"] if r["kind"] == "sparse") / sum(
+        r["state_before"] for r in told["linears"] if r["kind"] == "sparse"
+    )
+    assert ratio == pytest.approx(0.5156, abs=1e-4)  # METHOD: 0.516, bf16 with fp32 moments
+
+
+def test_there_and_back(dense, tmp_path, run, monkeypatch):
+    """Dense to sparse, to PEFT, to sparse again, to dense: the same logits all along."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, "dense")
+    told = run("convert", "dense", "sparse", "--to", "sparse", "--adapter-rank", 4,
+               "--adapter-init", "svd")  # fmt: skip
+    assert told.out == "sparse: sparse\n"
+    want = logits(slope_fx.load_pretrained("sparse", backend="eager"))
+    run("inspect", "sparse")
+    assert "adapters take part in 11" in run("explain", "sparse").out
+    told = json.loads(run("convert", "sparse", "adapter", "--to", "peft", "--json").out)
+    assert told == {"peft": "adapter", "dense": "adapter-base"}
+    run("convert", "adapter", "again", "--to", "sparse")
+    got = logits(slope_fx.load_pretrained("again", backend="eager"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for source, target in (("sparse", "merged"), ("adapter", "merged-too")):
+        run("convert", source, target, "--to", "dense")
+        got = logits(models.LlamaForCausalLM.from_pretrained(target))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    run("convert", "again", "pruned", "--to", "dense", "--adapters", "drop")
+    weight = models.LlamaForCausalLM.from_pretrained("pruned").model.layers[0].mlp.up_proj.weight
+    assert (weight == 0).float().mean() == 0.5
+
+
+def test_inspect_finds_what_is_wrong(dense, tmp_path, run):
+    model = slope_fx.compile(models.LlamaForCausalLM.from_pretrained(dense), "2:4", backend=None)
+    path = slope_fx.save_pretrained(model, tmp_path / "c")
+    assert "whole, 3 files" in run("inspect", path).out
+    report = json.loads(run("inspect", path, "--json").out)
+    assert report["patterns"] == {"2:4": 11}
+    file = path / "slope_fx.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert "SHA-256" in run("inspect", path, code=1).err
+    told = json.loads(run("inspect", path, "--json", code=1).out)
+    assert told["error"] == "CheckpointError"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["explain", "nowhere.json"], 1, "not there"),
+        (["explain", "{dense}", "--sparsity", "5:4"], 1, "allowed is"),
+        (["explain", "{dense}", "--dtype", "int4", "--no-measure"], 1, "dtype='int4'"),
+        (["explain", "{dense}", "--tokens", "0"], 1, "tokens=0"),
+        (["inspect", "{dense}"], 1, "no slope_fx.json"),
+        (["convert", "{dense}", "{dense}", "--to", "sparse"], 1, "not an empty folder"),
+        (["convert", "{dense}", "{new}", "--to", "dense"], 1, "is dense already"),
+        (["convert", "{dense}", "{new}", "--to", "peft"], 1, "no adapters to give"),
+        (["convert", "{dense}", "{new}", "--to", "sparse", "--adapter-init", "svd"], 1, "rank"),
+        (["convert", "{dense}", "{new}"], 2, "--to"),
+        (["shrink"], 2, "invalid choice"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_mistakes(arguments, code, words, dense, tmp_path, capsys):
+    filled = [a.format(dense=dense, new=tmp_path / "new") for a in arguments]
+    try:
+        got = cli.main(filled)
+    except SystemExit as error:
+        got = error.code
+    assert got == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_has_an_example_of_each_command():
+    """As installed; and as a module."""
+    for command in ("explain", "convert", "inspect"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "slope_fx", "convert", "--help"], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert "slope-fx convert my-model my-model-2-4 --to sparse" in done.stdout
