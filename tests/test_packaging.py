@@ -21,6 +21,8 @@ ROOMS = {
 }
 FOLDERS = {
     **ROOMS,
+    "slope_fx.checkpoints": "slope_fx/checkpoints",
+    "slope_fx.integrations": "slope_fx/integrations",
     "slope_fx.kernels.cpu": "kernels/cpu",
     "slope_fx.kernels.triton": "kernels/triton",
     "slope_fx.kernels.cusparselt": "kernels/cusparselt",
@@ -37,7 +39,11 @@ def test_the_list_of_packages_is_the_folders_on_disk():
     assert listed["package-dir"] == FOLDERS
     on_disk = {"slope_fx"}
     for package, folder in ROOMS.items():
-        for init in (ROOT / folder).rglob("__init__.py"):
+        inside = (ROOT / folder).rglob("__init__.py")
+        links = [ROOT / "slope_fx" / room for room in ("passes", "ops", "kernels")]
+        for init in inside:
+            if package == "slope_fx" and any(link in init.parents for link in links):
+                continue  # seen where they are
             inner = init.parent.relative_to(ROOT / folder)
             on_disk.add(".".join([package, *inner.parts]))
     assert set(listed["packages"]) == on_disk
