@@ -46,6 +46,7 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; half 
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/passes.py
 	$(BIN)/python benchmarks/regions.py
+	$(BIN)/python benchmarks/kill_and_resume.py
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
 gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's PyTorch; 17 minutes at most
@@ -67,6 +68,8 @@ readme: $(INSTALLED) ## write the README's table and figures, and docs/results.m
 	$(BIN)/python docs/make_gpu.py
 	$(BIN)/python docs/make_paper.py
 	$(BIN)/python docs/make_passes.py
+	$(BIN)/python docs/make_training.py
+	$(BIN)/python docs/make_api.py
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info
