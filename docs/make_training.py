@@ -42,9 +42,9 @@ def smollm() -> str:
         f"{result['calibration_tokens']:,} calibration tokens and {result['steps']} steps of "
         f"{result['tokens_per_step']:,} tokens of the other plays:\n\n"
         + table(rows, headers)
-        + "\n\nOne run each, short, at one learning rate: the dense model learns the plays too. "
-        "Adapters that restore what was pruned are worth more than the training that is shown; "
-        "EoRA more than SVD, and most of all where the mask is poor."
+        + "\n\nOne run each, short, at one learning rate; the dense model learns the plays too. "
+        "Adapters from EoRA begin below those from SVD, and these below none, and so they end; the "
+        "poorer the mask, the more they restore."
     )
 
 

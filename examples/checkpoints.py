@@ -1,8 +1,7 @@
-"""Checkpoints of a training run: the weights in safetensors, the rest beside them.
+"""Checkpoints of a training run, ``OUT/checkpoint-000200``, of which the newest is kept.
 
-``OUT/checkpoint-000200/`` holds ``model.safetensors``, the tokenizer, the model's
-configuration and ``training.pt`` (optimizer, schedules, random state, log). A
-checkpoint is written under another name and renamed, so one that has its name is whole.
+A sparse model's is slope_fx's own. The dense baseline's holds transformers' files and
+``training.pt``; it is written under another name and renamed, so one that has its name is whole.
 """
 
 import shutil
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+
+import slope_fx
 
 PREFIX = "checkpoint-"
 
@@ -27,22 +28,41 @@ def save(
     step: int,
     model: nn.Module,
     tokenizer: PreTrainedTokenizerFast,
-    state: dict[str, Any],
+    parts: dict[str, Any],
+    *,
+    dense: bool,
 ) -> Path:
-    """Write the checkpoint of ``step`` and delete older ones; returns its folder."""
-    final, partial = out / f"{PREFIX}{step:06d}", out / f"partial-{PREFIX}{step:06d}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(model, str(partial / "model.safetensors"), metadata={"format": "pt"})
-    model.config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    torch.save(state, partial / "training.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    """Write the checkpoint of ``step`` and delete older ones; returns its folder.
+
+    ``parts`` are the optimizer and the like, and plain data, by name.
+    """
+    final = out / f"{PREFIX}{step:06d}"
+    if dense:
+        _save_dense(final, model, tokenizer, parts)
+    else:
+        slope_fx.save_pretrained(model, final, tokenizer=tokenizer, training=parts)
     for old in out.glob(f"{PREFIX}[0-9]*"):
         if old != final:
             shutil.rmtree(old)
     return final
+
+
+def load_training(checkpoint: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """Load the state of ``parts``, those that aren't plain data; returns the plain data."""
+    if not (checkpoint / "training.pt").exists():
+        return slope_fx.load_training(checkpoint, parts)
+    state: dict[str, Any] = torch.load(
+        checkpoint / "training.pt", weights_only=True, map_location="cpu"
+    )
+    torch.set_rng_state(state.pop("random"))
+    for name, part in parts.items():
+        part.load_state_dict(state.pop(name))
+    return state
+
+
+def load_dense(checkpoint: Path, model: nn.Module) -> None:
+    """Load the weights of the dense baseline."""
+    load_model(model, str(checkpoint / "model.safetensors"))
 
 
 def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
@@ -50,10 +70,14 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(checkpoint)
 
 
-def load(checkpoint: Path, model: nn.Module) -> dict[str, Any]:
-    """Load the weights into ``model``; returns the rest of the state."""
-    load_model(model, str(checkpoint / "model.safetensors"))
-    state: dict[str, Any] = torch.load(
-        checkpoint / "training.pt", weights_only=True, map_location="cpu"
-    )
-    return state
+def _save_dense(
+    final: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, parts: dict[str, Any]
+) -> None:
+    partial = final.with_name(f"partial-{final.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    states = {n: p.state_dict() if hasattr(p, "state_dict") else p for n, p in parts.items()}
+    torch.save({**states, "random": torch.get_rng_state()}, partial / "training.pt")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)

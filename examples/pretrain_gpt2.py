@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from checkpoints import latest, load, load_tokenizer, save
+from checkpoints import latest, load_dense, load_tokenizer, load_training, save
 from plot_run import plot
 from text_data import Batches, add_arguments, load_text, pack, train_tokenizer
 from torch import nn
@@ -116,7 +116,7 @@ class Run:
             pack(text["train"], self.tokenizer, args.context), args.batch_size, args.seed
         )
         self.held_out = pack(text["validation"], self.tokenizer, args.context)[: args.eval_rows]
-        self.model = self._make_model()
+        self.model = self._make_model(checkpoint)
         self.optimizer = self._make_optimizer()
         self.rates = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.schedule = (
@@ -136,6 +136,8 @@ class Run:
         if self.args.resume and checkpoint is None:
             raise SystemExit(f"--resume: {self.out} has no checkpoint to go on from.")
         if self.args.resume:
+            assert checkpoint is not None
+            self._check_arguments(checkpoint)
             return checkpoint
         if checkpoint is not None and not self.args.overwrite:
             raise SystemExit(
@@ -144,10 +146,17 @@ class Run:
             )
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
+        (self.out / "arguments.json").write_text(json.dumps(vars(self.args)))
         return None
 
-    def _make_model(self) -> GPT2LMHeadModel:
+    def _make_model(self, checkpoint: Path | None) -> GPT2LMHeadModel:
         args = self.args
+        if checkpoint and not args.dense:
+            model = slope_fx.load_pretrained(
+                checkpoint, device=self.device, backend=args.backend, region=args.region
+            )
+            model.loss_type = "ForCausalLM"
+            return model
         config = GPT2Config(
             vocab_size=len(self.tokenizer), n_layer=args.layers, n_embd=args.width,
             n_head=args.heads, n_positions=args.context, resid_pdrop=args.dropout,
@@ -158,6 +167,8 @@ class Run:
         model = GPT2LMHeadModel(config).to(self.device)
         model.loss_type = "ForCausalLM"
         if args.dense:
+            if checkpoint:
+                load_dense(checkpoint, model)
             blocks = model.transformer.h if args.region == "blocks" else [model]
             for block in blocks:
                 block.compile(backend=args.backend)
@@ -207,20 +218,21 @@ class Run:
             "evaluations": [],
         }
 
-    def _resume(self, checkpoint: Path) -> None:
-        state = load(checkpoint, self.model)
-        saved, mine = state["log"]["arguments"], vars(self.args)
-        for name in mine:
-            if name not in FREE_TO_CHANGE and saved.get(name) != mine[name]:
+    def _check_arguments(self, checkpoint: Path) -> None:
+        saved = json.loads((checkpoint.parent / "arguments.json").read_text())
+        for name, mine in vars(self.args).items():
+            if name not in FREE_TO_CHANGE and saved.get(name) != mine:
                 raise SystemExit(
                     f"--resume: the run was started with --{name.replace('_', '-')} {saved[name]}, "
-                    f"not {mine[name]}."
+                    f"not {mine}."
                 )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rates.load_state_dict(state["rates"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "rates": self.rates}
+        return parts if self.schedule is None else {**parts, "schedule": self.schedule}
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = load_training(checkpoint, self._parts())
         self.step, self.log = state["step"], state["log"]
         print(f"Going on from {checkpoint}, step {self.step}.")
 
@@ -285,15 +297,8 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, the log and the plot."""
-        state = {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "rates": self.rates.state_dict(),
-            "schedule": self.schedule.state_dict() if self.schedule else None,
-            "random": torch.get_rng_state(),
-            "log": self.log,
-        }
-        save(self.out, self.step, self.model, self.tokenizer, state)
+        parts = {**self._parts(), "step": self.step, "log": self.log}
+        save(self.out, self.step, self.model, self.tokenizer, parts, dense=self.args.dense)
         partial = self.out / "log.json.partial"
         partial.write_text(json.dumps(self.log, indent=1))
         os.replace(partial, self.out / "log.json")

@@ -44,7 +44,8 @@ def run(*arguments, fails=False):
 
 def tensors(out):
     (checkpoint,) = out.glob("checkpoint-*")
-    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+    (weights,) = (f for f in checkpoint.glob("*.safetensors") if f.stem != "training")
+    with safe_open(weights, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
@@ -97,6 +98,7 @@ def test_run_interrupt_resume_and_dense(text, tmp_path):
     assert any(key.endswith("lora_B") and value.any() for key, value in want.items())
 
     run(*TINY, *data, "--out", dense, "--dense")
+    run(*TINY, *data, "--out", dense, "--dense", "--resume")
     assert not any("weight_values" in key for key in tensors(dense))
     assert len(losses(dense)) == 6
     plotted = tmp_path / "both.png"

@@ -1,6 +1,7 @@
 """From a model to a checkpoint."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def save_pretrained(
         if training is not None:
             write_training(folder, training)
         write_manifest(folder, model, tensors, aliases)
+        for file in folder.glob("*.safetensors"):  # which that library makes for the owner alone
+            shutil.copymode(folder / MANIFEST, file)
     return path
 
 
