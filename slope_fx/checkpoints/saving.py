@@ -81,8 +81,8 @@ def save_pretrained(
         if training is not None:
             write_training(folder, training)
         write_manifest(folder, model, tensors, aliases)
-        for file in folder.glob("*.safetensors"):  # which that library makes for the owner alone
-            shutil.copymode(folder / MANIFEST, file)
+        for made in folder.glob("*.safetensors"):  # which that library makes for the owner alone
+            shutil.copymode(folder / MANIFEST, made)
     return path
 
 
