@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from slope_fx.backend import compiled_call
-from slope_fx.errors import CalibrationError, CalibrationWarning
+from slope_fx.errors import CalibrationError, CalibrationWarning, first_line
 from slope_fx.passes.observe_linears import Observer, Rows, observe_linears
 from slope_fx.plan import LinearPlan
 from slope_fx.regions import choose_regions
@@ -148,11 +148,10 @@ def _run(
             try:
                 model(*args, **kwargs)
             except Exception as error:
-                message = (str(error).strip().splitlines() or ["no message"])[0]
                 raise CalibrationError(
                     f"calibration: the model fails on batch {batches} with "
-                    f"{type(error).__name__}: {message} Each batch is what you would call the "
-                    "model with, on its device: a tensor, a sequence of arguments, a mapping of "
+                    f"{type(error).__name__}: {first_line(error)} Each batch is what you would "
+                    "call the model with, on its device: a tensor, a sequence of arguments, a mapping of "
                     "keyword arguments, or (arguments, keyword arguments)."
                 ) from error
             batches += 1

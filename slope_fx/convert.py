@@ -13,7 +13,8 @@ from slope_fx.checkpoints import load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
 from slope_fx.compiler import compile
 from slope_fx.densify import densify, export_peft
-from slope_fx.errors import ArgumentError, ExportError
+from slope_fx.errors import ArgumentError, ExportError, first_line
+from slope_fx.hub import class_of, config_of, transformers
 from slope_fx.patterns import Pattern
 from slope_fx.plan import AdapterRank
 
@@ -151,15 +152,15 @@ def _merged(source: Path) -> nn.Module:
 
 
 def _dense(name: str) -> nn.Module:
-    transformers = _transformers()
+    config = config_of(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        names = [n for n in config.architectures or () if hasattr(transformers, n)]
-        kind = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
-        model: nn.Module = kind.from_pretrained(name, dtype=getattr(config, "dtype", None))
+        model: nn.Module = class_of(config).from_pretrained(
+            name, dtype=getattr(config, "dtype", None)
+        )
     except (OSError, ValueError) as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        raise ArgumentError(f"{name!r} can't be loaded by transformers: {lines[0]}") from None
+        raise ArgumentError(
+            f"source={name!r} can't be loaded by transformers: {first_line(error)}"
+        ) from None
     return model
 
 
@@ -174,14 +175,4 @@ def _tokenizer(source: Path) -> Any:
     """The tokenizer in ``source``, if it has one."""
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    return _transformers().AutoTokenizer.from_pretrained(source)
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ArgumentError(f"transformers can't be imported: {error}.") from error
-
-
-__all__ = ["convert"]
+    return transformers().AutoTokenizer.from_pretrained(source)

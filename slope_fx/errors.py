@@ -88,3 +88,9 @@ class StaleOptimizerWarning(SlopeWarning):
 
 class ScheduleWarning(SlopeWarning):
     """A Schedule and the model it drives disagree."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, as a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") + "." if lines else "no message."

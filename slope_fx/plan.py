@@ -23,6 +23,19 @@ AdapterRank = int | float | None
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype that weights may have, by its name or as it is; None stays None.
+
+    Raises:
+        ArgumentError: it is another.
+    """
+    names = {str(known).removeprefix("torch."): known for known in SUPPORTED_DTYPES}
+    known = names.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and known not in SUPPORTED_DTYPES:
+        raise ArgumentError(f"dtype={dtype!r}; allowed are {', '.join(names)}, and None.")
+    return known
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """The fate of one linear weight.

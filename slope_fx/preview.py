@@ -1,20 +1,26 @@
 """What would become of a model, told from its configuration alone."""
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from slope_fx.checkpoints.manifest import DTYPES, MANIFEST, read_manifest
+from slope_fx.checkpoints.manifest import MANIFEST, read_manifest
 from slope_fx.errors import ArgumentError, NoEligibleLinearError
 from slope_fx.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
+from slope_fx.hub import class_of, config_of
 from slope_fx.kernels import selection
 from slope_fx.patterns import Pattern, PatternRules
-from slope_fx.plan import AdapterRank, LinearPlan, check_adapter_rank, layer_rank, plan_linears
+from slope_fx.plan import (
+    AdapterRank,
+    LinearPlan,
+    check_adapter_rank,
+    layer_rank,
+    parse_dtype,
+    plan_linears,
+)
 from slope_fx.trace import trace
 
 MOST_WIDTH = 2048
@@ -55,7 +61,7 @@ def preview(
     rules, rank = PatternRules(sparsity), check_adapter_rank(adapter_rank)
     if not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
-    model = _meta_model(source, _dtype(dtype))
+    model = _meta_model(source, parse_dtype(dtype))
     traced = trace(model, None)
     plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
     sparse = [plan for plan in plans if plan.pattern is not None]
@@ -99,31 +105,13 @@ def _of_checkpoint(folder: Path) -> Explanation:
 
 def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn.Module:
     """The model that a configuration describes, on the meta device."""
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise ArgumentError(f"a configuration needs transformers: {error}.") from error
-    where = Path(source)
-    if not where.exists() and (where.suffix == ".json" or where.is_absolute()):
-        raise ArgumentError(f"source={str(source)!r} is not there.")
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        raise ArgumentError(
-            f"{str(source)!r} is neither a config.json, a folder with one or with a checkpoint of "
-            f"slope_fx, nor a model on the hub: {lines[0]}"
-        ) from None
-    names = [name for name in config.architectures or () if hasattr(transformers, name)]
+    config = config_of(source)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    kind = class_of(config)
+    # The Auto classes have it in public, the models' own for them.
+    make = getattr(kind, "from_config", None) or kind._from_config
     with torch.device("meta"):
-        if names:
-            model = getattr(transformers, names[0])._from_config(config, dtype=dtype)
-        else:
-            try:
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-            except ValueError:
-                model = transformers.AutoModel.from_config(config, dtype=dtype)
+        model: nn.Module = make(config, dtype=dtype)
     return model
 
 
@@ -163,10 +151,3 @@ def _speedup(report: LinearReport) -> float:
     """Of the three products together: each takes the same time dense, nearly."""
     speedups = [p.speedup for p in report.products if p.speedup is not None]
     return len(speedups) / sum(1 / s for s in speedups) if speedups else 0.0
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and known not in DTYPES.values():
-        raise ArgumentError(f"dtype={dtype!r}; allowed are {', '.join(DTYPES)}, and None.")
-    return known

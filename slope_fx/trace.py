@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import ExampleInputsError
+from slope_fx.errors import ExampleInputsError, first_line
 from slope_fx.passes import WeightRole, weight_roles
 from slope_fx.passes.views import Read
 
@@ -65,7 +65,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         log.info("torch.export failed", exc_info=True)
         if given:
             _check_inputs_run(model, args, kwargs)
-        reason = f"torch.export failed: {type(error).__name__}: {_first_line(error)}".rstrip(".")
+        reason = f"torch.export failed: {type(error).__name__}: {first_line(error)}".rstrip(".")
         return Trace(_roles_by_type(model), reason)
     signature = exported.graph_signature
     first = first_names(model)
@@ -143,7 +143,7 @@ def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     except Exception as error:
         raise ExampleInputsError(
             f"example_inputs don't fit: {type(model).__name__} fails on them with "
-            f"{type(error).__name__}: {_first_line(error)} Pass what you would call the model "
+            f"{type(error).__name__}: {first_line(error)} Pass what you would call the model "
             "with, on the model's device."
         ) from error
 
@@ -246,8 +246,3 @@ def _whole(weight: Tensor, *, transposed: bool) -> Read:
     """All of a linear module's weight."""
     d_in, d_out = weight.shape if transposed else reversed(weight.shape)
     return Read(transposed, d_in, d_out, 0, d_out, 1)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else "no message."

@@ -515,7 +515,7 @@ def test_mistakes_with_training_state(saved, tmp_path):
     slope_fx.save_pretrained(model, tmp_path / "c")
     with pytest.raises(slope_fx.CheckpointError, match="no training state"):
         slope_fx.load_training(tmp_path / "c")
-    with pytest.raises(slope_fx.CheckpointError, match="dtype='int8'"):
+    with pytest.raises(slope_fx.ArgumentError, match="dtype='int8'"):
         slope_fx.load_pretrained(path, dtype="int8")
 
 

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from slope_fx.checkpoints.manifest import (
-    DTYPES,
     Manifest,
     check_files,
     read_manifest,
@@ -23,7 +22,7 @@ from slope_fx.compiler import CompileOptions, attach, check_model, make_record
 from slope_fx.errors import CheckpointError
 from slope_fx.install import install
 from slope_fx.kernels.engines import AUTO
-from slope_fx.plan import LinearPlan
+from slope_fx.plan import LinearPlan, parse_dtype
 from slope_fx.regions import Region
 from slope_fx.settings import BackendFunction
 from slope_fx.weights import (
@@ -83,7 +82,7 @@ def load_pretrained(
     manifest = read_manifest(folder)
     check_files(folder, manifest, hashes=verify)
     check_names(folder, manifest)
-    to = _dtype(dtype)
+    to = parse_dtype(dtype)
     how = CompileOptions(
         backend, mode, options, dynamic, fullgraph, region or manifest.region, engine, passes,  # type: ignore[arg-type]
         disable_passes, enable_passes, on_fallback,
@@ -318,12 +317,3 @@ def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
             for name, tensor in tensors.items():
                 if tensor is old:
                     tensors[name] = new  # type: ignore[assignment]
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if known is not None and known not in DTYPES.values():
-        known = None
-    if dtype is not None and known is None:
-        raise CheckpointError(f"dtype={dtype!r}; allowed are {', '.join(DTYPES)}, and None.")
-    return known

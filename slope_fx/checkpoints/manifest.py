@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from slope_fx.checkpoints.files import previous_of, sha256
@@ -213,10 +212,3 @@ def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | N
     if pattern is None:
         return plan, None
     return plan, SparseEntry(data["rank"], data["scale"], data["adapter_active"])
-
-
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
-"""What weights may be loaded in."""
