@@ -151,8 +151,8 @@ def _run(
                 raise CalibrationError(
                     f"calibration: the model fails on batch {batches} with "
                     f"{type(error).__name__}: {first_line(error)} Each batch is what you would "
-                    "call the model with, on its device: a tensor, a sequence of arguments, a mapping of "
-                    "keyword arguments, or (arguments, keyword arguments)."
+                    "call the model with, on its device: a tensor, a sequence of arguments, a "
+                    "mapping of keyword arguments, or (arguments, keyword arguments)."
                 ) from error
             batches += 1
     return batches
