@@ -10,7 +10,7 @@ from torch import nn
 
 from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import IgnoredArgumentWarning, ScheduleError, ScheduleWarning
-from slope_fx.weights import find_alive, whole
+from slope_fx.weights import whole
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +138,11 @@ class Schedule:
     def _apply_phase(self) -> None:
         active = self.phase == "adapter"
         for weight in self._weights:
-            weight.adapter_active = active and weight.rank is not None
-        if active:
-            # An average of the model, made before, averages the adapters: they begin there too.
-            origins = {weight.origin for weight in self._weights if weight.rank is not None}
-            for copied in find_alive(lambda weight: weight.origin in origins):
-                copied.adapter_active = True
+            weight.follows = False
+            if active:
+                weight.begin_adapter()
+            else:
+                weight.adapter_active = False
         if self.phase != self._logged:
             log.info("step %d: %s phase", self.last_step, self.phase)
             self._logged = self.phase

@@ -1,5 +1,6 @@
 """``SparseWeight``: the masks and the adapter of one compressed weight."""
 
+import copy
 import warnings
 import weakref
 from collections.abc import Callable
@@ -48,13 +49,6 @@ class Parts:
     adapter_active: bool = False
 
 
-class Origin:
-    """What a weight and its copies have in common: averages of a model are such copies."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
-        return self
-
-
 class SparseWeight(nn.Module):
     """What ``compile`` puts beside a layer's ``weight_values``.
 
@@ -74,7 +68,9 @@ class SparseWeight(nn.Module):
         lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None.
         adapter_active: whether the adapter takes part. Dynamo guards on it, so that a
             change recompiles; the :class:`~slope_fx.Schedule` sets it.
-        origin: the same in each deep copy of this weight, and in no other.
+        copies: deep copies that were made of it, as for an average of the model's weights.
+        follows: whether a copy begins its adapter when its original does: until it has a
+            Schedule of its own.
     """
 
     lora_A: nn.Parameter | None  # noqa: N815
@@ -100,7 +96,8 @@ class SparseWeight(nn.Module):
         self.expanded_because: str | None = None
         self._expanded_hint: str | None = None
         self.adapter_active = parts.adapter_active
-        self.origin = Origin()
+        self.follows = True
+        self.copies: weakref.WeakSet[SparseWeight] = weakref.WeakSet()
         # In a tuple, so that the layer doesn't become a submodule of its own submodule.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
@@ -223,9 +220,26 @@ class SparseWeight(nn.Module):
         forget_operands(self.values)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "copies"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "copies": weakref.WeakSet(), "follows": True})  # type: ignore[no-untyped-call]
         _alive.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseWeight":
+        made = SparseWeight.__new__(SparseWeight)
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        self.copies.add(made)
+        return made
+
+    def begin_adapter(self) -> None:
+        """Let the adapter take part from now on, and those of copies that follow."""
+        self.adapter_active = self.rank is not None
+        for copied in self.copies:
+            if copied.follows:
+                copied.begin_adapter()
 
     def _load_from_state_dict(
         self,
