@@ -6,6 +6,7 @@
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -185,6 +186,13 @@ def table(architectures: Iterable[int] = ARCHITECTURES, workers: int = 1) -> dic
     return {"triton": triton.__version__, "rows": rows}
 
 
+def digest() -> str:
+    """Of all that the table depends on, besides Triton: the kernels, and this file."""
+    folder = Path(configs.__file__).parent
+    sources = [Path(__file__), *sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, not stdout")
@@ -193,7 +201,8 @@ def main() -> None:
     # A row a line, for diffs that can be read.
     made = table(args.arch, workers=(os.cpu_count() or 1) if args.write else 1)
     rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in made["rows"].items())
-    text = f'{{"triton": {json.dumps(made["triton"])}, "rows": {{\n{rows}\n}}}}\n'
+    head = f'"triton": {json.dumps(made["triton"])}, "sources": "{digest()}"'
+    text = f'{{{head}, "rows": {{\n{rows}\n}}}}\n'
     if args.write:
         TABLE.write_text(text)
     else:

@@ -67,7 +67,7 @@ def saved(tmp_path_factory):
     return model, path
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_comes_back_bit_for_bit(data, tmp_path_factory):
     """Any model, pattern, dtype, rank and shard size, extreme values among them."""
@@ -91,7 +91,7 @@ def test_comes_back_bit_for_bit(data, tmp_path_factory):
         slope_fx.sparse_weights(model))}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", models.TRANSFORMERS)
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_computes_the_same(kind, tmp_path):
     """The adapters take part after loading if they did when it was saved."""
     model, _ = trained(kind)

@@ -57,7 +57,7 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.data(),
     st.sampled_from(sorted(KINDS)),
