@@ -1,6 +1,7 @@
 """What would become of a model, told from its configuration alone."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from slope_fx.checkpoints.manifest import MANIFEST, read_manifest
-from slope_fx.errors import ArgumentError, NoEligibleLinearError
+from slope_fx.errors import ArgumentError, IgnoredArgumentWarning, NoEligibleLinearError
 from slope_fx.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
 from slope_fx.hub import class_of, config_of
 from slope_fx.kernels import selection
@@ -57,6 +58,15 @@ def preview(
         SlopeError: as ``compile`` does for the other arguments.
     """
     if (Path(source) / MANIFEST).is_file():
+        ignored = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
+                   "dtype": dtype is not None}  # fmt: skip
+        for argument in (name for name, given in ignored.items() if given):
+            warnings.warn(
+                f"{argument} has no effect: {source} is a sparse checkpoint, of which it is told "
+                "what it holds.",
+                IgnoredArgumentWarning,
+                stacklevel=2,
+            )
         return _of_checkpoint(Path(source))
     rules, rank = PatternRules(sparsity), check_adapter_rank(adapter_rank)
     if not isinstance(tokens, int) or tokens < 1:

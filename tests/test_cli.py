@@ -87,6 +87,7 @@ def test_there_and_back(dense, tmp_path, run, monkeypatch):
     want = logits(slope_fx.load_pretrained("sparse", backend="eager"))
     run("inspect", "sparse")
     assert "adapters take part in 11" in run("explain", "sparse").out
+    assert "sparsity has no effect" in run("explain", "sparse", "--sparsity", "1:4").err
     told = json.loads(run("convert", "sparse", "adapter", "--to", "peft", "--json").out)
     assert told == {"peft": "adapter", "dense": "adapter-base"}
     run("convert", "adapter", "again", "--to", "sparse")
