@@ -1,7 +1,7 @@
 """What the inputs of each linear look like over a few calibration batches."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,6 +66,11 @@ def observe(
         CalibrationError: there is no batch, one doesn't run or gives no finite numbers, or a
             linear was never reached.
     """
+    if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}; it must be a list, or another "
+            "iterable, of batches, such as [ids, ids]."
+        )
     parameters = dict(model.named_parameters())
     sums: dict[int, Activations] = {}
     heights: dict[int, int] = {}
@@ -137,9 +142,12 @@ def _run(
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
             module.training = False
+        # A linear in a graph that Dynamo gave up on would be left out without a word.
+        limits: dict[str, Any] = {"recompile_limit": 4096, "accumulated_recompile_limit": 65536}
+        undo.enter_context(torch._dynamo.config.patch(limits))
         for path in choose_regions(model, "auto", scopes):
             region = model.get_submodule(path)
-            undo.callback(setattr, region, "_compiled_call_impl", region._compiled_call_impl)
+            undo.callback(region.__dict__.pop, "_compiled_call_impl")
             region._compiled_call_impl = compiled_call(region, _observing_backend)
         for batch in calibration or ():
             args, kwargs = split_inputs(batch, f"calibration's batch {batches}")

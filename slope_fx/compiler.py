@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -254,7 +255,9 @@ def compile(
 
     begun = adapter_init if isinstance(adapter_init, str) else "callable"
     record = make_record(model, plans, traced.untraced_because, how, settings, begun)
-    with ExitStack() as undo:
+    # Whatever mode the caller is in, the parameters are to train, and to be as they are computed.
+    plain = torch.inference_mode(False), _without_autocast()
+    with ExitStack() as undo, plain[0], plain[1]:
         replaced = install(model, sparse_plans, make_parts, on_fallback, undo)
         attach(model, record, undo)
         undo.pop_all()  # nothing can fail any more
@@ -418,6 +421,13 @@ def check_model(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no values to choose a mask from. Give the "
                 "model storage first, with model.to_empty(device=...) and an initialisation."
             )
+
+
+def _without_autocast() -> ExitStack:
+    off = ExitStack()
+    for device in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
+        off.enter_context(torch.autocast(device, enabled=False))
+    return off
 
 
 def _say_without_backend(**arguments: tuple[object, object]) -> None:

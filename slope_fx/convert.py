@@ -3,17 +3,19 @@
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from slope_fx.checkpoints import load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
-from slope_fx.compiler import compile
+from slope_fx.compiler import check_choice, compile
 from slope_fx.densify import densify, export_peft
-from slope_fx.errors import ArgumentError, ExportError, first_line
+from slope_fx.errors import ArgumentError, ExportError, IgnoredArgumentWarning, first_line
 from slope_fx.hub import class_of, config_of, transformers
 from slope_fx.patterns import Pattern
 from slope_fx.plan import AdapterRank
@@ -50,6 +52,8 @@ def convert(
         ArgumentError: ``source`` is none of these, or ``target`` is in use.
         SlopeError: as ``compile``, ``load_pretrained``, ``densify`` and ``export_peft`` do.
     """
+    check_choice("to", to, get_args(Kind))
+    check_choice("adapters", adapters, ("merge", "drop"))
     source, target = Path(source), Path(target)
     base = target.with_name(f"{target.name}-base")
     for folder in (target, base) if to == "peft" else (target,):
@@ -58,6 +62,19 @@ def convert(
     kind = _kind_of(source)
     if kind == to:
         raise ArgumentError(f"{source} is {to} already.")
+    given = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
+             "adapter_init": adapter_init != "zero", "adapters": adapters != "merge"}  # fmt: skip
+    used = {"dense": {"adapters"}, "sparse": {"sparsity"}, "peft": set()}[to]
+    if kind == "dense":
+        used = used | {"adapter_rank", "adapter_init"}
+    if kind == "peft" and to == "dense":
+        used = set()
+    for argument in (name for name, is_given in given.items() if is_given and name not in used):
+        warnings.warn(
+            f"{argument} has no effect on the way from {kind} to {to}.",
+            IgnoredArgumentWarning,
+            stacklevel=2,
+        )
     tokenizer = _tokenizer(source)
     if to == "sparse":
         model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
@@ -106,8 +123,10 @@ def _compiled(
 
     def adapter(name: str, weight: Tensor, mask: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         unused.discard(name)
-        nothing = weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank)
-        return factors.get(name, nothing)
+        if name in factors:
+            return factors[name]
+        # Where PEFT has none it begins as SLoPe's do: with B = 0, and A so that B can learn.
+        return torch.randn(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
 
     model = compile(
         peft_model.unload(), sparsity, adapter_rank=own, adapter_init=adapter, backend=None
@@ -120,9 +139,25 @@ def _compiled(
     return model
 
 
+_UNKNOWN_PARTS = ("lora_embedding_A", "lora_magnitude_vector", "trainable_tokens_delta")
+_NOT_OURS = "which slope_fx has no place for. Merge it: slope-fx convert ... --to dense."
+
+
 def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of each adapted layer, by its name in the base model; B with the scale."""
     found = {}
+    config = peft_model.peft_config["default"]
+    for path, module in peft_model.base_model.model.named_modules():
+        # What a layer of PEFT's may have besides A and B, some of it as empty containers.
+        more = [n for n in _UNKNOWN_PARTS if len(getattr(module, n, ()) or ())]
+        if more:
+            raise ExportError(f"{path} has {more[0]}, {_NOT_OURS}")
+        factor = module.lora_B["default"] if "default" in getattr(module, "lora_B", ()) else None
+        if getattr(factor, "bias", None) is not None:
+            raise ExportError(f"{path} has a lora_bias, {_NOT_OURS}")
+    for name in ("use_dora", "alora_invocation_tokens", "trainable_token_indices"):
+        if getattr(config, name, None):
+            raise ExportError(f"the adapter has {name}, {_NOT_OURS}")
     for path, module in peft_model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
@@ -135,7 +170,10 @@ def _adapted(source: Path) -> Any:
         peft = importlib.import_module("peft")
     except ImportError as error:
         raise ArgumentError(f"PEFT can't be imported: {error}. `pip install peft`.") from error
-    told = json.loads((source / "adapter_config.json").read_text())
+    try:
+        told = json.loads((source / "adapter_config.json").read_text())
+    except ValueError as error:
+        raise ArgumentError(f"{source}/adapter_config.json is no JSON: {error}.") from None
     base = told.get("base_model_name_or_path")
     if not base or told.get("peft_type") != "LORA":
         raise ArgumentError(
@@ -143,7 +181,11 @@ def _adapted(source: Path) -> Any:
             f"(base_model_name_or_path); it has peft_type={told.get('peft_type')!r} and "
             f"base_model_name_or_path={base!r}."
         )
-    return peft.PeftModel.from_pretrained(_dense(base), source)
+    base_model = _dense(base)
+    try:
+        return peft.PeftModel.from_pretrained(base_model, source)
+    except Exception as error:
+        raise ArgumentError(f"{source} can't be loaded by PEFT: {first_line(error)}") from error
 
 
 def _merged(source: Path) -> nn.Module:
@@ -154,14 +196,22 @@ def _merged(source: Path) -> nn.Module:
 def _dense(name: str) -> nn.Module:
     config = config_of(name)
     try:
-        model: nn.Module = class_of(config).from_pretrained(
-            name, dtype=getattr(config, "dtype", None)
+        model, told = class_of(config).from_pretrained(
+            name, dtype=getattr(config, "dtype", None), output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # each of its formats and libraries has its own
         raise ArgumentError(
             f"source={name!r} can't be loaded by transformers: {first_line(error)}"
-        ) from None
-    return model
+        ) from error
+    wrong = sorted({*map(str, told["missing_keys"]), *map(str, told["mismatched_keys"])})
+    if wrong:
+        raise ArgumentError(
+            f"source={name!r} lacks {wrong[0]}"
+            + (f" and {len(wrong) - 1} more weights" if len(wrong) > 1 else "")
+            + " of the model that its config.json describes; transformers would make them up."
+        )
+    loaded: nn.Module = model
+    return loaded
 
 
 def _save_dense(model: nn.Module, folder: Path, tokenizer: Any) -> Path:

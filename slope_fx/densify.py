@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,10 +86,10 @@ def export_peft(
     config = peft.LoraConfig(
         r=ranks[first],
         lora_alpha=alphas[first],
-        # Anchored, for PEFT takes a name for the end of many, and a pattern for a whole path.
-        target_modules=list(adapted),
-        rank_pattern={f"^{p}$": r for p, r in ranks.items() if r != ranks[first]},
-        alpha_pattern={f"^{p}$": a for p, a in alphas.items() if a != alphas[first]},
+        # A pattern, which PEFT takes for whole paths; a name would be the end of any path.
+        target_modules="|".join(map(re.escape, adapted)),
+        rank_pattern={f"^{re.escape(p)}$": r for p, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={f"^{re.escape(p)}$": a for p, a in alphas.items() if a != alphas[first]},
         fan_in_fan_out=any(not isinstance(m, nn.Linear) for m, _ in adapted.values()),
         base_model_name_or_path=base_model,
         inference_mode=True,
@@ -121,18 +122,19 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
             "the model has no adapters that take part: it was compiled without adapter_rank, or "
             "they haven't begun. Nothing can be exported; densify(model, 'drop') is all of it."
         )
-    linears = linear_modules(model)
+    linears = {id(module) for module in linear_modules(model).values()}
     found = {}
     for weight, paths in _places(model):
         if not (weight.adapter_active and weight.rank):
             continue
         for path, attribute in paths:
-            if path not in linears or attribute != "weight":
+            module = model.get_submodule(path)
+            if id(module) not in linears or attribute != "weight":
                 raise ExportError(
                     f"{weight.name} is not the weight of a linear module, and PEFT has no LoRA "
                     "for it. Merge the adapters instead: densify(model, 'merge')."
                 )
-            found[path] = (linears[path], weight)
+            found[path] = (module, weight)
     return found
 
 

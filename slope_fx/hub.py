@@ -33,7 +33,7 @@ def config_of(source: str | os.PathLike[str]) -> Any:
         raise ArgumentError(f"source={where!r} is not there.")
     try:
         return library.AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of the hub's library, of its validation, of JSON
         raise ArgumentError(
             f"source={where!r} is neither a config.json, a folder with one or with a checkpoint of "
             f"slope_fx, nor a model on the hub: {first_line(error)}"
@@ -43,8 +43,9 @@ def config_of(source: str | os.PathLike[str]) -> Any:
 def class_of(config: Any) -> Any:
     """The model's class that a configuration names; an Auto class if it names none."""
     library = transformers()
-    names = [name for name in config.architectures or () if hasattr(library, name)]
-    if names:
-        return getattr(library, names[0])
+    for name in config.architectures or ():
+        kind = getattr(library, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, library.PreTrainedModel):
+            return kind
     known = type(config) in library.AutoModelForCausalLM._model_mapping
     return library.AutoModelForCausalLM if known else library.AutoModel

@@ -8,7 +8,7 @@ reuses one compiled graph only for modules of one class.
 import functools
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -209,7 +209,7 @@ def restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> N
     module.__dict__.update(state)
 
 
-def warn_of_stale_optimizers(replaced: list[Tensor]) -> None:
+def warn_of_stale_optimizers(replaced: Sequence[Tensor]) -> None:
     """Warn of optimizers that hold replaced weights: they would train nothing, silently."""
     old = {id(parameter) for parameter in replaced}
 

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from slope_fx.checkpoints.manifest import MANIFEST, read_manifest
-from slope_fx.errors import ArgumentError, IgnoredArgumentWarning, NoEligibleLinearError
+from slope_fx.errors import (
+    ArgumentError,
+    IgnoredArgumentWarning,
+    NoEligibleLinearError,
+    first_line,
+)
 from slope_fx.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
 from slope_fx.hub import class_of, config_of
 from slope_fx.kernels import selection
@@ -120,8 +125,14 @@ def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn
     kind = class_of(config)
     # The Auto classes have it in public, the models' own for them.
     make = getattr(kind, "from_config", None) or kind._from_config
-    with torch.device("meta"):
-        model: nn.Module = make(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make(config, dtype=dtype)
+    except Exception as error:
+        raise ArgumentError(
+            f"source={str(source)!r} describes no model that transformers can make: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     return model
 
 

@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import shutil
+import threading
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy
@@ -22,7 +24,7 @@ import models
 import slope_fx
 from models import batch, loss_of
 from slope_fx.checkpoints import files as files_module
-from slope_fx.checkpoints.manifest import FORMAT_VERSION, MANIFEST
+from slope_fx.checkpoints.manifest import FORMAT_VERSION, MANIFEST, digest_of
 from strategies import patterns
 
 BACKEND = {"backend": "eager", "on_fallback": "error"}
@@ -168,8 +170,10 @@ def test_experts_come_back(tmp_path):
 
 
 def _edit_manifest(path, change):
+    """Edit it as somebody would who knows how to: with its digest."""
     manifest = json.loads((path / MANIFEST).read_text())
     change(manifest)
+    manifest["sha256"] = digest_of(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -215,6 +219,30 @@ DAMAGE = {
     "a newer format": (
         lambda p: _edit_manifest(p, lambda m: m.update(format_version=FORMAT_VERSION + 1)),
         "Upgrade slope_fx",
+    ),
+    "an edited manifest": (
+        lambda p: (p / MANIFEST).write_text((p / MANIFEST).read_text().replace("2:4", "4:8")),
+        "was edited",
+    ),
+    "a file elsewhere": (
+        lambda p: _edit_manifest(p, lambda m: m["tensors"].update(
+            {n: f"../{p.name}/{f}" for n, f in m["tensors"].items()})),
+        "isn't among its files",
+    ),
+    "a scale that is none": (
+        lambda p: _edit_manifest(p, lambda m: [
+            linear.update(scale=float("nan")) for linear in m["linears"] if linear["pattern"]]),
+        "damaged",
+    ),
+    "a linear twice": (
+        lambda p: _edit_manifest(p, lambda m: m["linears"].append(m["linears"][1])), "twice",
+    ),
+    "no layout": (
+        lambda p: _edit_manifest(p, lambda m: m["linears"][2].update(layout=None)), "damaged",
+    ),
+    "a class that is none": (
+        lambda p: _edit_manifest(p, lambda m: m["model"].update({"class": "pipeline"})),
+        "doesn't have",
     ),
     "another format": (lambda p: _edit_manifest(p, lambda m: m.update(format="x")), "not ours"),
     "a part of the manifest is gone": (
@@ -282,7 +310,7 @@ def test_what_is_not_whole_is_refused(damage, saved, tmp_path):
     hurt(path)
     with pytest.raises(slope_fx.CheckpointError, match=words):
         slope_fx.load_pretrained(path, **BACKEND)
-    if "place" not in words:  # that takes a model to tell
+    if "place" not in words and "have" not in words:  # that takes a model to tell
         with pytest.raises(slope_fx.CheckpointError, match=words):
             slope_fx.verify(path)
 
@@ -406,8 +434,37 @@ def test_killed_at_any_moment_the_last_good_one_remains(exists, tmp_path, monkey
             break
     assert call > 5
     assert_same(slope_fx.load_pretrained(path, **BACKEND), model)
+    # What a dead process left goes with the next write; of one that lives, it may be at work.
+    left = [name for name in os.listdir(tmp_path) if name != "c"]
+    assert left
     slope_fx.save_pretrained(model, path)
-    assert os.listdir(tmp_path) == ["c"]  # what was left behind went with the next write
+    assert sorted(os.listdir(tmp_path)) == sorted([*left, "c"])
+    monkeypatch.setattr(files_module, "is_running", lambda pid: False)
+    slope_fx.save_pretrained(model, path)
+    assert os.listdir(tmp_path) == ["c"]
+
+
+def test_writers_do_not_disturb_each_other(tmp_path):
+    """Two threads over one path: whoever reads finds one or the other, whole."""
+    model, _ = trained(rank=None)
+    path = slope_fx.save_pretrained(model, tmp_path / "c")
+    failures = []
+
+    def write():
+        for _ in range(10):
+            try:
+                slope_fx.save_pretrained(model, path)
+            except Exception as error:
+                failures.append(error)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert (path / MANIFEST).exists()
+    assert not failures
+    slope_fx.verify(path)
+    assert os.listdir(tmp_path) == ["c"]
 
 
 def test_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
@@ -421,9 +478,14 @@ def test_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
         slope_fx.load_pretrained(path)
 
 
-def test_other_peoples_folders_are_left_alone(tmp_path):
+def test_other_peoples_folders_are_left_alone(tmp_path, monkeypatch):
     model, _ = trained(rank=None)
     (tmp_path / "thesis.tex").write_text("years of work")
+    mine = slope_fx.save_pretrained(model, tmp_path / "mine")
+    (mine / "notes.md").write_text("more of it")
+    with pytest.raises(slope_fx.CheckpointError, match=r"holds notes\.md"):
+        slope_fx.save_pretrained(model, mine)
+    shutil.rmtree(mine)
     with pytest.raises(slope_fx.CheckpointError, match="would be deleted"):
         slope_fx.save_pretrained(model, tmp_path)
     with pytest.raises(slope_fx.CheckpointError, match="must be a folder"):
@@ -434,6 +496,9 @@ def test_other_peoples_folders_are_left_alone(tmp_path):
     with pytest.raises(slope_fx.CheckpointError, match="max_shard_size"):
         slope_fx.save_pretrained(model, tmp_path / "c", max_shard_size="many")
     assert os.listdir(tmp_path) == ["thesis.tex"]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(slope_fx.CheckpointError, match="working directory"):
+        slope_fx.save_pretrained(model, ".")
 
 
 # --- the rest of a run ---
@@ -471,7 +536,8 @@ def test_a_run_goes_on_exactly(tmp_path):
     random.seed(3)
     numpy.random.seed(4)
     torch.manual_seed(5)
-    history = {"losses": [0.5, float("nan")], "batch": (3, numpy.int64(7))}
+    history = {"losses": [0.5, float("nan")], "batch": (3, numpy.int64(7)),
+               "best": numpy.float64(1.5)}  # fmt: skip
     path = slope_fx.save_pretrained(model, tmp_path / "c", training={**parts, **history})
     draws = random.random(), numpy.random.rand(), torch.rand(3)
 
@@ -485,7 +551,7 @@ def test_a_run_goes_on_exactly(tmp_path):
     }
     torch.rand(7)
     rest = slope_fx.load_training(path, again)
-    assert repr(rest) == "{'losses': [0.5, nan], 'batch': (3, 7)}"
+    assert repr(rest) == "{'losses': [0.5, nan], 'batch': (3, 7), 'best': 1.5}"
     got = random.random(), numpy.random.rand(), torch.rand(3)
     assert got[:2] == draws[:2]
     assert torch.equal(got[2], draws[2])
@@ -494,6 +560,57 @@ def test_a_run_goes_on_exactly(tmp_path):
         torch.save(part.state_dict(), one)
         torch.save(again[name].state_dict(), other)
         assert repr(part.state_dict()) == repr(again[name].state_dict()), name
+
+
+def test_tensors_of_like_names_are_kept_apart(tmp_path):
+    model, _ = trained(rank=None)
+    tricky = {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}, 1: torch.ones(2), "1": 3,
+              "c": Counter({3: 2}), "o": OrderedDict(z=1)}  # fmt: skip
+    path = slope_fx.save_pretrained(
+        model, tmp_path / "c", training={"x": tricky, "__metadata__": torch.ones(3)}
+    )
+    got = slope_fx.load_training(path)
+    assert repr(got["x"]) == repr(tricky)
+    assert torch.equal(got["__metadata__"], torch.ones(3))
+
+
+def test_training_state_is_loaded_all_or_not_at_all(tmp_path):
+    model, _ = trained(rank=None)
+    values = [p for p in model.parameters() if p.requires_grad]
+    one, other = torch.optim.SGD(values, lr=0.5), torch.optim.SGD(values[:3], lr=0.5)
+    path = slope_fx.save_pretrained(model, tmp_path / "c", training={"a": one, "b": other})
+    first, wrong = torch.optim.SGD(values, lr=0.1), torch.optim.SGD(values, lr=0.1)
+    with pytest.raises(slope_fx.CheckpointError, match=r"training\['b'\], a SGD"):
+        slope_fx.load_training(path, {"a": first, "b": wrong})
+    assert first.param_groups[0]["lr"] == wrong.param_groups[0]["lr"] == 0.1
+
+
+def test_what_is_frozen_stays_frozen_and_casts_stay_cast(tmp_path):
+    model, _ = trained("llama")
+    model.to(torch.bfloat16)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    weight = next(iter(slope_fx.sparse_weights(model).values()))
+    weight.values.requires_grad_(False)
+    loaded = slope_fx.load_pretrained(slope_fx.save_pretrained(model, tmp_path / "c"), **BACKEND)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert {n for n, p in loaded.named_parameters() if not p.requires_grad} == frozen
+    assert {n: b.dtype for n, b in loaded.named_buffers()} == {
+        n: b.dtype for n, b in model.named_buffers()
+    }
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_optimizer_made_before_loading_is_told(tmp_path):
+    def net():
+        return nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+
+    x = torch.ones(2, 16)
+    model = slope_fx.compile(net(), "2:4", example_inputs=x, **BACKEND)
+    path, fresh = slope_fx.save_pretrained(model, tmp_path / "c"), net()
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=1)
+    with pytest.warns(slope_fx.StaleOptimizerWarning):
+        slope_fx.load_pretrained(path, fresh, **BACKEND)
+    assert optimizer.param_groups
 
 
 def test_mistakes_with_training_state(saved, tmp_path):

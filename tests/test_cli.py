@@ -102,6 +102,55 @@ def test_there_and_back(dense, tmp_path, run, monkeypatch):
     assert (weight == 0).float().mean() == 0.5
 
 
+@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_bias": True},
+                                  {"trainable_token_indices": [1, 2]},
+                                  {"target_modules": ["o_proj", "embed_tokens"]}])  # fmt: skip
+def test_what_an_adapter_of_peft_has_besides_is_not_dropped(more, dense, tmp_path, run):
+    from peft import LoraConfig, get_peft_model
+
+    model = models.LlamaForCausalLM.from_pretrained(dense)
+    config = LoraConfig(r=2, **{"target_modules": ["o_proj"], **more})
+    config.base_model_name_or_path = str(dense)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    told = run("convert", tmp_path / "adapter", tmp_path / "new", "--to", "sparse", code=1)
+    assert "no place for" in told.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_on_some_layers_leaves_the_others_able_to_learn(dense, tmp_path, run):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["o_proj"], use_rslora=True, lora_alpha=3)
+    peft_model = get_peft_model(models.LlamaForCausalLM.from_pretrained(dense), config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    peft_model.peft_config["default"].base_model_name_or_path = str(dense)
+    peft_model.save_pretrained(tmp_path / "adapter")
+    run("convert", tmp_path / "adapter", tmp_path / "new", "--to", "sparse", "--sparsity", "2:4")
+    model = slope_fx.load_pretrained(tmp_path / "new", backend="eager", on_fallback="error")
+    for name, weight in slope_fx.sparse_weights(model).items():
+        assert weight.adapter_active
+        assert bool(weight.lora_B.any()) == name.endswith("o_proj")
+        assert weight.lora_A.any()
+    pruned = slope_fx.densify(model, "drop").state_dict()
+    peft_model.base_model.model.load_state_dict(
+        {n.replace("o_proj.weight", "o_proj.base_layer.weight"): v for n, v in pruned.items()},
+        strict=False,
+    )
+    torch.testing.assert_close(logits(model), logits(peft_model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_that_lacks_weights_is_not_converted(dense, tmp_path, run):
+    shutil.copytree(dense, tmp_path / "part")
+    config = json.loads((dense / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    config["layer_types"] = None
+    (tmp_path / "part" / "config.json").write_text(json.dumps(config))
+    told = run("convert", tmp_path / "part", tmp_path / "new", "--to", "sparse", code=1)
+    assert "lacks model.layers.2" in told.err
+
+
 def test_inspect_finds_what_is_wrong(dense, tmp_path, run):
     model = slope_fx.compile(models.LlamaForCausalLM.from_pretrained(dense), "2:4", backend=None)
     path = slope_fx.save_pretrained(model, tmp_path / "c")

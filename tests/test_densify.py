@@ -175,6 +175,32 @@ def test_kept_as_a_peft_adapter():
     assert all("lora_" in name for name in trainable)
 
 
+def test_layers_whose_names_end_alike_are_told_apart(tmp_path):
+    """PEFT takes a name for the end of any path; a dense layer must not get an adapter."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.blk = nn.Linear(16, 16), Inner()
+            self.other = nn.ModuleDict({"blk": Inner()})
+
+        def forward(self, x):
+            return self.fc(self.other["blk"].fc(self.blk.fc(x)))
+
+    model = slope_fx.compile(
+        Net(), {"other*": None, "*": "2:4"}, adapter_rank=2, adapter_init="svd", skip_first=False,
+        skip_head=False, example_inputs=torch.ones(2, 16), **BACKEND,
+    )  # fmt: skip
+    kept = slope_fx.densify(model, "peft")
+    adapted = {n.split(".lora_A")[0] for n, _ in kept.named_parameters() if "lora_A" in n}
+    assert adapted == {"base_model.model.fc", "base_model.model.blk.fc"}
+
+
 def test_what_peft_cannot_have_is_refused(tmp_path):
     with pytest.raises(slope_fx.ExportError, match="no adapters that take part"):
         slope_fx.export_peft(adapted(active=False), tmp_path / "a")

@@ -244,6 +244,10 @@ class Never(nn.Module):
 
 MISTAKES = {
     "no calibration": ({"mask": "wanda"}, slope_fx.CalibrationError, 'mask="wanda" needs'),
+    "a lone batch": (
+        {"mask": "wanda", "calibration": torch.ones(2, 16)}, slope_fx.CalibrationError,
+        "calibration is a Tensor",
+    ),
     "no batch": ({"mask": "wanda", "calibration": []}, slope_fx.CalibrationError, "no batch"),
     "not inputs": (
         {"mask": "wanda", "calibration": [3]}, slope_fx.ExampleInputsError, "batch 0 is a int",
@@ -283,6 +287,7 @@ def test_mistakes_leave_the_model_as_it_was(mistake):
         slope_fx.compile(model, "2:4", example_inputs=torch.ones(2, 16), **BACKEND, **arguments)
     assert dict(model.named_parameters()) == before
     assert type(model) is Never
+    assert all("_compiled_call_impl" not in m.__dict__ for m in model.modules())
     assert all(m._compiled_call_impl is None for m in model.modules())
     assert model.training
 

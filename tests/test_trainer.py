@@ -95,6 +95,12 @@ def test_a_checkpoint_of_the_trainer_is_one_of_slope_fx(tmp_path):
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
 
 
+def test_a_finished_run_that_is_resumed_ends(tmp_path):
+    """As a restart script does it."""
+    trainer_of(compiled(), tmp_path).train()
+    trainer_of(compiled(), tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_what_cannot_go_on_is_refused(tmp_path):
     with pytest.raises(slope_fx.ArgumentError, match="torch_compile=True"):
         trainer_of(compiled(), tmp_path, torch_compile=True)

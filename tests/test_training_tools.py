@@ -473,6 +473,15 @@ def test_what_lightning_cannot_do_is_refused(tmp_path):
         trainer = lightning.Trainer(**arguments, **more, callbacks=[SlopeCallback()])
         trainer.fit(Module(model))
 
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, max_epochs=1, callbacks=[SlopeCallback()],
+    )  # fmt: skip
+    module = Module(net()[0])
+    trainer.fit(module)
+    trainer.fit_loop.max_epochs = 2
+    with pytest.raises(slope_fx.ScheduleError, match="second fit"):
+        trainer.fit(module)
     with pytest.raises(slope_fx.ArgumentError, match=r"self\.model = slope_fx\.compile"):
         slope_fx.compile(Module(nn.Linear(8, 8)), backend="eager")
     with pytest.raises(slope_fx.NotCompiledError, match="holds no model"):

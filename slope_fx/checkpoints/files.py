@@ -1,14 +1,18 @@
 """Folders that are written whole or not at all, and hashes of what is in them."""
 
 import ctypes
+import glob
 import hashlib
 import os
 import shutil
+import socket
 import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from slope_fx.errors import CheckpointError
 
@@ -25,11 +29,11 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder can't be written.
     """
-    path = path.absolute()
+    path = Path(os.path.abspath(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path)
-        partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+        partial = path.with_name(f".{path.name}.partial-{_writer()}-{uuid.uuid4().hex[:8]}")
         partial.mkdir()
     except OSError as error:
         raise CheckpointError(f"path={str(path)!r} can't be written: {error}.") from error
@@ -40,7 +44,7 @@ def replaced_whole(path: Path) -> Iterator[Path]:
         _flush(partial)
         _put(partial, path)
         _flush(path.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"path={str(path)!r} can't be written: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # the old one, if the two were exchanged
@@ -55,9 +59,29 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _writer() -> str:
+    """Names this process, so that others can tell whether it still writes."""
+    return f"{socket.gethostname().replace('-', '_')}-{os.getpid()}"
+
+
 def _clear_leftovers(path: Path) -> None:
-    for left in path.parent.glob(f".{path.name}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what processes of this machine left that run no more; others may still write."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*-*-*"):
+        host, pid, _ = left.name.rsplit(".partial-", 1)[1].split("-")
+        here = _writer().split("-")[0]
+        if host == here and pid.isdigit() and not is_running(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine lives."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is somebody else's
+    return True
 
 
 def _flush(path: Path) -> None:
@@ -72,8 +96,14 @@ def _flush(path: Path) -> None:
 def _put(partial: Path, path: Path) -> None:
     """Give ``partial`` the name ``path``."""
     if not path.exists():
-        os.rename(partial, path)
-    elif not _exchange(partial, path):
+        try:
+            os.rename(partial, path)
+            return
+        except OSError:
+            if not path.exists():
+                raise
+    # It is there, perhaps since a moment ago: another process writes to it too.
+    if not _exchange(partial, path):
         # A system that can't swap two folders: for a moment there is only the old one's other
         # name, which the loader's error names.
         old = previous_of(path)

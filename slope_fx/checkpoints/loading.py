@@ -17,10 +17,10 @@ from slope_fx.checkpoints.manifest import (
     read_manifest,
     tensor_names,
 )
-from slope_fx.checkpoints.saving import named_tensors
+from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
 from slope_fx.compiler import CompileOptions, attach, check_model, make_record
-from slope_fx.errors import CheckpointError
-from slope_fx.install import install
+from slope_fx.errors import ArgumentError, CheckpointError, first_line
+from slope_fx.install import install, warn_of_stale_optimizers
 from slope_fx.kernels.engines import AUTO
 from slope_fx.plan import LinearPlan, parse_dtype
 from slope_fx.regions import Region
@@ -83,6 +83,10 @@ def load_pretrained(
     check_files(folder, manifest, hashes=verify)
     check_names(folder, manifest)
     to = parse_dtype(dtype)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device={device!r}: {first_line(error)}") from None
     how = CompileOptions(
         backend, mode, options, dynamic, fullgraph, region or manifest.region, engine, passes,  # type: ignore[arg-type]
         disable_passes, enable_passes, on_fallback,
@@ -95,15 +99,21 @@ def load_pretrained(
         check_model(model)
     with _Reader(folder, manifest, torch.device(device), to) as reader, ExitStack() as undo:
         _keep_parameters(model, undo)
+        replaced = [parameter for parameter in model.parameters() if parameter.requires_grad]
         _install(model, manifest, reader, on_fallback, undo)
-        _fill(model, manifest, reader, undo)
+        _fill(model, manifest, reader)
         record = make_record(
             model, manifest.plans, manifest.untraced_because, how, settings, manifest.adapter_init
         )
         attach(model, record, undo)
+        for name in manifest.frozen:
+            model.get_parameter(name).requires_grad_(False)
         undo.pop_all()
-    model.to(device)  # buffers that aren't stored
-    return model if given else model.eval()
+    _move_buffers(model, manifest, torch.device(device), to)
+    if not given:
+        return model.eval()
+    warn_of_stale_optimizers(replaced)
+    return model
 
 
 class _Reader:
@@ -186,13 +196,18 @@ def _from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
         initialization = importlib.import_module("transformers.initialization")
     except ImportError as error:
         raise CheckpointError(f"{folder} needs transformers 5: {error}.") from error
-    kind = getattr(transformers, manifest.model_class, None)
-    if kind is None:
+    kind = getattr(transformers, str(manifest.model_class), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"{folder} holds a {manifest.model_class}, which transformers "
             f"{transformers.__version__} doesn't have. Install a version that does."
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} can't be read: {first_line(error)}"
+        ) from None
     # Unset memory isn't touched until it is replaced, so the dense weights take none.
     with torch.random.fork_rng(devices=[]), initialization.no_init_weights():
         model: nn.Module = kind(config)
@@ -263,7 +278,22 @@ def _read_parts(plan: LinearPlan, manifest: Manifest, reader: _Reader) -> Parts:
     return Parts(values, forward, backward, a, b, entry.scale, entry.adapter_active)
 
 
-def _fill(model: nn.Module, manifest: Manifest, reader: _Reader, undo: ExitStack) -> None:
+def _move_buffers(
+    model: nn.Module, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Put the buffers that aren't stored where the rest is, and cast them as they were."""
+    for name in unstored_buffers(model):
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        buffer = owner._buffers[attribute]
+        assert buffer is not None
+        kind = None
+        if dtype is None and buffer.is_floating_point():
+            kind = getattr(torch, manifest.buffers.get(name, ""), None)
+        owner._buffers[attribute] = buffer.to(device, kind or buffer.dtype)
+
+
+def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> None:
     """Give every other parameter and buffer its stored value; see that nothing is left over."""
     named, aliases = named_tensors(model)
     _check_sharing(reader.folder, named, aliases, manifest)

@@ -1,20 +1,23 @@
 """``slope_fx.json``: what a checkpoint holds, and how the model is put together again."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
 from slope_fx.checkpoints.files import previous_of, sha256
-from slope_fx.errors import CheckpointError, PatternError
+from slope_fx.errors import CheckpointError
 from slope_fx.passes.views import Layout
 from slope_fx.patterns import Pattern
 from slope_fx.plan import LinearPlan
+from slope_fx.regions import Region
 
 MANIFEST = "slope_fx.json"
 FORMAT_VERSION = 1
@@ -49,6 +52,8 @@ class Manifest:
         tensors: name to file.
         aliases: other names of those tensors, where parameters are shared.
         files: name to size in bytes and SHA-256, of every file but this one.
+        frozen: parameters that don't train, masks aside.
+        buffers: dtypes of the buffers that aren't stored, which a cast of the model changes.
     """
 
     version: str
@@ -62,6 +67,8 @@ class Manifest:
     tensors: Mapping[str, str]
     aliases: Mapping[str, str]
     files: Mapping[str, tuple[int, str]]
+    frozen: tuple[str, ...] = ()
+    buffers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it into ``folder``, in one step."""
@@ -77,7 +84,10 @@ class Manifest:
             "tensors": dict(self.tensors),
             "aliases": dict(self.aliases),
             "files": {n: {"bytes": b, "sha256": h} for n, (b, h) in self.files.items()},
+            "frozen": list(self.frozen),
+            "buffers": dict(self.buffers),
         }
+        data["sha256"] = digest_of(data)
         partial = folder / f".{MANIFEST}.partial"
         partial.write_text(json.dumps(data, indent=1) + "\n")
         os.replace(partial, folder / MANIFEST)
@@ -96,9 +106,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         data = json.loads(file.read_text())
         found = data["format"], data["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no manifest of slope_fx: {error!r}.") from None
-    if found[0] != "slope_fx" or not isinstance(found[1], int):
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no manifest of slope_fx: {error!r:.200}.") from None
+    if found[0] != "slope_fx" or type(found[1]) is not int or found[1] < 1:
         raise CheckpointError(f"{file} has format {found[0]!r}, version {found[1]!r}; not ours.")
     if found[1] > FORMAT_VERSION:
         raise CheckpointError(
@@ -106,9 +116,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             f"{data.get('slope_fx_version')}; this one reads up to version {FORMAT_VERSION}. "
             "Upgrade slope_fx to load it."
         )
+    if data.get("sha256") != digest_of(data):
+        raise CheckpointError(
+            f"{file} is damaged, or was edited: its SHA-256 differs. Copy the checkpoint again."
+        )
     try:
         linears = [_linear_from_json(linear) for linear in data["linears"]]
-        return Manifest(
+        manifest = Manifest(
             version=data["slope_fx_version"],
             model_class=data["model"]["class"],
             transformers=data["model"]["transformers"],
@@ -120,9 +134,52 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             tensors=data["tensors"],
             aliases=data["aliases"],
             files={n: (f["bytes"], f["sha256"]) for n, f in data["files"].items()},
+            frozen=tuple(data["frozen"]),
+            buffers=data["buffers"],
         )
-    except (KeyError, TypeError, AttributeError, PatternError) as error:
+        problem = _problem(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}.") from None
+    if problem:
+        raise CheckpointError(f"{file} is damaged: {problem}.")
+    return manifest
+
+
+def digest_of(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a manifest says, but for the digest itself."""
+    said = {name: value for name, value in data.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _problem(manifest: Manifest) -> str:
+    """What a manifest says that can't be, or ""."""
+    for name in manifest.files:
+        if Path(name).name != name or name.startswith("."):
+            return f"{name!r} is no plain file name"
+    for name, file in manifest.tensors.items():
+        if file not in manifest.files:
+            return f"{name} is in {file!r}, which isn't among its files"
+    for alias, name in manifest.aliases.items():
+        if name not in manifest.tensors or alias in manifest.tensors:
+            return f"{alias} can't be another name of {name}"
+    names = [plan.name for plan in manifest.plans]
+    if len(set(names)) < len(names):
+        return "a linear is listed twice"
+    if manifest.region not in get_args(Region) or not isinstance(manifest.adapter_init, str):
+        return f"region={manifest.region!r}, adapter_init={manifest.adapter_init!r}"
+    for plan in manifest.plans:
+        entry, layout = manifest.sparse.get(plan.name), plan.layout
+        if entry is None:
+            continue
+        good = type(entry.adapter_active) is bool and (
+            entry.rank is None or (type(entry.rank) is int and entry.rank > 0)
+        )
+        if not good or not isinstance(entry.scale, (int, float)) or not math.isfinite(entry.scale):
+            return f"{plan.name} has {entry}"
+        stack = () if layout is None or layout.stack == 1 else (layout.stack,)
+        if layout is None or plan.shape != (*stack, layout.d_out, layout.d_in):
+            return f"{plan.name} has shape {plan.shape} and {layout}"
+    return ""
 
 
 def _why_none(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """From a model to a checkpoint."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from slope_fx.checkpoints.manifest import (
     Manifest,
     SparseEntry,
     describe_files,
+    read_manifest,
     tensor_names,
 )
 from slope_fx.checkpoints.training import write_training
@@ -163,7 +165,22 @@ def write_manifest(
         tensors=dict(tensors),
         aliases=dict(aliases),
         files=describe_files(folder, {*tensors.values(), *ours}),
+        frozen=tuple(
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.is_floating_point() and not parameter.requires_grad
+        ),
+        buffers={
+            name: str(buffer.dtype).removeprefix("torch.")
+            for name, buffer in unstored_buffers(model).items()
+        },
     ).write(folder)
+
+
+def unstored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that aren't in the state dict."""
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name not in stored}
 
 
 def _configuration_files(folder: Path) -> set[str]:
@@ -186,7 +203,7 @@ def _split(
         split = split_torch_state_dict_into_shards(
             sizes, filename_pattern=_SHARDS, max_shard_size=max_shard_size
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"max_shard_size={max_shard_size!r}: {error}.") from None
     return dict(split.filename_to_tensors), dict(split.tensor_to_filename)
 
@@ -225,10 +242,22 @@ def _is_transformers(model: nn.Module) -> bool:
 def _check_target(path: Path) -> None:
     if path.is_file() or path.is_symlink():
         raise CheckpointError(f"path={str(path)!r} is a file or a link; it must be a folder.")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).exists():
+    here = os.getcwd()
+    if os.path.commonpath([here, os.path.abspath(path)]) == os.path.abspath(path):
         raise CheckpointError(
-            f"path={str(path)!r} is a folder that holds something other than a checkpoint of "
-            "slope_fx, which would be deleted. Choose an empty or a new one."
+            f"path={str(path)!r} is the working directory, or holds it, and would be replaced. "
+            "Choose a folder in it."
+        )
+    if not path.is_dir():
+        return
+    others = {file.name for file in path.iterdir()}
+    if MANIFEST in others:
+        with contextlib.suppress(CheckpointError):
+            others -= {MANIFEST, *read_manifest(path).files}
+    if others:
+        raise CheckpointError(
+            f"path={str(path)!r} is a folder that holds {min(others)}, which isn't a checkpoint's "
+            "of slope_fx and would be deleted. Choose an empty or a new one."
         )
 
 

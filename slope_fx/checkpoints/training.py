@@ -5,19 +5,24 @@ State dicts are trees of mappings, lists, numbers and tensors. The tensors go in
 nothing is unpickled when it is read.
 """
 
+import contextlib
+import copy
+import enum
 import json
 import os
 import random
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slope_fx.checkpoints.manifest import check_files, read_manifest
-from slope_fx.errors import CheckpointError
+from slope_fx.errors import CheckpointError, SlopeError, first_line
 from slope_fx.weights import whole
 
 TREE, TENSORS = "training.json", "training.safetensors"
@@ -78,11 +83,17 @@ def load_training(
             "be loaded from it."
         )
     check_files(folder, manifest, hashes=verify)
-    tree = json.loads((folder / TREE).read_text())
-    tensors = load_file(folder / TENSORS)
-    states = {name: _decode(node, tensors) for name, node in tree.items()}
-    randoms = states.pop(_RANDOM)
-    for name, part in (training or {}).items():
+    try:
+        tree = json.loads((folder / TREE).read_text())
+        tensors = load_file(folder / TENSORS)
+        states = {name: _decode(node, tensors) for name, node in tree.items()}
+        randoms = states.pop(_RANDOM)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / TREE} is damaged: {error!r:.200}.") from None
+    training = {} if training is None else training
+    if not isinstance(training, Mapping):
+        raise CheckpointError(f"training is a {type(training).__name__}; it maps names to objects.")
+    for name, part in training.items():
         if name not in states:
             raise CheckpointError(
                 f"training has {name!r}, but {folder} was saved with {sorted(states)}."
@@ -92,10 +103,28 @@ def load_training(
                 f"training[{name!r}] is a {type(part).__name__}, which has no load_state_dict. "
                 "Plain data need not be named: it is returned."
             )
-        part.load_state_dict(states.pop(name))
+    _load(training, states)
     if random_states:
         _set_random_states(randoms)
-    return states
+    return {name: state for name, state in states.items() if name not in training}
+
+
+def _load(training: Mapping[str, Any], states: Mapping[str, Any]) -> None:
+    """Load all of the parts; if one refuses, the others are as they were."""
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in training.items()}
+    for i, (name, part) in enumerate(training.items()):
+        try:
+            part.load_state_dict(states[name])
+        except Exception as error:
+            for other in list(training)[: i + 1]:
+                with contextlib.suppress(Exception):
+                    training[other].load_state_dict(before[other])
+            if isinstance(error, SlopeError):
+                raise
+            raise CheckpointError(
+                f"training[{name!r}], a {type(part).__name__}, can't take the state that was "
+                f"saved: {first_line(error)} Make it as the interrupted run did."
+            ) from error
 
 
 def _state_of(part: Any) -> Any:
@@ -104,32 +133,47 @@ def _state_of(part: Any) -> Any:
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON, its tensors put into ``tensors`` under the name of their place."""
+    """``value`` as JSON, its tensors put into ``tensors``, under names that the JSON has."""
     if isinstance(value, Tensor):
-        tensor = whole(value.detach()).cpu()
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise CheckpointError(
-                f"training: {where} is a {type(tensor).__name__}, a tensor of a kind that "
-                "safetensors can't hold. Keep that optimizer's state with torch.save."
-            )
-        tensors[where] = tensor.contiguous().clone()
-        return {"tensor": where}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        # Also numbers of NumPy and such, which JSON would refuse or change.
-        plain = type(value) in (type(None), bool, int, float, str)
-        return value if plain else _encode(value.__reduce__()[1][0], where, tensors)
-    if hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        name = str(len(tensors))
+        tensors[name] = _plain_tensor(value, where)
+        return {"tensor": name}
+    if isinstance(value, enum.Enum):
+        pass  # which would come back as something else
+    elif value is None or isinstance(value, (bool, str)):
+        return value if value is None or isinstance(value, bool) else str(value)
+    elif isinstance(value, (int, float)):
+        return int(value) if isinstance(value, int) else float(value)  # NumPy's too
+    elif hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return _encode(value.item(), where, tensors)
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_encode(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]}
-    if isinstance(value, Mapping):
+    elif type(value) in (list, tuple):
+        inner = [_encode(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]
+        return {type(value).__name__: inner}
+    elif type(value) in _MAPPINGS:
         items = [[_key(k, where), _encode(v, f"{where}.{k}", tensors)] for k, v in value.items()]
-        return {"items": items}
+        return {_MAPPINGS[type(value)]: items}
     raise CheckpointError(
         f"training: {where} is a {type(value).__name__}, which can't be stored without pickle. "
-        "Allowed are numbers, strings, tensors, lists, tuples, mappings, and None."
+        "Allowed are numbers, strings, tensors, lists, tuples, dicts, and None."
     )
+
+
+_MAPPINGS: dict[type, str] = {dict: "items", OrderedDict: "ordered", Counter: "counter"}
+_MAKE: dict[str, Any] = {
+    "list": list, "tuple": tuple, "items": dict, "ordered": OrderedDict,
+    "counter": lambda items: Counter(dict(items)),
+}  # fmt: skip
+
+
+def _plain_tensor(value: Tensor, where: str) -> Tensor:
+    tensor = whole(value.detach())
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.is_quantized:
+        raise CheckpointError(
+            f"training: {where} is a {type(tensor).__name__} ({tensor.layout}, {tensor.device}) of "
+            "a kind that safetensors can't hold. Keep that optimizer's state with torch.save."
+        )
+    return tensor.cpu().contiguous().clone()
 
 
 def _key(key: Any, where: str) -> Any:
@@ -144,10 +188,9 @@ def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, inner),) = node.items()
     if kind == "tensor":
         return tensors[inner]
-    if kind == "items":
-        return {key: _decode(value, tensors) for key, value in inner}
-    decoded = [_decode(value, tensors) for value in inner]
-    return tuple(decoded) if kind == "tuple" else decoded
+    if kind in ("list", "tuple"):
+        return _MAKE[kind](_decode(value, tensors) for value in inner)
+    return _MAKE[kind]([(key, _decode(value, tensors)) for key, value in inner])
 
 
 def _random_states() -> dict[str, Any]:

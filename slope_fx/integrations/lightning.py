@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from slope_fx.compiler import compiled_models, sparse_weights, sparsity_of
-from slope_fx.errors import ArgumentError, MaskError, NotCompiledError
+from slope_fx.errors import ArgumentError, MaskError, NotCompiledError, ScheduleError
 from slope_fx.schedule import Schedule
 
 # The same library has two names, and a Trainer of one wants callbacks of the same.
@@ -79,6 +79,12 @@ class SlopeCallback(Callback):
             for schedule, saved in zip(self.schedules, self._saved, strict=True):
                 schedule.load_state_dict(saved)
             self._saved = None
+        elif trainer.global_step > 0:
+            raise ScheduleError(
+                f"training goes on at step {trainer.global_step}, but the phase it was in isn't "
+                "known: the checkpoint was written without a SlopeCallback, or this is a second "
+                "fit. Give the first fit all of its steps, and resume from a checkpoint."
+            )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Mend what an average of the weights that was put back has made of backward masks.

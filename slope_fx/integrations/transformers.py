@@ -104,6 +104,8 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step the Schedule."""
         assert self.schedule is not None
+        if self.schedule.last_step == self.schedule.total_steps:
+            return  # a finished run that is resumed takes a step more, and ends
         before = self.schedule.phase
         self.schedule.step()
         if self.schedule.phase != before:
