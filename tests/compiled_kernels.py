@@ -176,9 +176,13 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": shared}
 
 
-def table(architectures: Iterable[int] = ARCHITECTURES, workers: int = 1) -> dict[str, Any]:
-    """The rows of some architectures, with the compiler's version."""
+def table(
+    architectures: Iterable[int] = ARCHITECTURES, workers: int = 1, *, first: bool = False
+) -> dict[str, Any]:
+    """The rows of some architectures, with the compiler's version; or each kernel's first row."""
     wanted = [variant for variant in variants() if variant.arch in architectures]
+    if first:
+        wanted = list({(v.kernel, v.arch): v for v in reversed(wanted)}.values())
     if workers == 1:
         return {"triton": triton.__version__, "rows": dict(map(compiled, wanted))}
     with ProcessPoolExecutor(workers) as pool:
@@ -197,9 +201,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}, not stdout")
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--first", action="store_true", help="only the first row of each kernel")
     args = parser.parse_args()
     # A row a line, for diffs that can be read.
-    made = table(args.arch, workers=(os.cpu_count() or 1) if args.write else 1)
+    workers = (os.cpu_count() or 1) if args.write else 1
+    made = table(args.arch, workers, first=args.first)
     rows = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in made["rows"].items())
     head = f'"triton": {json.dumps(made["triton"])}, "sources": "{digest()}"'
     text = f'{{{head}, "rows": {{\n{rows}\n}}}}\n'
