@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import slope_fx
 from models import batch, loss_of
+from slope_fx.weights import whole
 
 
 @pytest.fixture
@@ -55,6 +56,25 @@ def test_wrapped_trains_as_bare(wrap, one_process):
     assert train(wrap(compiled), compiled) == pytest.approx(want, rel=1e-5)
     assert all(w.adapter_active for w in slope_fx.sparse_weights(compiled).values())
     assert all(row.reason == "" for row in slope_fx.explain(compiled).sparse)
+
+
+def test_a_sharded_model_is_saved_whole(one_process, tmp_path):
+    """Weights and the optimizer's state; what comes back is not sharded."""
+    model = slope_fx.compile(models.gpt2(), adapter_rank=2, backend="eager")
+    fsdp(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss_of(model, batch()).backward()
+    optimizer.step()
+    path = slope_fx.save_pretrained(model, tmp_path / "c", training={"optimizer": optimizer})
+    loaded = slope_fx.load_pretrained(path, backend="eager")
+    assert type(loaded).__name__ == "GPT2LMHeadModel"
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], whole(value)), name
+    again = torch.optim.AdamW(loaded.parameters(), lr=3e-3)
+    slope_fx.load_training(path, {"optimizer": again})
+    for old, new in zip(model.parameters(), loaded.parameters(), strict=True):
+        for key, value in optimizer.state.get(old, {}).items():
+            assert torch.equal(again.state[new][key], whole(value)), key
 
 
 def test_ddp_made_first_is_refused(one_process):

@@ -22,7 +22,7 @@ from slope_fx.checkpoints.manifest import (
     read_manifest,
     tensor_names,
 )
-from slope_fx.checkpoints.training import write_training
+from slope_fx.checkpoints.training import collect_training, write_training
 from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import CheckpointError
 from slope_fx.version import __version__
@@ -71,6 +71,7 @@ def save_pretrained(
     _check_target(path)
     named, aliases = named_tensors(model)
     shards, tensors = _split(named, max_shard_size)
+    collected = None if training is None else collect_training(training)
     if not _writes():
         for names in shards.values():
             for name in names:
@@ -80,8 +81,8 @@ def save_pretrained(
         for file, names in shards.items():
             save_file({n: _stored(named[n]) for n in names}, folder / file, {"format": "pt"})
         _write_configuration(folder, model, tokenizer)
-        if training is not None:
-            write_training(folder, training)
+        if collected is not None:
+            write_training(folder, *collected)
         write_manifest(folder, model, tensors, aliases)
         for made in folder.glob("*.safetensors"):  # which that library makes for the owner alone
             shutil.copymode(folder / MANIFEST, made)
@@ -155,7 +156,7 @@ def write_manifest(
     ours = _configuration_files(folder)
     Manifest(
         version=__version__,
-        model_class=type(model).__name__,
+        model_class=_class_of(model).__name__,
         transformers=_is_transformers(model),
         plans=record.plans,
         sparse=entries,
@@ -218,7 +219,7 @@ def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None
     if _is_transformers(model):
         config: Any = model.config
         before = getattr(config, "architectures", None)
-        config.architectures = [type(model).__name__]
+        config.architectures = [_class_of(model).__name__]
         try:
             config.save_pretrained(folder)
         finally:
@@ -235,8 +236,13 @@ def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None
 
 def _is_transformers(model: nn.Module) -> bool:
     """Whether transformers can make the model from its configuration."""
-    kind = getattr(type(model), "_slope_kind").base  # noqa: B009
-    return kind.__module__.startswith("transformers.") and hasattr(model, "config")
+    return _class_of(model).__module__.startswith("transformers.") and hasattr(model, "config")
+
+
+def _class_of(model: nn.Module) -> type[nn.Module]:
+    """The model's own class, whatever compile or FSDP has made of it."""
+    base: type[nn.Module] = getattr(type(model), "_slope_kind").base  # noqa: B009
+    return base
 
 
 def _check_target(path: Path) -> None:

@@ -29,8 +29,10 @@ TREE, TENSORS = "training.json", "training.safetensors"
 _RANDOM = "random_states"
 
 
-def write_training(folder: Path, training: Mapping[str, Any]) -> None:
-    """Write ``training`` and the random states into ``folder``.
+def collect_training(training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``training`` and the random states as a tree for JSON, and the tensors that it names.
+
+    A collective, where states are sharded.
 
     Raises:
         CheckpointError: something in it can't be stored without pickle.
@@ -46,6 +48,11 @@ def write_training(folder: Path, training: Mapping[str, Any]) -> None:
     states = {name: _state_of(part) for name, part in training.items()}
     tree = {name: _encode(state, name, tensors) for name, state in states.items()}
     tree[_RANDOM] = _encode(_random_states(), _RANDOM, tensors)
+    return tree, tensors
+
+
+def write_training(folder: Path, tree: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write what :func:`collect_training` gave into ``folder``."""
     (folder / TREE).write_text(json.dumps(tree))
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
