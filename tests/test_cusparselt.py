@@ -93,7 +93,7 @@ def _moved(tensor, device):
 # --- products ------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.data(),
     st.sampled_from(CONTAINED),

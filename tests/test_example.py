@@ -98,7 +98,6 @@ def test_run_interrupt_resume_and_dense(text, tmp_path):
     assert any(key.endswith("lora_B") and value.any() for key, value in want.items())
 
     run(*TINY, *data, "--out", dense, "--dense")
-    run(*TINY, *data, "--out", dense, "--dense", "--resume")
     assert not any("weight_values" in key for key in tensors(dense))
     assert len(losses(dense)) == 6
     plotted = tmp_path / "both.png"

@@ -57,7 +57,7 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.data(),
     st.sampled_from(sorted(KINDS)),

@@ -81,7 +81,7 @@ def layers(draw, special: bool = False):
     return n, m, *(t.to(DEVICE) for t in (values, forward, backward))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data(), common, dtypes, numbers, st.booleans())
 def test_masks_compress_expand_and_transpose(data, pattern, dtype, number, turned):
     """Bit for bit: ties, zeros, NaN and infinity, a weight that is stored transposed."""
@@ -111,7 +111,7 @@ def test_masks_compress_expand_and_transpose(data, pattern, dtype, number, turne
         assert_same(triton.expand_twice_pruned(kept, bits, twice, n, m), want)
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(layers(), tokens, numbers, st.booleans(), st.booleans(), seeds)
 def test_products(layer, count, number, has_bias, contiguous, seed):
     n, m, values, forward, backward = layer
