@@ -1,8 +1,8 @@
 """Where no gradients are needed, a product and its low-rank branch are one op."""
 
-from typing import Any
+import operator
+from typing import Any, TypeGuard
 
-import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
@@ -20,13 +20,12 @@ def fuse_adapters(gm: GraphModule, context: Context) -> int:
     if context.training:
         return 0
     matches = 0
-    for node in list(gm.graph.find_nodes(op="call_function", target=torch.add)):
+    for node in list(gm.graph.find_nodes(op="call_function", target=operator.add)):
         found = _branch(node)
         if found is None:
             continue
-        product, lora_a, lora_b = found
+        product, lora_a, lora_b, scale = found
         x, values, mask, _, bias, n, m = product.args
-        scale: Any = node.kwargs["alpha"]
         engines = {k: v for k, v in product.kwargs.items() if k in ("engine", "engines")}
         with gm.graph.inserting_before(node):
             args = (x, values, mask, bias, lora_a, lora_b, scale, n, m)
@@ -36,21 +35,24 @@ def fuse_adapters(gm: GraphModule, context: Context) -> int:
     return matches
 
 
-def _branch(node: Node) -> tuple[Node, Node, Node] | None:
-    """The product, A and B of a sum that ``insert_adapters`` made; None of another."""
-    if len(node.args) != 2 or set(node.kwargs) != {"alpha"}:
+def _branch(node: Node) -> tuple[Node, Node, Node, Any] | None:
+    """The product, A, B and scale of a sum that ``insert_adapters`` made; None of another."""
+    if len(node.args) != 2 or node.kwargs:
         return None
     product, up = node.args
-    if not isinstance(product, Node) or not isinstance(up, Node):
+    if not _calls(product, SPARSE_LINEAR) or not _calls(up, F.linear) or len(up.args) != 2:
         return None
-    down = up.args[0] if up.target is F.linear and len(up.args) == 2 else None
-    if product.target is not SPARSE_LINEAR or not isinstance(down, Node):
+    scaled, lora_b = up.args
+    if not _calls(scaled, operator.mul) or not isinstance(lora_b, Node):
         return None
-    if down.target is not F.linear or len(down.args) != 2 or down.args[0] is not product.args[0]:
+    down, scale = scaled.args
+    if not _calls(down, F.linear) or len(down.args) != 2 or down.args[0] is not product.args[0]:
         return None
-    if any(len(part.users) > 1 for part in (product, up, down)):
+    lora_a = down.args[1]
+    if any(len(part.users) > 1 for part in (product, up, scaled, down)):
         return None
-    lora_a, lora_b = down.args[1], up.args[1]
-    if not isinstance(lora_a, Node) or not isinstance(lora_b, Node):
-        return None
-    return product, lora_a, lora_b
+    return (product, lora_a, lora_b, scale) if isinstance(lora_a, Node) else None
+
+
+def _calls(node: object, target: object) -> TypeGuard[Node]:
+    return isinstance(node, Node) and node.target is target

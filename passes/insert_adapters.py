@@ -15,7 +15,10 @@ from slope_fx.passes.views import Read, View
 
 
 def insert_adapters(gm: GraphModule) -> int:
-    """``linear(x, add_adapter(W, A, B, s), b)`` to ``linear(x, W, b) + s (x A^T) B^T``.
+    """``linear(x, add_adapter(W, A, B, s), b)`` to ``linear(x, W, b) + (s x A^T) B^T``.
+
+    The scale is a factor of its own, on the narrow product: as ``alpha`` of an addition Inductor
+    drops it where it makes one ``addmm`` of the addition and a 2-d product (pytorch#167313).
 
     Works on ``gm`` alone, nested graphs aside. The linear over ``W`` is left for
     ``sparsify_linears``, which runs after. Returns the number of branches inserted.
@@ -68,21 +71,20 @@ def _branch(call: LinearCall, view: View, read: Read, part: _Part, scale: Any) -
         if dtype is not None:
             weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
         if not stacked:
-            down = F.linear(x, a)
+            down = F.linear(x, a) * scale
             if part.blocks == 1:
                 up = F.linear(down, b)
             else:  # all of a stack on one input: each block of rows has an adapter of its own
                 down = down.unflatten(-1, (part.blocks, part.rank)).unsqueeze(-2)
                 up = (down @ b.unflatten(0, (part.blocks, -1)).mT).squeeze(-2).flatten(-2)
-            return torch.add(F.linear(x, weight, bias), up, alpha=scale)
+            return F.linear(x, weight, bias) + up
         b = b.unflatten(0, (read.groups, -1))
         weight = weight.unflatten(0, (read.groups, -1))
         if part.blocks == read.groups:
             down = _times(call, x, a.unflatten(0, (read.groups, -1)), offsets)
         else:
             down = F.linear(x, a)
-        product = _times(call, x, weight, offsets)
-        return torch.add(product, _times(call, down, b, offsets), alpha=scale)
+        return _times(call, x, weight, offsets) + _times(call, down * scale, b, offsets)
 
     return build
 

@@ -21,6 +21,8 @@ def test_gpt2_in_both_phases(region):
         copy.deepcopy(dense), adapter_rank=2, backend="inductor", region=region, on_fallback="error"
     )
     schedule = slope_fx.Schedule(model, 2, adapter_start=0.5)
+    for weight in slope_fx.sparse_weights(model).values():
+        weight.lora_B.data.normal_(std=0.5)
     ids = batch()
     for step in range(2):
         model.zero_grad()

@@ -185,14 +185,18 @@ CASES = {
     "prune_expands": (twice, {EXPAND: -2}, True),
     "decompose_attention": (attention, {MHA: -1, LINEAR: 2}, True),
     "normalize_linears": (program(FORMS["@ of .T"], False), {operator.matmul: -1, LINEAR: 1}, True),
-    "insert_adapters": (adapted(FORMS["linear"]), {ADD_ADAPTER: -1, LINEAR: 2, torch.add: 1}, True),
+    "insert_adapters": (
+        adapted(FORMS["linear"]), {ADD_ADAPTER: -1, LINEAR: 2, operator.add: 1, operator.mul: 1},
+        True,
+    ),
     "sparsify_linears": (
         program(FORMS["linear"], False), {EXPAND: -1, LINEAR: -1, SPARSE_LINEAR: 1}, True,
     ),
     "fuse_bias": (program(FORMS["@ of .mT, then bias"], False), {operator.add: -1}, True),
     "fuse_adapters": (
         adapted(FORMS["linear"]),
-        {SPARSE_LINEAR: -1, LINEAR: -2, torch.add: -1, SPARSE_ADAPTED_LINEAR: 1}, False,
+        {SPARSE_LINEAR: -1, LINEAR: -2, operator.add: -1, operator.mul: -1,
+         SPARSE_ADAPTED_LINEAR: 1}, False,
     ),
     "merge_linears": (
         parallel, {SPARSE_LINEAR: -3, SPARSE_PARALLEL_LINEAR: 1, operator.getitem: 3}, True,
