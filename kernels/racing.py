@@ -5,23 +5,22 @@
 and source of the engines, so that a machine measures a thing once.
 """
 
-import contextlib
 import functools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from torch.utils._python_dispatch import _disable_current_modes
 
 from slope_fx.kernels.cache import CacheError, cache_directory, cpu_identity, digest
+from slope_fx.kernels.modes import undisturbed
 
 MOST_TOKENS = 2048
 """More tokens than these are measured as so many: time grows in proportion by then."""
@@ -84,25 +83,13 @@ def run(
     It is kept under the name ``entry``, unless the machine was too busy to tell. ``prepare``
     makes the runs, and their data; of a candidate that can't run after all it makes none.
     """
-    with undisturbed(device):
+    with undisturbed():
         seconds, quiet = race(prepare(), device)
     running = [name for name in candidates if name in seconds]
     result = Result(min(running, key=lambda name: seconds[name]), seconds)
     if quiet:  # a doubtful result serves this process, and no later one
         _keep(entry, result, device)
     return result
-
-
-@contextlib.contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Out of whatever traces, differentiates or casts the caller's tensors."""
-    with (
-        _disable_current_modes(),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch._C._DisableFuncTorch(),
-    ):
-        yield
 
 
 def race(runs: Runs, device: torch.device) -> tuple[dict[str, float], bool]:

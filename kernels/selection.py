@@ -26,6 +26,7 @@ from slope_fx.kernels.engines import (
     engines_taking,
     say_once,
 )
+from slope_fx.kernels.modes import undisturbed
 from slope_fx.kernels.packing import pack
 
 PRODUCTS = ("sparse_linear", "sparse_input_grad", "sparse_weight_grad")
@@ -106,7 +107,7 @@ def choose(
     candidates = engines_taking(op, n, m, engines_for(device, dtype, engines))
     if device.type == "cuda" and racing.can_measure(device):
         # Made now, or they would first be made in the memory of a CUDA graph, and live on in it.
-        with racing.undisturbed(device):
+        with undisturbed():
             dense.make_tables(n, m, device)
     reads_values = op != "sparse_weight_grad"
     keeping = any(isinstance(ENGINES[name], Cusparselt) for name in candidates)

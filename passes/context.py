@@ -1,11 +1,14 @@
 """What passes know of the world around a graph."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch._inductor import config as inductor_config
 
 from slope_fx.kernels.engines import AUTO, limited
+from slope_fx.kernels.modes import undisturbed
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Context:
         )
         replays = replays or bool(inductor_config.triton.cudagraphs)
         return cls(limited(engines), torch.is_grad_enabled(), autocast, replays)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Run in these circumstances and no others, whatever modes the caller is in."""
+        with undisturbed(), ExitStack() as modes:
+            for device, dtype in self.autocast:
+                modes.enter_context(torch.autocast(device, dtype))
+            yield
 
     def dtype_of(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of that dtype is in a product."""

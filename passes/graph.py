@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -98,7 +98,10 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
 
 def record_value(node: Node) -> None:
-    """Compute the fake value of a new node, if all that it reads have theirs."""
+    """Compute the fake value of a new node, if all that it reads have theirs.
+
+    Without autograd, whose saved tensors a caller may count; what needs gradients is known.
+    """
     if any(value_of(n) is None for n in node.all_input_nodes):
         return
     recorded: Callable[[Node], Any] = value_of
@@ -109,11 +112,15 @@ def record_value(node: Node) -> None:
         return
     target: Any = node.target
     call: Callable[..., Any] = getattr(torch.Tensor, target) if node.op == "call_method" else target
-    with modes[0]:
-        value = call(*args, **kwargs)
-    if isinstance(value, Tensor):
-        value = value.detach().requires_grad_(value.requires_grad)
-    node.meta["example_value"] = value
+    differentiable = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+    def recorded_as(result: object) -> object:
+        if not isinstance(result, Tensor):
+            return result
+        return result.detach().requires_grad_(differentiable and result.is_floating_point())
+
+    with torch.no_grad(), modes[0]:
+        node.meta["example_value"] = tree_map(recorded_as, call(*args, **kwargs))
 
 
 def replace(old: Node, new: Node) -> None:

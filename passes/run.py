@@ -79,6 +79,17 @@ def run_passes(
         passes: which, in their order.
     """
     context = context or Context.here()
+    with context.in_force():
+        return _run(gm, context, disabled, recorder, passes)
+
+
+def _run(
+    gm: GraphModule,
+    context: Context,
+    disabled: Collection[str],
+    recorder: Recorder | None,
+    passes: Sequence[Pass],
+) -> Rewrites:
     if recorder:
         recorder.start(gm)
     reports = []

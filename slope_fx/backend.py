@@ -52,19 +52,22 @@ class RewritingBackend:
         self.graphs += 1
         settings = self.settings
         before, after = settings.own_passes()
-        gm = _run_own(gm, before)
         context = Context.here(settings.engine, settings.replays)
-        remember(gm, context, settings.disabled, example_inputs)
-        rewrites = run_passes(gm, context, settings.disabled, environment_recorder())
-        try:
-            for leftover in rewrites.leftovers:
-                _report(gm, leftover, example_inputs, settings.disabled)
-        except ExpandedWeightError as error:
-            # Raised from here it would reach the user wrapped in Dynamo's own error.
-            return _raiser(error)
-        self._tell_if_nothing_gains(rewrites.weights)
-        gm = _run_own(gm, after)
-        return self._compile(gm, example_inputs)
+        # None of the caller's modes sees any of this, or changes it.
+        with context.in_force():
+            gm = _run_own(gm, before)
+            remember(gm, context, settings.disabled, example_inputs)
+            rewrites = run_passes(gm, context, settings.disabled, environment_recorder())
+            compiled = _run_own(gm, after)
+        if context.training:
+            try:
+                for leftover in rewrites.leftovers:
+                    _report(gm, leftover, example_inputs, settings.disabled)
+            except ExpandedWeightError as error:
+                # Raised from here it would reach the user wrapped in Dynamo's own error.
+                return _raiser(error)
+            self._tell_if_nothing_gains(rewrites.weights)
+        return self._compile(compiled, example_inputs)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         settings = self.settings
@@ -80,9 +83,10 @@ class RewritingBackend:
         return compiled
 
     def _tell_if_nothing_gains(self, weights: frozenset[tuple[int, int, int, int]]) -> None:
-        """Say, once for such weights, that all of them are too small to gain speed."""
-        if not torch.is_grad_enabled():
-            return  # evaluation may gain less than training; explain tells
+        """Say, once for such weights, that all of them are too small to gain speed in training.
+
+        Evaluation may gain less than training; explain tells that.
+        """
         line = nothing_gains(weights, training=True)
         if line and weights not in self._told:
             self._told.add(weights)
@@ -169,14 +173,12 @@ def backend_of(settings: Settings) -> RewritingBackend:
 def _report(
     gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any], disabled: Sequence[str]
 ) -> None:
-    """Tell the layer that a leftover marker belongs to, if the graph is for training."""
+    """Tell the layer that a leftover marker belongs to, in a graph that is for training."""
     placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
     placeholders = gm.graph.find_nodes(op="placeholder")
     if placeholder not in placeholders:
         return
     values = example_inputs[placeholders.index(placeholder)]
-    if not torch.is_grad_enabled():
-        return
     reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
     if left_out := [name for name in disabled if name not in OFF]:
         reason += f" (disabled are {', '.join(left_out)})"

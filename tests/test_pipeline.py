@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import operator
 import json
 import os
 import subprocess
@@ -276,9 +277,10 @@ def test_debug_finds_the_pass_at_fault(monkeypatch):
 
     def wrong(gm, context):
         """Scales what the adapters add."""
-        nodes = [n for n in gm.graph.nodes if "alpha" in n.kwargs and n.kwargs["alpha"] != 9.0]
+        scaled = gm.graph.find_nodes(op="call_function", target=operator.mul)
+        nodes = [n for n in scaled if n.args[1] == 0.5]
         for node in nodes:
-            node.update_kwarg("alpha", 9.0)
+            node.update_arg(1, 9.0)
         return len(nodes)
 
     faulty = [

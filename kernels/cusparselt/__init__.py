@@ -146,7 +146,7 @@ class Cusparselt(VendorProducts):
             entry = json.dumps(["cusparselt", library.version(), *key])
             result = racing.recall(entry, _ALGORITHMS, rows.device)
             if result is None:
-                with racing.undisturbed(rows.device):
+                with undisturbed():
                     found = library.search(operand, rows, bias)
                 runs = {
                     str(a): lambda a=a: library.multiply(operand, rows, bias, a) for a in {0, found}
