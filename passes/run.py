@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -16,6 +17,7 @@ from slope_fx.ops.targets import (
     SPARSE_PARALLEL_LINEAR,
 )
 from slope_fx.passes.context import Context
+from slope_fx.passes.find_writes import find_writes
 from slope_fx.passes.graph import graphs_of, value_of
 from slope_fx.passes.record import PassReport, Recorder, node_count
 from slope_fx.passes.registry import PASSES, Pass
@@ -28,12 +30,12 @@ Size = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Leftover:
-    """A marker that no pass could rewrite: its layer runs with a dense weight.
+    """A marker that no pass can rewrite: its layer runs with a dense weight, if at all.
 
     Attributes:
         gm: the graph that holds it.
         values: the node of the layer's values.
-        used_by: the ops that read the expanded weight.
+        used_by: the ops that read the expanded weight, or write to it.
     """
 
     gm: GraphModule
@@ -49,11 +51,13 @@ class Rewrites:
         reports: what each did, in the order they ran.
         leftovers: the markers that are left.
         weights: (d_out, d_in, N, M) of the sparse linears.
+        writes: the markers that the graph writes to, and by what. If there is one, no pass ran.
     """
 
     reports: tuple[PassReport, ...]
     leftovers: tuple[Leftover, ...]
     weights: frozenset[Size]
+    writes: tuple[Leftover, ...] = ()
 
     def matches(self, name: str) -> int:
         """How many places the pass of that name rewrote; 0 if it didn't run."""
@@ -90,6 +94,9 @@ def _run(
     recorder: Recorder | None,
     passes: Sequence[Pass],
 ) -> Rewrites:
+    writes = tuple(write for graph_module in graphs_of(gm) for write in _writes(graph_module))
+    if writes:
+        return Rewrites((), (), frozenset(), writes)
     if recorder:
         recorder.start(gm)
     reports = []
@@ -144,6 +151,14 @@ _PATTERN_AT: dict[object, int] = {
     SPARSE_ADAPTED_LINEAR: 7,
 }
 """Where these ops have n and m."""
+
+
+def _writes(gm: GraphModule) -> list[Leftover]:
+    found: dict[Node, list[str]] = {}
+    for marker, name in find_writes(gm):
+        values: Any = marker.args[0] if marker.target is EXPAND else marker.args[0].args[0]  # type: ignore[union-attr]
+        found.setdefault(values, []).append(name)
+    return [Leftover(gm, values, tuple(names)) for values, names in found.items()]
 
 
 def _leftovers(gm: GraphModule) -> list[Leftover]:

@@ -41,6 +41,7 @@ from slope_fx.errors import (
     SlopeWarning,
     StaleOptimizerWarning,
     UntracedModelWarning,
+    WeightWriteError,
 )
 from slope_fx.explain import Explanation, LinearReport, ProductReport, explain
 from slope_fx.patterns import Pattern
@@ -81,6 +82,7 @@ __all__ = [
     "SparseWeight",
     "StaleOptimizerWarning",
     "UntracedModelWarning",
+    "WeightWriteError",
     "__version__",
     "averaging",
     "compile",

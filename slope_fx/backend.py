@@ -12,7 +12,12 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
-from slope_fx.errors import ArgumentError, EngineWarning, ExpandedWeightError
+from slope_fx.errors import (
+    ArgumentError,
+    EngineWarning,
+    ExpandedWeightError,
+    WeightWriteError,
+)
 from slope_fx.graphs import environment_recorder, remember
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import AUTO
@@ -26,7 +31,7 @@ from slope_fx.settings import (
     make_settings,
     resolve,
 )
-from slope_fx.weights import find_alive
+from slope_fx.weights import SparseWeight, find_alive
 
 RECOMPILE_LIMIT = 32
 """Dynamo's own limit of 8 is soon reached by one block's code in two phases, training and
@@ -59,6 +64,8 @@ class RewritingBackend:
             remember(gm, context, settings.disabled, example_inputs)
             rewrites = run_passes(gm, context, settings.disabled, environment_recorder())
             compiled = _run_own(gm, after)
+        if rewrites.writes:
+            return _raiser(_write_error(gm, rewrites.writes[0], example_inputs))
         if context.training:
             try:
                 for leftover in rewrites.leftovers:
@@ -170,15 +177,22 @@ def backend_of(settings: Settings) -> RewritingBackend:
     return RewritingBackend(settings)
 
 
+def _layers(
+    gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]
+) -> list[SparseWeight]:
+    """The layers that a marker in ``gm``, or in a graph nested in it, belongs to."""
+    placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if placeholder not in placeholders:
+        return []
+    values = example_inputs[placeholders.index(placeholder)]
+    return find_alive(lambda weight: weight.values is values)
+
+
 def _report(
     gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any], disabled: Sequence[str]
 ) -> None:
     """Tell the layer that a leftover marker belongs to, in a graph that is for training."""
-    placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    if placeholder not in placeholders:
-        return
-    values = example_inputs[placeholders.index(placeholder)]
     reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
     if left_out := [name for name in disabled if name not in OFF]:
         reason += f" (disabled are {', '.join(left_out)})"
@@ -187,8 +201,21 @@ def _report(
             "Dynamo compiled the reading of its weight by itself, as it does below a graph break "
             "in one of torch's own containers (nn.Sequential, nn.LSTM)"
         )
-    for weight in find_alive(lambda weight: weight.values is values):
+    for weight in _layers(gm, leftover, example_inputs):
         weight.note_expanded(reason)
+
+
+def _write_error(
+    gm: GraphModule, write: Leftover, example_inputs: Sequence[Any]
+) -> WeightWriteError:
+    names = [weight.name for weight in _layers(gm, write, example_inputs)]
+    return WeightWriteError(
+        f"{' and '.join(names) or 'a sparse layer'}: the model's forward writes to its `weight` "
+        f"({', '.join(write.used_by)}), which is made from its values at each reading, so that "
+        "the write would be lost. Keep the layer dense with sparsity={...: None}, switch the "
+        "write off in the model (RWKV: config.rescale_every = 0), or write outside of forward, "
+        "with slope_fx.sparse_weights(model)[name].write_(dense)."
+    )
 
 
 def _outer_placeholder(outer: GraphModule, gm: GraphModule, node: Node) -> Node:

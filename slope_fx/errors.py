@@ -66,6 +66,10 @@ class ExpandedWeightError(SlopeError, RuntimeError):
     """With ``on_fallback="error"``: a sparse weight is used where no pass can see it."""
 
 
+class WeightWriteError(SlopeError, RuntimeError):
+    """A write to ``weight`` of a sparse layer that can't be carried out on its values."""
+
+
 class ExpandedWeightWarning(SlopeWarning):
     """A sparse layer runs with its dense weight rebuilt: right, but slow, and single-pruned."""
 

@@ -10,12 +10,12 @@ import gc
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import StaleOptimizerWarning
+from slope_fx.errors import StaleOptimizerWarning, WeightWriteError
 from slope_fx.plan import LinearPlan
 from slope_fx.weights import OnFallback, Parts, SparseWeight, sparse_name, values_name
 
@@ -38,6 +38,7 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         "_slope_kind": kind,
         "__reduce_ex__": _reduce,
         "requires_grad_": _requires_grad,
+        "register_parameter": _register_parameter,
         "_load_from_state_dict": _load_from_state_dict,
         **{attribute: _weight_property(attribute) for attribute in kind.attributes},
     }
@@ -53,8 +54,33 @@ def _weight_property(attribute: str) -> property:
         weight: Tensor = getattr(module, sparse).read(getattr(module, values))
         return weight
 
+    def write(module: nn.Module, value: object) -> None:
+        _refuse_replacement(module, attribute)
+
+    def delete(module: nn.Module) -> None:
+        _refuse_replacement(module, attribute)
+
     doc = f"The dense W^R, rebuilt at each reading; what trains is `{values}`."
-    return property(read, doc=doc)
+    return property(read, write, delete, doc=doc)
+
+
+def _refuse_replacement(module: nn.Module, attribute: str) -> NoReturn:
+    """``layer.weight = other``: by hand, by functional_call, by libraries that quantise."""
+    name = getattr(module, sparse_name(attribute)).name
+    raise WeightWriteError(
+        f"{name}: its `{attribute}` can't be replaced or deleted, for it is made from "
+        f"`{values_name(attribute)}` and its masks. To write a dense weight call "
+        f"slope_fx.sparse_weights(model)[{name!r}].write_(dense); for functional_call name "
+        f"`{values_name(attribute)}`; to quantise, prune or parametrise it otherwise make the "
+        "model dense first: slope_fx.densify(model)."
+    )
+
+
+def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
+    if name in kind.attributes:
+        _refuse_replacement(module, name)
+    kind.base.register_parameter(module, name, param)
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:

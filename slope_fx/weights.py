@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx import ops
-from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
+from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning, WeightWriteError
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
 from slope_fx.passes.views import Layout
 from slope_fx.patterns import Pattern
+from slope_fx.reading import DenseWeight
 
 OnFallback = Literal["warn", "error", "ignore"]
 
@@ -164,21 +165,74 @@ class SparseWeight(nn.Module):
 
     def read(self, values: Tensor) -> Tensor:
         """What the layer's ``weight`` reads as: the markers that the passes look for."""
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
-                self.note_expanded("its weight was read outside of a compiled graph")
-            elif not torch.is_inference_mode_enabled():
-                # An inference tensor refuses to be written to, where a write into a
-                # temporary (`layer.weight.mul_(0)`) would be lost without a word.
-                with torch.inference_mode():
-                    return self._markers(values)
-        return self._markers(values)
+        if torch.compiler.is_compiling():
+            return self.layout.to_parameter(self._markers(values))
+        if torch.is_grad_enabled():
+            self.note_expanded("its weight was read outside of a compiled graph")
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            # In a frame that Dynamo gave up; the next may be compiled, and takes no subclass. An
+            # inference tensor refuses to be written to.
+            with torch.inference_mode(not torch.is_grad_enabled()):
+                return self.layout.to_parameter(self._markers(values))
+        with torch.inference_mode(False):  # whose tensors don't count what is written to them
+            dense = self._markers(values)
+            return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
 
     def _markers(self, values: Tensor) -> Tensor:
         weight: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
         if self.adapter_active:
             weight = ADD_ADAPTER(weight, self.lora_A, self.lora_B, self.scale)
-        return self.layout.to_parameter(weight)
+        return weight
+
+    def write_(self, dense: Tensor) -> "SparseWeight":
+        """Write a dense weight: its elements where the forward mask keeps them, in place.
+
+        What the mask prunes is dropped. The forward mask and the adapter stay; the backward mask
+        is chosen from the new values.
+
+        Args:
+            dense: (d_out, d_in), or (stack, d_out, d_in), as :meth:`to_dense` gives it; any
+                floating dtype and device.
+
+        Returns:
+            Itself.
+
+        Raises:
+            WeightWriteError: ``dense`` has another shape, or isn't of floating point.
+        """
+        shape = (self.d_out, self.d_in) if self.stack == 1 else (self.stack, self.d_out, self.d_in)
+        good = isinstance(dense, Tensor) and dense.is_floating_point()
+        if not good or tuple(dense.shape) != shape:
+            got = f"{tuple(dense.shape)} {dense.dtype}" if isinstance(dense, Tensor) else dense
+            raise WeightWriteError(
+                f"{self.name}: write_ was given {got}; it takes a tensor of floating point of "
+                f"shape {shape}, as to_dense() gives it."
+            )
+        self.store(dense.reshape(-1, self.d_in))
+        return self
+
+    @torch.no_grad()
+    def store(self, matrix: Tensor) -> None:
+        """Write the kept elements of a dense (stack * d_out, d_in) matrix, as :meth:`write_`."""
+        values = self.values
+        matrix = matrix.detach().to(values.device, values.dtype).contiguous()
+        kept = ops.compress(matrix, whole(self.forward_bits), self.n, self.m)
+        if isinstance(values, DTensor):
+            kept = distribute_tensor(kept, values.device_mesh, values.placements)
+        values.copy_(kept)
+        forget_operands(values)
+        self.refresh_backward_mask()
+
+    @torch.no_grad()
+    def expanded(self) -> Tensor:
+        """What ``weight`` is made of now, (stack * d_out, d_in), without autograd."""
+        return self._markers(self.values)
+
+    @torch.no_grad()
+    def has_pruned(self, matrix: Tensor) -> bool:
+        """Whether a dense (stack * d_out, d_in) matrix has an element that the mask prunes."""
+        pruned = ~unpack(self.forward_bits, self.d_in)
+        return bool((matrix.detach() * pruned != 0).any())
 
     def note_expanded(self, reason: str) -> None:
         """Take note that the dense weight was rebuilt where gradients are on.

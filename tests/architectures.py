@@ -1,4 +1,4 @@
-"""Small models of many architectures: transformers' and torch's own."""
+"""Small models of many architectures: of transformers, diffusers and torch."""
 
 import inspect
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers as tf
 from torch import nn
+
+from models import Plain
 
 VOCABULARY = 64
 _TEXT = {
@@ -82,6 +84,16 @@ class Convolutional(nn.Module):
         return self.head(self.down(self.up(h).relu()).mean((2, 3)))
 
 
+def _unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32,), norm_num_groups=8, cross_attention_dim=32,
+        layers_per_block=1, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "GPT-2": lambda: _made(
         "GPT2Config", "GPT2LMHeadModel",
@@ -95,10 +107,13 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "Mistral": _causal("Mistral", num_key_value_heads=1),
     "Qwen3": _causal("Qwen3", num_key_value_heads=1, head_dim=16),
     "Gemma 2": _causal("Gemma2", num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16),
+    "Phi": _causal("Phi", resid_pdrop=0.0, embd_pdrop=0.0),
     "Phi-3": _causal("Phi3", num_key_value_heads=1, resid_pdrop=0.0, embd_pdrop=0.0),
     "Mixtral": lambda: _made("MixtralConfig", "MixtralForCausalLM", _EXPERTS),
     "Qwen3-MoE": lambda: _made("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _EXPERTS),
+    "GraniteMoe": lambda: _made("GraniteMoeConfig", "GraniteMoeForCausalLM", _EXPERTS),
     "gpt-oss": lambda: _made("GptOssConfig", "GptOssForCausalLM", _EXPERTS),
+    "Mamba": _causal("Mamba", state_size=4, time_step_rank=4),
     "BERT": lambda: _made("BertConfig", "BertForMaskedLM", _ENCODER),
     "RoBERTa": lambda: _made("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
     "DistilBERT": lambda: _made(
@@ -130,12 +145,23 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "torch: TransformerEncoder, norm first": lambda: TorchEncoder(norm_first=True),
     "torch: Transformer": TorchTransformer,
     "torch: 1x1 convolutions": Convolutional,
+    "torch: weights of its own": Plain,
+    "diffusers: UNet": _unet,
 }  # fmt: skip
 
 
 def inputs_of(model: nn.Module, rows: int = 2) -> dict[str, torch.Tensor]:
     """What to call a model with: token ids, or images."""
     ids = torch.randint(1, VOCABULARY, (rows, 8), generator=torch.Generator().manual_seed(0))
+    if isinstance(model, Plain):
+        return {"x": torch.randn(rows, 8, 8, generator=torch.Generator().manual_seed(0))}
+    if type(model).__name__ == "UNet2DConditionModel":
+        generator = torch.Generator().manual_seed(0)
+        return {
+            "sample": torch.randn(rows, 4, 8, 8, generator=generator),
+            "timestep": torch.arange(rows) + 7,
+            "encoder_hidden_states": torch.randn(rows, 3, 32, generator=generator),
+        }
     if isinstance(model, Convolutional) or getattr(model, "main_input_name", "") == "pixel_values":
         generator = torch.Generator().manual_seed(0)
         return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
@@ -152,6 +178,22 @@ def logits_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         inputs = {**inputs, "use_cache": False}
     out = model(**inputs)
     return out.logits if hasattr(out, "logits") else out
+
+
+def loss_and_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A training loss, the model's own if it has one, and what it was made of."""
+    own = getattr(model, "model", model) if hasattr(model, "twice_pruned") else model
+    first = next(iter(inputs.values()))
+    labels = torch.arange(len(first)) if first.is_floating_point() else first
+    # Of a single token nothing follows that could be predicted.
+    if "labels" in inspect.signature(own.forward).parameters and labels.shape[-1] > 1:
+        out = model(**inputs, labels=labels)
+        return out.loss, out.logits
+    out = model(**inputs)
+    out = getattr(out, "sample", getattr(out, "logits", out))
+    target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return nn.functional.mse_loss(out.to(wide), target.to(wide)), out
 
 
 def plain_experts(model: nn.Module) -> nn.Module:

@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import operator
 import json
+import operator
 import os
 import subprocess
 import sys

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slope_fx.kernels import racing
 from slope_fx.kernels.cusparselt import library
+from slope_fx.kernels.modes import undisturbed
 from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.vendor import VendorProducts
 

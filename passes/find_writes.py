@@ -1,0 +1,67 @@
+"""Writes to a weight within a graph: the marker's result is a temporary, so they would be lost."""
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from slope_fx.passes.graph import aten
+from slope_fx.passes.markers import MARKERS
+from slope_fx.passes.views import is_view
+
+_ALIASES: set[object] = {
+    "detach", "expand", "view_as", "expand_as", "diagonal", "data", torch.detach, torch.diagonal,
+    aten.detach.default, getattr(torch._C._autograd, "_get_data_attr", None),
+}  # fmt: skip
+_IN_PLACE: set[object] = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior,
+    operator.ixor, operator.ilshift, operator.irshift,
+}  # fmt: skip
+_DUNDERS = {f"__{op.__name__}__" for op in _IN_PLACE}  # type: ignore[attr-defined]
+
+
+def find_writes(gm: GraphModule) -> list[tuple[Node, str]]:
+    """The markers of ``gm`` that something writes to, or to a view of, with the name of that.
+
+    Works on ``gm`` alone, nested graphs aside.
+    """
+    found = []
+    for node in gm.graph.nodes:
+        for target in _written(node):
+            source = _source(target)
+            if source.target in MARKERS:
+                found.append((source, str(getattr(node.target, "__name__", node.target))))
+    return found
+
+
+def _written(node: Node) -> list[Node]:
+    """The operands that ``node`` writes to."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    written = [node.kwargs.get("out")]
+    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    in_place = name.endswith("_") and not name.endswith("__")
+    if (
+        in_place
+        or node.target in _IN_PLACE
+        or name in _DUNDERS
+        or node.kwargs.get("inplace") is True
+    ):
+        written.append(node.args[0] if node.args else None)
+    flat = [t for w in written for t in (w if isinstance(w, (list, tuple)) else [w])]
+    return [target for target in flat if isinstance(target, Node)]
+
+
+def _source(node: Node) -> Node:
+    """What ``node`` shares its memory with, as far as can be told: views, aliases, writes."""
+    seen = node
+    while True:
+        if is_view(node) or node.target in _ALIASES:
+            node = node.all_input_nodes[0]
+        elif written := _written(node):
+            node = written[0]  # in-place operations return what they wrote to
+        else:
+            return node
+        if node is seen:
+            return node

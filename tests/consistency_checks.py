@@ -1,0 +1,402 @@
+"""What ``consistency.py`` compares: an architecture in a phase, and the cases it is run in.
+
+A case runs a model, whatever road it came by, and METHOD's formulas in float64 (``formulas.py``) on
+the same inputs, and says how far loss, logits, every gradient, and masks and weights after
+optimizer steps are apart, relative to the largest number of each.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import slope_fx
+from architectures import ARCHITECTURES, inputs_of, loss_and_logits, plain_experts
+from formulas import FormulaModel, backward_mask, formula_model, gradient_errors, top_n_mask
+from slope_fx.compiler import compilation_of
+
+PHASES = ("sparse", "adapter")
+RANK = 4
+ADAMW = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1}
+"""Rounding is not to decide the sign of an update, as it does with a smaller eps."""
+
+Errors = dict[str, float]
+Inputs = dict[str, Any]
+
+
+class Subject:
+    """An architecture in one phase and dtype, with the inputs that it is compared on.
+
+    Attributes:
+        dense: the model, not compiled, no parameter of it zero or one.
+        inputs: of the usual case.
+        autocast: whether it runs under bf16 autocast.
+        kept: the dtype of its parameters.
+    """
+
+    def __init__(self, architecture: str, phase: str, dtype: str = "fp32") -> None:
+        torch.manual_seed(0)
+        self.architecture, self.phase, self.dtype = architecture, phase, dtype
+        self.dense = shaken(ARCHITECTURES[architecture]()).train()
+        if dtype != "fp32":
+            choose_all_experts(self.dense)
+        if hasattr(self.dense, "loss_type"):  # a model of transformers
+            self.dense.config.use_cache = False
+        self.inputs = inputs_of(self.dense)
+        self.autocast = dtype == "autocast"
+        self.kept = torch.bfloat16 if dtype == "bf16" else torch.float32
+        self.dense.to(self.kept)
+        self.inputs = cast(self.inputs, self.kept)
+
+    def compiled(self, **how: Any) -> nn.Module:
+        """The model, compiled, in its phase, with large adapters, awake or asleep."""
+        how = {"on_fallback": "error", "skip_first": False, **how}
+        model = slope_fx.compile(
+            copy.deepcopy(self.dense), adapter_rank=RANK, example_inputs=self.inputs, **how
+        )
+        for weight in slope_fx.sparse_weights(model).values():
+            enlarge_adapter(weight)
+        self.schedule(model)
+        return model
+
+    def schedule(self, model: nn.Module) -> slope_fx.Schedule:
+        start = 0.0 if self.phase == "adapter" else 1.0
+        return slope_fx.Schedule(model, 100, adapter_start=start, backward_mask_interval=1)
+
+    @functools.cached_property
+    def source(self) -> nn.Module:
+        """What the oracle takes weights and masks from."""
+        return self.compiled(backend=None)
+
+    def oracle(self, once: bool = False) -> FormulaModel:
+        """METHOD's formulas in float64; ``once``: with the input gradient of ``W^R``."""
+        oracle = formula_model(plain_experts(copy.deepcopy(self.dense)), self.source)
+        if once:
+            oracle.twice_pruned = {name: mask for name, (_, mask, *_) in oracle.layers.items()}
+        return oracle
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """With matrices large enough that each counts, and vectors that are neither zero nor one."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("A_log"):
+            fan_in = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
+            parameter.data.normal_(std=0.5 * fan_in**-0.5)
+        elif parameter.dim() == 1:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def choose_all_experts(model: nn.Module) -> None:
+    """Let a router choose all experts, for rounding to bf16 would have it choose others."""
+    for module in [*model.modules(), getattr(model, "config", None)]:
+        for name in ("top_k", "num_experts_per_tok"):
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, 4)
+
+
+@torch.no_grad()
+def enlarge_adapter(weight: Any) -> None:
+    """Random, and as large as the weight that it is added to; the same for each road."""
+    generator = torch.Generator().manual_seed(zlib.crc32(weight.name.encode()))
+    a = torch.randn(weight.lora_A.shape, generator=generator)
+    b = torch.randn(weight.lora_B.shape, generator=generator)
+    product = torch.bmm(
+        b.view(weight.stack, -1, weight.rank), a.view(weight.stack, weight.rank, -1)
+    )
+    b *= weight.to_dense().float().norm() / (weight.scale * product.norm())
+    weight.lora_A.copy_(a), weight.lora_B.copy_(b)
+
+
+def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    def to(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: to(value) for name, value in inputs.items()}
+
+
+@dataclass
+class Answer:
+    """A model's losses, one a batch, and its logits."""
+
+    losses: Tensor
+    logits: list[Tensor]
+
+
+def run(
+    model: nn.Module, batches: list[Inputs], grad: bool = True, autocast: bool = False
+) -> Answer:
+    """Forward, and backward if ``grad``, for each batch; gradients add up."""
+    model.zero_grad()
+    losses, logits = [], []
+    with contextlib.nullcontext() if grad else torch.no_grad():
+        for inputs in batches:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss, out = loss_and_logits(model, inputs)
+            if grad:
+                loss.backward()
+            losses.append(loss.detach().double())
+            logits.append(out.detach().double())
+    return Answer(torch.stack(losses), logits)
+
+
+def apart(got: Tensor, want: Tensor, least: float = 0.0) -> float:
+    """The largest difference, relative to the largest entry."""
+    scale = max(want.abs().max().item(), least)
+    return (got.double() - want.double()).abs().max().item() / max(scale, 1e-30)
+
+
+def compare(got: Answer, want: Answer) -> Errors:
+    pairs = enumerate(zip(got.logits, want.logits, strict=True))
+    logits = {str(i): apart(*pair) for i, pair in pairs}
+    return {"loss": apart(got.losses, want.losses), "logits": worst(logits)[0]}
+
+
+def worst(errors: Errors) -> tuple[float, str]:
+    """The largest error, with its name; a NaN is larger than all."""
+    return max(((e, n) for n, e in errors.items()), key=lambda p: (math.isnan(p[0]), p[0]))
+
+
+def plain_gradient_errors(model: nn.Module, names: dict[str, Tensor]) -> Errors:
+    """As ``gradient_errors``, of a dense model's parameters against those of that name."""
+    own = dict(model.named_parameters())
+    pairs = {n: (own[n].grad, p.grad) for n, p in names.items() if p.grad is not None}
+    floor = 0.01 * max(want.abs().max().item() for _, want in pairs.values())
+    return {n: math.nan if g is None else apart(g, w, floor) for n, (g, w) in pairs.items()}
+
+
+# Cases: a model and its subject in, errors out.
+
+
+def batches_of(subject: Subject, case: str) -> list[Inputs]:
+    if case == "one token":
+        return [first_token(subject.inputs)]
+    if case == "accumulation":
+        # Another of the same shape: rows the other way round, and in each the features or tokens.
+        other = {n: v.flip(0).roll(1, -1) for n, v in subject.inputs.items()}
+        return [subject.inputs, other]
+    return [subject.inputs]
+
+
+def first_token(inputs: Inputs) -> Inputs:
+    """One row of one token; of features, one vector; of images, one."""
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        return value[:1, :1] if value.dim() == 2 else value[:1]
+
+    if list(inputs) == ["x"]:
+        return {"x": inputs["x"][0, :1]}
+    return {name: first(value) for name, value in inputs.items()}
+
+
+@dataclass
+class Results:
+    """What a case found: errors, and where the worst gradient was."""
+
+    errors: Errors
+    where: str = ""
+
+    def add(self, errors: Errors) -> None:
+        """Keep the larger error of each check; a NaN is larger than all."""
+        for check, error in errors.items():
+            self.errors[check], _ = worst({"": self.errors.get(check, 0.0), "this": error})
+
+    def add_gradients(self, errors: Errors) -> None:
+        error, where = worst(errors)
+        if not error <= self.errors.get("gradients", -1.0):
+            self.where = where
+        self.add({"gradients": error})
+
+
+def against_oracle(subject: Subject, model: nn.Module, case: str) -> Results:
+    """A pass forward and, but for "eval", back, held against the oracle.
+
+    A dense model computes the input gradient of ``W^R``, so is held against the formulas with that.
+    """
+    dense = "_slope_fx" not in model.__dict__
+    grad, batches = case != "eval", batches_of(subject, case)
+    oracle = subject.oracle(once=dense)
+    got = run(model.train(grad), batches, grad, subject.autocast)
+    wide = [cast(inputs, torch.float64) for inputs in batches]
+    found = Results(compare(got, run(oracle.train(grad), wide, grad)))
+    if grad and dense:
+        found.add_gradients(plain_gradient_errors(model, oracle.names))
+    elif grad:
+        found.add_gradients(all_gradient_errors(model, oracle))
+    return found
+
+
+def all_gradient_errors(model: nn.Module, oracle: FormulaModel) -> Errors:
+    """``gradient_errors``, where none at all is as good as zeros: a graph leaves out what it knows
+    to be zero, as Mamba's decay of no state."""
+    kept = dict(model.named_parameters())
+    for name, parameter in oracle.names.items():
+        if kept[name].grad is None and parameter.grad is not None and not parameter.grad.any():
+            parameter.grad = None
+    return gradient_errors(model, oracle)
+
+
+def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
+    """Have each compiled block called through ``checkpoint``; returns what undoes it."""
+    paths = [path for path in compilation_of(model).regions if path]
+    blocks = [model.get_submodule(path) for path in paths]
+    calls = [block._compiled_call_impl for block in blocks]
+
+    def through(call: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpointed(*args: Any, **kwargs: Any) -> Any:
+            # The reentrant kind takes no keyword arguments.
+            def positional(*given: Any) -> Any:
+                return call(
+                    *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True))
+                )
+
+            return checkpoint(positional, *args, *kwargs.values(), use_reentrant=reentrant)
+
+        return checkpointed
+
+    def undo() -> None:
+        for block, call in zip(blocks, calls, strict=True):
+            block._compiled_call_impl = call
+
+    for block, call in zip(blocks, calls, strict=True):
+        block._compiled_call_impl = through(call)
+    return undo
+
+
+class NothingToCompareError(Exception):
+    """A road or a case that such a model doesn't have."""
+
+
+def checkpointed(subject: Subject, model: nn.Module, case: str) -> Results:
+    """Activation checkpointing, around compiled blocks or as transformers does it."""
+    reentrant = "non-reentrant" not in case
+    if "around" in case:
+        if compilation_of(model).regions == ("",):
+            raise NothingToCompareError("the model is compiled as a whole")
+        undo = around_blocks(model, reentrant)
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        if not model.supports_gradient_checkpointing:
+            raise NothingToCompareError("the model has no activation checkpointing")
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        undo = model.gradient_checkpointing_disable
+    elif hasattr(model, "enable_gradient_checkpointing") and not reentrant:
+        model.enable_gradient_checkpointing()
+        undo = model.disable_gradient_checkpointing
+    else:
+        raise NothingToCompareError("the model has no such activation checkpointing")
+    try:
+        return against_oracle(subject, model, "train")
+    finally:
+        undo()
+
+
+def steps(subject: Subject, model: nn.Module, case: str) -> Results:
+    """Two steps of AdamW, backward masks chosen anew after each, held against the same of the
+    oracle, which goes on from its own weights."""
+    oracle, schedule = subject.oracle(), subject.schedule(model.train())
+    start = {name: p.detach().clone() for name, (_, p) in pairs_of(model, oracle).items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
+    own = torch.optim.AdamW([p for _, p in pairs_of(model, oracle).values()], **ADAMW)
+    wide, found = [cast(subject.inputs, torch.float64)], Results({})
+    for step in range(3):
+        own.zero_grad()  # of the oracle's adapters too, which are no parameters of a module
+        found.add(compare(run(model, [subject.inputs]), run(oracle, wide)))
+        found.add_gradients(all_gradient_errors(model, oracle))
+        if step == 2:
+            break
+        for weight, mask, *_ in oracle.layers.values():
+            weight.grad *= mask
+        optimizer.step(), own.step()
+        with warnings.catch_warnings():  # of adapters that are asleep, as they are meant to be
+            warnings.simplefilter("ignore", slope_fx.ScheduleWarning)
+            schedule.step()
+        found.add({"masks": refresh_masks(model, oracle)})
+    for name, (got, want) in pairs_of(model, oracle).items():
+        moved = want.detach() - start[name]
+        found.add({"weights": apart(got.detach() - start[name], moved, 0.1 * ADAMW["lr"])})
+    return found
+
+
+def pairs_of(model: nn.Module, oracle: FormulaModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each parameter as the compiled model has it now, in the dense shape, and the oracle's."""
+    kept = dict(model.named_parameters())
+    pairs = {n: (kept[n], p) for n, p in oracle.names.items() if p.requires_grad}
+    weights = slope_fx.sparse_weights(model)
+    for sparse, like in oracle.pruned:
+        weight, _, a, b = oracle.layers[sparse.name]
+        now = weights[sparse.name]
+        pairs[f"{sparse.name}.weight"] = like(now.to_dense()), weight
+        if a is not None:
+            pairs[f"{sparse.name}.lora_A"] = now.lora_A, a
+            pairs[f"{sparse.name}.lora_B"] = now.lora_B, b
+    return pairs
+
+
+def matrices(parameter: Tensor, sparse: Any) -> Tensor:
+    """A parameter as (stack, d_out, d_in)."""
+    if sparse.layout.transposed:
+        return parameter.reshape(sparse.stack, sparse.d_in, sparse.d_out).mT
+    return parameter.reshape(sparse.stack, sparse.d_out, sparse.d_in)
+
+
+def refresh_masks(model: nn.Module, oracle: FormulaModel) -> float:
+    """Choose the oracle's backward masks from its own weights; how far the model's are from these.
+
+    Of near-ties either may be kept, so that sums of magnitudes are compared, and the oracle goes on
+    with the model's.
+    """
+    largest = 0.0
+    weights = slope_fx.sparse_weights(model)
+    for sparse, like in oracle.pruned:
+        weight, forward, *_ = oracle.layers[sparse.name]
+        w, forward = matrices(weight.detach(), sparse), matrices(forward, sparse)
+        theirs = weights[sparse.name].backward_mask().view(w.shape)
+        for matrix, kept, their in zip(w, forward, theirs, strict=True):
+            mine = backward_mask(matrix, kept, sparse.n, sparse.m)
+            sums = [
+                (matrix.abs() * m).view(-1, sparse.m, sparse.d_in).sum(1) for m in (mine, their)
+            ]
+            wrong = (their & ~kept).any() or mine.sum() != their.sum()
+            largest = max(largest, math.inf if wrong else apart(*sums))
+        oracle.twice_pruned[sparse.name] = like(theirs)
+    return largest
+
+
+def masks(subject: Subject, model: nn.Module, case: str) -> Results:
+    """Masks and weights as compressed, against METHOD's choice on the dense model's parameters."""
+    found = Results({})
+    parameters = dict(subject.dense.named_parameters(remove_duplicate=False))
+    oracle = subject.oracle()
+    found.add({"masks": refresh_masks(model, oracle)})
+    for sparse, _ in oracle.pruned:
+        weight, forward, *_ = oracle.layers[sparse.name]
+        name = sparse.name if sparse.name in parameters else f"{sparse.name}.weight"
+        dense = matrices(parameters[name].detach().double(), sparse)
+        mine = torch.stack([top_n_mask(w.abs(), sparse.n, sparse.m) for w in dense])
+        differ = int((mine != matrices(forward, sparse)).sum())
+        found.add({"masks": float(differ)})
+        found.add({"weights": apart(matrices(weight, sparse), dense * mine)})
+    return found
+
+
+CASES: dict[str, Callable[[Subject, nn.Module, str], Results]] = {
+    **dict.fromkeys(("train", "eval", "one token", "accumulation"), against_oracle),
+    **dict.fromkeys(
+        (f"checkpoint{where}, {kind}" for where in ("", " around") for kind in
+         ("reentrant", "non-reentrant")),
+        checkpointed,
+    ),
+    "steps": steps,
+    "masks": masks,
+}  # fmt: skip
