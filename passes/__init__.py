@@ -3,14 +3,15 @@
 A pass is a plain function on a GraphModule, in a file of its own; it knows graphs and ops, never
 modules. ``registry.py`` orders them and says why. ``graph.py``, ``views.py``, ``linears.py`` and
 ``markers.py`` are what they share: nodes, what a node reads of a weight, what a linear looks like,
-what a compressed weight reads as. ``weight_roles`` works on the exported graph, once, when a
-model is compiled.
+what a compressed weight reads as. ``weight_roles`` and ``graph_kinds`` work on the exported
+graph, once, when a model is compiled.
 """
 
 if __name__ != "slope_fx.passes":
     raise ImportError(f"import this package as slope_fx.passes, not as {__name__!r}")
 
 from slope_fx.passes.context import Context
+from slope_fx.passes.graph_kinds import graph_kinds
 from slope_fx.passes.linears import find_linears
 from slope_fx.passes.record import PassReport, Recorder
 from slope_fx.passes.registry import NAMES, OFF, PASSES, Pass
@@ -29,6 +30,7 @@ __all__ = [
     "Rewrites",
     "WeightRole",
     "find_linears",
+    "graph_kinds",
     "run_passes",
     "weight_roles",
 ]

@@ -17,6 +17,10 @@ from slope_fx.passes.linears import LinearCall, is_product, match_linears
 from slope_fx.passes.views import Read, Views, apply_view, is_cast, is_view, meta_like, read_of
 
 _CHECKS = {aten._assert_tensor_metadata.default}  # what export adds ahead of a cast
+_RANKINGS = {
+    aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default,
+    aten.argsort.stable, aten.argmax.default, aten.max.dim, aten.multinomial.default,
+}  # fmt: skip
 _EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default}
 
 
@@ -32,6 +36,8 @@ class WeightRole:
             it, and an embedding, or the model's input itself, as its source.
         makes_output: some linear with it makes the model's output: no other linear
             comes after, and no other activation joins on the way.
+        chooses: what some linear with it makes is ranked, as a router's scores are to choose
+            experts: no other linear, and no other activation, comes between.
     """
 
     scopes: list[str] = field(default_factory=list)
@@ -40,6 +46,7 @@ class WeightRole:
     reads_embeddings: bool = False
     reads_input: bool = False
     makes_output: bool = False
+    chooses: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,9 @@ class _Walk:
                 value, name = value_of(operand_node), flow.parameter or flow.derived or ""
                 if name and isinstance(value, Tensor) and value.dim() > 1:
                     self.roles.setdefault(name, WeightRole()).scopes.append(_scope(node))
+        if node.target in _RANKINGS:
+            for linear in merged.fresh:
+                self.roles[self.weights[linear]].chooses = True
         embedded = merged.embedded or node.target in _EMBEDDINGS
         activations = [f for f in operands.values() if f.on_input and f.on_parameter]
         fresh = {f.fresh for f in activations}

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from slope_fx.backend import compiled_call
 from slope_fx.errors import CalibrationError, CalibrationWarning, first_line
+from slope_fx.hub import takes_cache
 from slope_fx.passes.observe_linears import Observer, Rows, observe_linears
 from slope_fx.plan import LinearPlan
 from slope_fx.regions import choose_regions
@@ -134,7 +135,6 @@ def _run(
     observer: Observer,
 ) -> int:
     """Run the batches through the model, its regions compiled to be observed."""
-    scopes = [scope for plan in plans for scope in plan.scopes]
     batches = 0
     with ExitStack() as undo:
         undo.callback(_observers.remove, observer)
@@ -145,13 +145,13 @@ def _run(
         # A linear in a graph that Dynamo gave up on would be left out without a word.
         limits: dict[str, Any] = {"recompile_limit": 4096, "accumulated_recompile_limit": 65536}
         undo.enter_context(torch._dynamo.config.patch(limits))
-        for path in choose_regions(model, "auto", scopes):
+        for path in choose_regions(model, "auto", plans, {}).paths:
             region = model.get_submodule(path)
             undo.callback(region.__dict__.pop, "_compiled_call_impl")
             region._compiled_call_impl = compiled_call(region, _observing_backend)
         for batch in calibration or ():
             args, kwargs = split_inputs(batch, f"calibration's batch {batches}")
-            if hasattr(model, "config") and hasattr(model.config, "use_cache"):
+            if takes_cache(model):
                 kwargs.setdefault("use_cache", False)  # each block has its own place in a cache
             try:
                 model(*args, **kwargs)

@@ -5,6 +5,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,9 @@ from slope_fx.weights import SparseWeight, find_alive
 RECOMPILE_LIMIT = 32
 """Dynamo's own limit of 8 is soon reached by one block's code in two phases, training and
 evaluating, with and without a cache; past it a sparse layer runs expanded."""
+
+VARIANTS = 8
+"""In how many circumstances each graph may be met: phases, training and not, autocast, shapes."""
 
 log = logging.getLogger(__name__)
 
@@ -238,23 +242,40 @@ def _raiser(error: Exception) -> CompiledFunction:
 
 
 def compiled_call(
-    module: nn.Module, backend: BackendFunction, **options: Any
+    module: nn.Module, backend: BackendFunction, *, kind: int = 0, kinds: int = 1, **options: Any
 ) -> Callable[..., Any]:
-    """``module``'s call, compiled by ``backend``; ``options`` are torch.compile's."""
+    """``module``'s call, compiled by ``backend``.
+
+    Args:
+        module: the module.
+        backend: what compiles it.
+        kind: the number of its graph, of those that are compiled one by one.
+        kinds: how many such graphs there are: as many recompiles must be allowed in each of the
+            variants (phase, training, autocast) that a run may meet.
+        options: torch.compile's.
+    """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it
         limit = torch._dynamo.config.recompile_limit
-        options["recompile_limit"] = max(limit, RECOMPILE_LIMIT)
+        options["recompile_limit"] = max(limit, RECOMPILE_LIMIT, VARIANTS * kinds)
     call: Callable[..., Any] = module._call_impl
     if type(module).__module__.startswith("torch.nn."):
         # Dynamo steps over the frames of torch's own modules and would leave an
         # nn.Sequential or nn.Linear uncompiled, so it is given a frame of ours.
-        call = _framed(call)
+        call = _framed(call, kind)
     compiled: Callable[..., Any] = torch.compile(call, backend=backend, **options)
     return compiled
 
 
-def _framed(call: Callable[..., Any]) -> Callable[..., Any]:
+def _framed(call: Callable[..., Any], kind: int) -> Callable[..., Any]:
     def framed(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
+    # Dynamo counts recompiles by code: each kind has code of its own, so that none uses up the
+    # limit of another.
+    framed.__code__ = _code_of(framed.__code__, kind)
     return framed
+
+
+@functools.cache
+def _code_of(code: CodeType, kind: int) -> CodeType:
+    return code.replace(co_name=f"framed_{kind}")

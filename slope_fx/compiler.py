@@ -36,13 +36,14 @@ from slope_fx.plan import (
     AdapterRank,
     LinearPlan,
     MaskChoice,
+    Skips,
     check_adapter_rank,
     check_mask_choice,
     choose_mask,
     layer_rank,
     plan_linears,
 )
-from slope_fx.regions import Region, choose_regions, in_blocks
+from slope_fx.regions import Region, Regions, choose_regions, in_blocks
 from slope_fx.settings import BackendFunction, Settings, make_settings
 from slope_fx.trace import ExampleInputs, trace
 from slope_fx.weights import OnFallback, Parts, SparseWeight
@@ -64,7 +65,8 @@ class Compilation:
         settings: of the backend that compiles the graphs; None if nothing does.
         options: of torch.compile: ``dynamic`` and ``fullgraph``.
         region: as it was asked for.
-        regions: paths of the modules that are compiled, "" for the model itself.
+        regions: the modules that are compiled.
+        graphs: for each module of the traced model the number of its graph.
         adapter_init: what the adapters started from: one of its choices, or "callable".
     """
 
@@ -73,7 +75,8 @@ class Compilation:
     settings: Settings | None
     options: tuple[tuple[str, bool | None], ...]
     region: Region
-    regions: tuple[str, ...]
+    regions: Regions
+    graphs: Mapping[str, int]
     adapter_init: str = "zero"
 
 
@@ -128,6 +131,7 @@ def compile(
     calibration: Calibration = None,
     skip_first: bool = True,
     skip_head: bool = True,
+    skip_router: bool = True,
     example_inputs: ExampleInputs = None,
     backend: str | BackendFunction | None = "inductor",
     mode: str | None = None,
@@ -167,6 +171,8 @@ def compile(
             The dense model runs on them, evaluated; "eora" needs d_in * d_in floats a layer.
         skip_first: leave dense the linears that the embeddings (or the input) feed.
         skip_head: leave dense the linear that makes the output.
+        skip_router: leave dense the linears whose outputs are ranked to choose something, as the
+            router of a mixture chooses experts. They are small and decide much.
         example_inputs: what to trace the model with: a tensor, a sequence of arguments,
             a mapping of keyword arguments, or (arguments, keyword arguments). A
             transformers model brings its own.
@@ -204,6 +210,7 @@ def compile(
     check_mask_choice(mask)
     check_choice("skip_first", skip_first, (True, False))
     check_choice("skip_head", skip_head, (True, False))
+    check_choice("skip_router", skip_router, (True, False))
     check_adapter_init(adapter_init, adapter_rank)
     check_model(model)
     needed_for = needs_calibration(mask, adapter_init)
@@ -218,7 +225,8 @@ def compile(
     settings = how.settings()
 
     traced = trace(model, example_inputs)
-    plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
+    skips = Skips(skip_first, skip_head, skip_router)
+    plans = plan_linears(model, traced, rules, skips)
     sparse_plans = [plan for plan in plans if plan.pattern is not None]
     if not sparse_plans:
         raise NoEligibleLinearError(_nothing_to_do(plans, traced.untraced_because))
@@ -254,14 +262,14 @@ def compile(
         )
 
     begun = adapter_init if isinstance(adapter_init, str) else "callable"
-    record = make_record(model, plans, traced.untraced_because, how, settings, begun)
+    record = make_record(model, plans, traced.untraced_because, traced.graphs, how, settings, begun)
     # Whatever mode the caller is in, the parameters are to train, and to be as they are computed.
     plain = torch.inference_mode(False), _without_autocast()
     with ExitStack() as undo, plain[0], plain[1]:
         replaced = install(model, sparse_plans, make_parts, on_fallback, undo)
         attach(model, record, undo)
         undo.pop_all()  # nothing can fail any more
-    _say_what_was_ignored(rules, traced.untraced_because)
+    _say_what_was_ignored(rules, traced.untraced_because, given=example_inputs is not None)
     if calibration is not None and not needed_for:
         warnings.warn(
             'calibration has no effect: only mask="wanda" and adapter_init="eora" use it.',
@@ -277,21 +285,33 @@ def make_record(
     model: nn.Module,
     plans: Sequence[LinearPlan],
     untraced_because: str,
+    graphs: Mapping[str, int],
     how: CompileOptions,
     settings: Settings | None,
     adapter_init: str,
 ) -> Compilation:
     """What is kept on a model, of which nothing is changed here."""
-    scopes = [scope for plan in plans if plan.pattern is not None for scope in plan.scopes]
     return Compilation(
         tuple(plans),
         untraced_because,
         settings,
         (("dynamic", how.dynamic), ("fullgraph", how.fullgraph)),
         how.region,
-        tuple(choose_regions(model, how.region, scopes)) if settings is not None else (),
+        Regions() if settings is None else choose_regions(model, how.region, plans, graphs),
+        _of_interest(graphs, plans),
         adapter_init,
     )
+
+
+def _of_interest(graphs: Mapping[str, int], plans: Sequence[LinearPlan]) -> dict[str, int]:
+    """The graphs of the modules that hold a linear: what regions are chosen from."""
+    scopes = {scope for plan in plans for scope in plan.scopes}
+    holding = {scope[:end] for scope in scopes for end in _ends(scope)}
+    return {path: number for path, number in graphs.items() if path in holding}
+
+
+def _ends(path: str) -> list[int]:
+    return [i for i, letter in enumerate(path) if letter == "."] + [len(path)]
 
 
 def attach(model: nn.Module, record: Compilation, undo: ExitStack) -> None:
@@ -305,7 +325,7 @@ def attach(model: nn.Module, record: Compilation, undo: ExitStack) -> None:
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach` on a model whose weights are dense again."""
     record: Compilation = model.__dict__.pop(_RECORD)
-    for path in {"", *record.regions}:
+    for path in {"", *record.regions.paths}:
         model.get_submodule(path)._compiled_call_impl = None
 
 
@@ -371,11 +391,15 @@ def _compile_regions(model: nn.Module) -> None:
     record: Compilation = model.__dict__[_RECORD]
     if record.settings is None:
         return
-    backend, options = backend_of(record.settings), dict(record.options)
-    for path in record.regions:
+    backend = backend_of(record.settings)
+    options: dict[str, Any] = dict(record.options)
+    regions = record.regions
+    for path, kind in zip(regions.paths, regions.kinds, strict=True):
         module = model.get_submodule(path)
-        module._compiled_call_impl = compiled_call(module, backend, **options)
-    if record.region == "auto" and record.regions != ("",):
+        module._compiled_call_impl = compiled_call(
+            module, backend, kind=kind, kinds=len(set(regions.kinds)), **options
+        )
+    if record.region == "auto" and not regions.whole:
         whole = compiled_call(model, backend, **options)
         model._compiled_call_impl = in_blocks(model, whole)
 
@@ -455,16 +479,21 @@ def _nothing_to_do(plans: list[LinearPlan], untraced_because: str) -> str:
             f"{plan.name or '(the model)'}: {plan.reason}" for plan in plans
         )
     how = f" The model was not traced ({untraced_because})." if untraced_because else ""
-    return f"{found}.{how} See skip_first, skip_head and sparsity for what they leave dense."
+    return f"{found}.{how} See skip_first, skip_head, skip_router and sparsity for what they leave dense."
 
 
-def _say_what_was_ignored(rules: PatternRules, untraced_because: str) -> None:
+def _say_what_was_ignored(rules: PatternRules, untraced_because: str, *, given: bool) -> None:
     if untraced_because:
+        advice = (
+            "Its forward runs on the example_inputs, but torch.export can't follow it: see "
+            'TORCH_LOGS="+slope_fx" for where.'
+            if given
+            else "Pass example_inputs that the model's forward accepts to have its graph decide."
+        )
         warnings.warn(
             f"The model was not traced ({untraced_because}); its nn.Linear and Conv1D modules "
             "were taken instead, the first for the one that reads the input and the last for the "
-            "output head. Pass example_inputs that the model's forward accepts to have its graph "
-            "decide.",
+            f"output head. {advice}",
             UntracedModelWarning,
             stacklevel=3,
         )

@@ -13,13 +13,13 @@ from torch import nn
 from slope_fx.backend import nothing_gains
 from slope_fx.compiler import Compilation, compilation_of, sparse_weights
 from slope_fx.graphs import write_graphs
+from slope_fx.hub import takes_cache
 from slope_fx.kernels import selection
 from slope_fx.kernels.engines import kept_bytes
 from slope_fx.kernels.packing import packed_width
 from slope_fx.passes import PassReport
 from slope_fx.patterns import Pattern
 from slope_fx.plan import LinearPlan
-from slope_fx.regions import may_cache
 from slope_fx.weights import SparseWeight
 
 
@@ -195,10 +195,14 @@ def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanati
 
 def _regions(model: nn.Module, record: Compilation) -> str:
     """What is compiled, if not the model as one graph."""
-    if record.settings is None or record.regions == ("",):
+    if record.settings is None or record.regions.whole:
         return ""
-    line = f"Compiled one by one: {len(record.regions)} modules, {record.regions[0]} and so on."
-    if record.region == "auto" and may_cache(model):
+    paths, kinds = record.regions.paths, len(set(record.regions.kinds))
+    line = (
+        f"Compiled one by one: {len(paths)} modules, {paths[0]} and so on, with {kinds} "
+        f"{'graph' if kinds == 1 else 'graphs'} among them."
+    )
+    if record.region == "auto" and takes_cache(model):
         line += (
             " While it trains the model is called with use_cache=False; where a cache is used it "
             "is compiled as a whole."

@@ -1,8 +1,11 @@
 """What is needed of transformers, where it may not be installed: configurations and classes."""
 
 import importlib
+import inspect
 import os
 from typing import Any
+
+from torch import nn
 
 from slope_fx.errors import ArgumentError, first_line
 
@@ -49,3 +52,29 @@ def class_of(config: Any) -> Any:
             return kind
     known = type(config) in library.AutoModelForCausalLM._model_mapping
     return library.AutoModelForCausalLM if known else library.AutoModel
+
+
+def takes_cache(model: nn.Module) -> bool:
+    """Whether ``model`` may keep keys and values: its forward takes ``use_cache``.
+
+    By name, or in ``**kwargs`` that it hands on, if its configuration knows of a cache.
+    """
+    if getattr(model, "config", None) is None:
+        return False
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return hands_on and _cache_setting(model) is not None
+
+
+def cache_by_default(model: nn.Module) -> bool:
+    """Whether ``model`` keeps keys and values if its caller says nothing."""
+    return bool(_cache_setting(model))
+
+
+def _cache_setting(model: nn.Module) -> Any:
+    config: Any = model.config
+    own = getattr(config, "use_cache", None)
+    text = getattr(config, "get_text_config", None)  # of a model for several kinds of input
+    return own if own is not None or text is None else getattr(text(), "use_cache", None)

@@ -64,8 +64,17 @@ class LinearPlan:
     bytes_dense: int
 
 
+@dataclass(frozen=True)
+class Skips:
+    """Which linears are left dense for their part in the model: ``skip_...`` of ``compile``."""
+
+    first: bool = True
+    head: bool = True
+    router: bool = True
+
+
 def plan_linears(
-    model: nn.Module, trace: Trace, rules: PatternRules, *, skip_first: bool, skip_head: bool
+    model: nn.Module, trace: Trace, rules: PatternRules, skips: Skips
 ) -> list[LinearPlan]:
     """A plan for each linear of ``model``, in the order of its parameters."""
     aliases: dict[int, list[str]] = {}
@@ -87,7 +96,7 @@ def plan_linears(
             shape = (*stack, layout.d_out, layout.d_in)
         pattern, reason = rules.select(layer)
         if pattern is not None:
-            reason = _why_dense(parameter, role, layout, pattern, skip_first, skip_head)
+            reason = _why_dense(parameter, role, layout, pattern, skips)
             reason = reason or _why_not_here(model, aliases[id(parameter)])
         plans.append(
             LinearPlan(
@@ -144,8 +153,7 @@ def _why_dense(
     role: WeightRole,
     layout: Layout | str,
     pattern: Pattern,
-    skip_first: bool,
-    skip_head: bool,
+    skips: Skips,
 ) -> str:
     """The first reason to leave a weight dense, or "" if there is none."""
     others = ", ".join(dict.fromkeys(role.other_uses))
@@ -155,11 +163,13 @@ def _why_dense(
         return f"shared: its weight is also used by {others}"
     if isinstance(layout, str):
         return layout
-    if skip_head and role.makes_output:
+    if skips.head and role.makes_output:
         return "output head (skip_head)"
-    if skip_first and role.reads_embeddings:
+    if skips.router and role.chooses:
+        return "a router: its output is ranked to choose something (skip_router)"
+    if skips.first and role.reads_embeddings:
         return "fed directly by the embeddings (skip_first)"
-    if skip_first and role.reads_input:
+    if skips.first and role.reads_input:
         return "fed directly by the model's input (skip_first)"
     if type(parameter) is not nn.Parameter:
         return f"its weight is a {type(parameter).__name__}, not a plain parameter"

@@ -22,6 +22,7 @@ from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
     AdapterRank,
     LinearPlan,
+    Skips,
     check_adapter_rank,
     layer_rank,
     parse_dtype,
@@ -41,6 +42,7 @@ def preview(
     adapter_rank: AdapterRank = None,
     skip_first: bool = True,
     skip_head: bool = True,
+    skip_router: bool = True,
     dtype: str | torch.dtype | None = None,
     tokens: int = 1024,
     measure: bool = True,
@@ -53,7 +55,7 @@ def preview(
     Args:
         source: a ``config.json``, a folder that has one, a name on the hub, or a checkpoint
             that ``save_pretrained`` wrote.
-        sparsity, adapter_rank, skip_first, skip_head: as of :func:`slope_fx.compile`.
+        sparsity, adapter_rank, skip_first, skip_head, skip_router: as of :func:`slope_fx.compile`.
         dtype: of the weights; None for the configuration's, or float32.
         tokens: in a step, for which the products are measured.
         measure: time the products on this machine, to tell which layers gain.
@@ -78,7 +80,7 @@ def preview(
         raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
     model = _meta_model(source, parse_dtype(dtype))
     traced = trace(model, None)
-    plans = plan_linears(model, traced, rules, skip_first=skip_first, skip_head=skip_head)
+    plans = plan_linears(model, traced, rules, Skips(skip_first, skip_head, skip_router))
     sparse = [plan for plan in plans if plan.pattern is not None]
     if not sparse:
         raise NoEligibleLinearError(f"No linear of {source} can be made {sparsity}.")

@@ -1,37 +1,123 @@
 """Which modules are compiled, each as one graph: the whole model, or its repeated blocks."""
 
 import inspect
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from slope_fx.hub import cache_by_default, takes_cache
+from slope_fx.plan import LinearPlan
+
 Region = Literal["auto", "model", "blocks"]
+GRAPH = 4
+"""What a graph of its own costs to compile besides its ops, in linears."""
 
 
-def choose_regions(model: nn.Module, region: Region, scopes: Iterable[str]) -> list[str]:
-    """Paths of the modules to compile, "" for the model itself.
+@dataclass(frozen=True)
+class Regions:
+    """The modules to compile.
+
+    Attributes:
+        paths: of the modules, "" for the model itself.
+        kinds: a number for each; those of one kind share a graph.
+    """
+
+    paths: tuple[str, ...] = ("",)
+    kinds: tuple[int, ...] = (0,)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model is compiled as one graph."""
+        return self.paths == ("",)
+
+
+def choose_regions(
+    model: nn.Module, region: Region, plans: Iterable[LinearPlan], graphs: Mapping[str, int]
+) -> Regions:
+    """The modules to compile.
 
     Args:
         model: the model.
         region: "model" for one graph; "blocks" for the repeated blocks, compiled one by
-            one (the same code serves them all), and for each sparse linear outside of
-            them the module that calls it. "auto": the blocks, where there are any.
-        scopes: paths of the modules whose forward calls a sparse linear.
+            one (the same code serves all of a kind), and for each sparse linear outside of
+            them the module that calls it. "auto": the blocks, if less is to be compiled so
+            and three quarters of the linears are in them.
+        plans: of its linears; the modules whose forward calls a sparse one are compiled.
+        graphs: for each module the number of its graph as it was traced; those that it lacks are
+            compared by their types and the shapes of their parameters.
     """
+    sparse = [plan for plan in plans if plan.pattern is not None]
     if region == "model":
-        return [""]
-    blocks = _repeated_blocks(model)
+        return Regions()
+    graph_of = _graph_of(model, graphs)
+    blocks = _repeated_blocks(model, graph_of)
     chosen = set()
-    for scope in scopes:
-        containing = [b for b in blocks if scope == b or scope.startswith(f"{b}.")]
+    for scope in {scope for plan in sparse for scope in plan.scopes}:
+        containing = [block for block in blocks if _within(scope, block)]
         chosen.add(min(containing, key=len) if containing else scope)
-    inside = {c for c in chosen if any(o == "" or c.startswith(f"{o}.") for o in chosen if o != c)}
-    chosen -= inside
-    if region == "auto" and len(chosen & blocks) < 2:
-        return [""]
-    return sorted(chosen)
+    chosen -= {c for c in chosen if any(c != other and _within(c, other) for other in chosen)}
+    paths = sorted(chosen)
+    numbers: dict[object, int] = {}
+    kinds = []
+    for path in paths:
+        inside = sorted(
+            (scope.removeprefix(path), str(plan.pattern), plan.shape)
+            for plan in sparse
+            for scope in plan.scopes
+            if _within(scope, path)
+        )
+        key = (type(model.get_submodule(path)), graph_of(path), tuple(inside))
+        kinds.append(numbers.setdefault(key, len(numbers)))
+    # Of each kind one is compiled, with as many linears as it has.
+    linears = {kind: _linears_in(path, sparse) for path, kind in zip(paths, kinds, strict=True)}
+    one_by_one = sum(linears.values()) + GRAPH * len(linears)
+    worse = one_by_one > _linears_in("", sparse) + GRAPH
+    # Around a linear that is compiled alone everything stays eager.
+    alone = sum(_linears_in(path, sparse) for path in chosen - blocks)
+    if region == "auto" and (worse or 4 * alone > _linears_in("", sparse)):
+        return Regions()
+    return Regions(tuple(paths), tuple(kinds))
+
+
+def _linears_in(path: str, plans: list[LinearPlan]) -> int:
+    return sum(_within(scope, path) for plan in plans for scope in plan.scopes)
+
+
+def _within(path: str, module: str) -> bool:
+    return module in ("", path) or path.startswith(f"{module}.")
+
+
+def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], object]:
+    """What two modules have alike if their graphs are equal."""
+
+    def structure(path: str) -> object:
+        module = model.get_submodule(path)
+        types = tuple((name, type(part)) for name, part in module.named_modules())
+        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+        return types, tuple((name, t.shape, t.dtype) for name, t in tensors)
+
+    return lambda path: graphs[path] if path in graphs else structure(path)
+
+
+def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
+    """Members of a ModuleList or a Sequential of which two or more have the same graph."""
+    blocks = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        prefix = f"{path}." if path else ""
+        alike: dict[type, list[str]] = {}
+        for name, member in module.named_children():
+            if next(member.children(), None) is not None:
+                alike.setdefault(type(member), []).append(prefix + name)
+        for members in alike.values():
+            if len({graph_of(member) for member in members}) < len(members):
+                blocks |= set(members)
+    return blocks
 
 
 def in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,36 +127,22 @@ def in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]
     own place there, which would make each a graph of its own. Training needs no cache, so none
     is made unless it is asked for; where one is used, ``whole`` is called instead.
     """
-    signature, caches = inspect.signature(model.forward), may_cache(model)
+    signature, caches = inspect.signature(model.forward), takes_cache(model)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if caches:
             given = signature.bind_partial(*args, **kwargs).arguments
+            given = {**given.get(rest, {}), **given}
             wanted = given.get("use_cache")
             cached = given.get("past_key_values") is not None
             trains = model.training and torch.is_grad_enabled()
             if wanted is None and trains and not cached:
                 kwargs["use_cache"] = wanted = False
             if wanted is None:
-                wanted = getattr(model.config, "use_cache", False)
+                wanted = cache_by_default(model)
             if wanted or cached:
                 return whole(*args, **kwargs)
         return model._call_impl(*args, **kwargs)
 
     return call
-
-
-def may_cache(model: nn.Module) -> bool:
-    """Whether ``model`` may keep keys and values, as a language model of transformers does."""
-    return hasattr(model, "config") and "use_cache" in inspect.signature(model.forward).parameters
-
-
-def _repeated_blocks(model: nn.Module) -> set[str]:
-    """Members of a ModuleList that holds two or more modules of one class."""
-    blocks = set()
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
-            continue
-        if len({type(block) for block in module}) == 1:
-            blocks |= {f"{path}.{i}" if path else str(i) for i in range(len(module))}
-    return blocks

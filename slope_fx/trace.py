@@ -6,14 +6,15 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slope_fx.errors import ExampleInputsError, first_line
-from slope_fx.passes import WeightRole, weight_roles
+from slope_fx.hub import takes_cache
+from slope_fx.passes import WeightRole, graph_kinds, weight_roles
 from slope_fx.passes.views import Read
 
 log = logging.getLogger(__name__)
@@ -27,12 +28,14 @@ class Trace:
 
     Attributes:
         roles: parameter name (its first, if it has several) to role.
-        untraced_because: why the graph could not be had and module types had to
-            serve; "" for a traced model.
+        untraced_because: why there is no graph, and module types had to serve; "" for a
+            traced model.
+        graphs: for each module that is called the number of its graph; equal ones are alike.
     """
 
     roles: dict[str, WeightRole]
     untraced_because: str = ""
+    graphs: dict[str, int] = field(default_factory=dict)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
@@ -52,21 +55,25 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     if inputs is None:
         return Trace(_roles_by_type(model), "no example_inputs were given")
     args, kwargs = inputs
-    if hasattr(model, "config") and "use_cache" in inspect.signature(model.forward).parameters:
+    if takes_cache(model):
         # A cache would return keys and values, whose projections aren't the output head.
         kwargs.setdefault("use_cache", False)
     _check_signature(model, args, kwargs)
     try:
-        # With gradients, for without them torch's own modules take paths of their own.
-        quiet = _quiet_fake_tensors()
-        with quiet, _random_state_kept(), _attributes_kept(model), torch.enable_grad():
-            exported = torch.export.export(model, args, kwargs, strict=False)
+        exported = _exported(model, args, kwargs)
     except Exception as error:
         log.info("torch.export failed", exc_info=True)
         if given:
             _check_inputs_run(model, args, kwargs)
         reason = f"torch.export failed: {type(error).__name__}: {first_line(error)}".rstrip(".")
-        return Trace(_roles_by_type(model), reason)
+        try:  # some models of transformers fail without a mask, or with one
+            masked = None if given else _masked(model, kwargs)
+            if masked is None:
+                return Trace(_roles_by_type(model), reason)
+            exported = _exported(model, args, masked)
+        except Exception:
+            log.info("torch.export failed with a mask too", exc_info=True)
+            return Trace(_roles_by_type(model), reason)
     signature = exported.graph_signature
     first = first_names(model)
     parameters = {
@@ -74,7 +81,23 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         for placeholder, name in signature.inputs_to_parameters.items()
     }
     user_inputs = [name for name in signature.user_inputs if isinstance(name, str)]
-    return Trace(weight_roles(exported.graph_module, parameters, user_inputs))
+    gm = exported.graph_module
+    return Trace(weight_roles(gm, parameters, user_inputs), graphs=graph_kinds(gm))
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # With gradients, for without them torch's own modules take paths of their own.
+    quiet = _quiet_fake_tensors()
+    with quiet, _random_state_kept(), _attributes_kept(model), torch.enable_grad():
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _masked(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The inputs with an attention mask, for a model that takes one."""
+    ids, accepted = kwargs.get("input_ids"), inspect.signature(model.forward).parameters
+    if ids is None or "attention_mask" not in accepted:
+        return None
+    return {**kwargs, "attention_mask": torch.ones_like(ids)}
 
 
 def first_names(model: nn.Module) -> dict[int, str]:

@@ -8,8 +8,6 @@ import torch
 import transformers as tf
 from torch import nn
 
-from models import Plain
-
 VOCABULARY = 64
 _TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -69,6 +67,21 @@ class TorchTransformer(nn.Module):
         return self.head(self.transformer(h, h.flip(1), tgt_mask=mask, tgt_is_causal=True))
 
 
+class OwnWeights(nn.Module):
+    """Parameters of its own, in ``F.linear`` and ``@``, for inputs of any number of dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 8)
+        self.w_in, self.b_in = nn.Parameter(torch.randn(64, 32)), nn.Parameter(torch.randn(64))
+        self.w_out, self.b_out = nn.Parameter(torch.randn(64, 32)), nn.Parameter(torch.randn(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        up = nn.functional.gelu(nn.functional.linear(self.norm(h), self.w_in, self.b_in))
+        return self.head(h + (up @ self.w_out + self.b_out))
+
+
 class Convolutional(nn.Module):
     """Convolutions of one pixel between one of three and a head."""
 
@@ -113,7 +126,6 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "Qwen3-MoE": lambda: _made("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _EXPERTS),
     "GraniteMoe": lambda: _made("GraniteMoeConfig", "GraniteMoeForCausalLM", _EXPERTS),
     "gpt-oss": lambda: _made("GptOssConfig", "GptOssForCausalLM", _EXPERTS),
-    "Mamba": _causal("Mamba", state_size=4, time_step_rank=4),
     "BERT": lambda: _made("BertConfig", "BertForMaskedLM", _ENCODER),
     "RoBERTa": lambda: _made("RobertaConfig", "RobertaForMaskedLM", _ENCODER),
     "DistilBERT": lambda: _made(
@@ -145,16 +157,27 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "torch: TransformerEncoder, norm first": lambda: TorchEncoder(norm_first=True),
     "torch: Transformer": TorchTransformer,
     "torch: 1x1 convolutions": Convolutional,
-    "torch: weights of its own": Plain,
+    "torch: weights of its own": OwnWeights,
     "diffusers: UNet": _unet,
 }  # fmt: skip
+
+
+MORE: dict[str, Callable[[], nn.Module]] = {
+    "Mamba": _causal("Mamba", state_size=4, time_step_rank=4),
+}
+"""With matrices that are no linear's, and don't look it: consistency.py compares them."""
+
+
+def made(name: str) -> nn.Module:
+    """A new model of that architecture."""
+    return {**ARCHITECTURES, **MORE}[name]()
 
 
 def inputs_of(model: nn.Module, rows: int = 2) -> dict[str, torch.Tensor]:
     """What to call a model with: token ids, or images."""
     ids = torch.randint(1, VOCABULARY, (rows, 8), generator=torch.Generator().manual_seed(0))
-    if isinstance(model, Plain):
-        return {"x": torch.randn(rows, 8, 8, generator=torch.Generator().manual_seed(0))}
+    if isinstance(model, OwnWeights):
+        return {"x": torch.randn(rows, 8, 16, generator=torch.Generator().manual_seed(0))}
     if type(model).__name__ == "UNet2DConditionModel":
         generator = torch.Generator().manual_seed(0)
         return {
@@ -177,7 +200,7 @@ def logits_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     if any("use_cache" in inspect.signature(m.forward).parameters for m in (model, own)):
         inputs = {**inputs, "use_cache": False}
     out = model(**inputs)
-    return out.logits if hasattr(out, "logits") else out
+    return getattr(out, "sample", getattr(out, "logits", out))
 
 
 def loss_and_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,8 +212,7 @@ def loss_and_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Ten
     if "labels" in inspect.signature(own.forward).parameters and labels.shape[-1] > 1:
         out = model(**inputs, labels=labels)
         return out.loss, out.logits
-    out = model(**inputs)
-    out = getattr(out, "sample", getattr(out, "logits", out))
+    out = logits_of(model, inputs)
     target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     wide = torch.promote_types(out.dtype, torch.float32)
     return nn.functional.mse_loss(out.to(wide), target.to(wide)), out

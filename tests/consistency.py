@@ -29,11 +29,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import slope_fx
-from architectures import ARCHITECTURES, plain_experts
+from architectures import ARCHITECTURES, MORE, made, plain_experts
 from consistency_checks import (
-    CASES, PHASES, Errors, NothingToCompareError, Subject, batches_of, cast, compare,
-    plain_gradient_errors, run, worst,
-)  # fmt: skip
+    CASES,
+    PHASES,
+    Errors,
+    NothingToCompareError,
+    Subject,
+    batches_of,
+    cast,
+    compare,
+    plain_gradient_errors,
+    run,
+    worst,
+)
 from slope_fx.compiler import compilation_of
 
 BOUND = 3e-5
@@ -84,7 +93,7 @@ class Cell:
 def inductor(subject: Subject, **how: Any) -> nn.Module:
     """By blocks: as "auto" finds them, if it does."""
     model = subject.compiled(**how)
-    if compilation_of(model).regions != ("",):
+    if not compilation_of(model).regions.whole:
         return model
     return subject.compiled(region="blocks", **how)
 
@@ -92,7 +101,7 @@ def inductor(subject: Subject, **how: Any) -> nn.Module:
 def reloaded(subject: Subject) -> nn.Module:
     """From a checkpoint of the model, through Inductor."""
     of_transformers = hasattr(subject.dense, "loss_type")
-    fresh = None if of_transformers else ARCHITECTURES[subject.architecture]().to(subject.kept)
+    fresh = None if of_transformers else made(subject.architecture).to(subject.kept)
     with tempfile.TemporaryDirectory() as folder:
         slope_fx.save_pretrained(inductor(subject), folder)
         return slope_fx.load_pretrained(folder, fresh, on_fallback="error")
@@ -225,7 +234,8 @@ def digest() -> str:
     """Of all sources, so that what was compared before them isn't taken for compared now."""
     folders = ("slope_fx", "passes", "ops", "kernels")
     sources = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    mine = [ROOT / "tests" / f"{n}.py" for n in ("consistency", "consistency_checks", "formulas")]
+    names = ("consistency", "consistency_checks", "formulas", "architectures")
+    mine = [ROOT / "tests" / f"{name}.py" for name in names]
     return hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, *mine])).hexdigest()[:16]
 
 
@@ -249,7 +259,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the file to write the results to")
-    parser.add_argument("--only", nargs="*", default=CHOSEN, choices=ARCHITECTURES, metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="*", default=CHOSEN, choices={**ARCHITECTURES, **MORE}, metavar="NAME"
+    )
     parser.add_argument("--again", action="store_true", help="also what was compared already")
     parser.add_argument("--cells", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

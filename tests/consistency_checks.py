@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slope_fx
-from architectures import ARCHITECTURES, inputs_of, loss_and_logits, plain_experts
+from architectures import inputs_of, loss_and_logits, made, plain_experts
 from formulas import FormulaModel, backward_mask, formula_model, gradient_errors, top_n_mask
 from slope_fx.compiler import compilation_of
 
@@ -31,6 +31,10 @@ ADAMW = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1}
 
 Errors = dict[str, float]
 Inputs = dict[str, Any]
+
+
+class NothingToCompareError(Exception):
+    """A road or a case that such a model doesn't have."""
 
 
 class Subject:
@@ -46,7 +50,7 @@ class Subject:
     def __init__(self, architecture: str, phase: str, dtype: str = "fp32") -> None:
         torch.manual_seed(0)
         self.architecture, self.phase, self.dtype = architecture, phase, dtype
-        self.dense = shaken(ARCHITECTURES[architecture]()).train()
+        self.dense = shaken(made(architecture)).train()
         if dtype != "fp32":
             choose_all_experts(self.dense)
         if hasattr(self.dense, "loss_type"):  # a model of transformers
@@ -97,7 +101,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def choose_all_experts(model: nn.Module) -> None:
-    """Let a router choose all experts, for rounding to bf16 would have it choose others."""
+    """Let a router choose all experts: rounding to bf16 could have it choose others."""
     for module in [*model.modules(), getattr(model, "config", None)]:
         for name in ("top_k", "num_experts_per_tok"):
             if isinstance(getattr(module, name, None), int):
@@ -156,8 +160,8 @@ def apart(got: Tensor, want: Tensor, least: float = 0.0) -> float:
 
 
 def compare(got: Answer, want: Answer) -> Errors:
-    pairs = enumerate(zip(got.logits, want.logits, strict=True))
-    logits = {str(i): apart(*pair) for i, pair in pairs}
+    pairs = zip(got.logits, want.logits, strict=True)
+    logits = {str(i): apart(*pair) for i, pair in enumerate(pairs)}
     return {"loss": apart(got.losses, want.losses), "logits": worst(logits)[0]}
 
 
@@ -249,7 +253,7 @@ def all_gradient_errors(model: nn.Module, oracle: FormulaModel) -> Errors:
 
 def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
     """Have each compiled block called through ``checkpoint``; returns what undoes it."""
-    paths = [path for path in compilation_of(model).regions if path]
+    paths = [path for path in compilation_of(model).regions.paths if path]
     blocks = [model.get_submodule(path) for path in paths]
     calls = [block._compiled_call_impl for block in blocks]
 
@@ -274,15 +278,11 @@ def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
     return undo
 
 
-class NothingToCompareError(Exception):
-    """A road or a case that such a model doesn't have."""
-
-
 def checkpointed(subject: Subject, model: nn.Module, case: str) -> Results:
     """Activation checkpointing, around compiled blocks or as transformers does it."""
     reentrant = "non-reentrant" not in case
     if "around" in case:
-        if compilation_of(model).regions == ("",):
+        if compilation_of(model).regions.whole:
             raise NothingToCompareError("the model is compiled as a whole")
         undo = around_blocks(model, reentrant)
     elif hasattr(model, "gradient_checkpointing_enable"):

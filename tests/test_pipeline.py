@@ -56,7 +56,7 @@ def test_auto_compiles_blocks_and_needs_no_word_about_the_cache(name):
     model = models.TRANSFORMERS[name](layers=6)
     dense = copy.deepcopy(model)
     slope_fx.compile(model, adapter_rank=2, backend="aot_eager", on_fallback="error")
-    assert len(compilation_of(model).regions) == 6
+    assert len(compilation_of(model).regions.paths) == 6
     ids, before = batch(), graphs(model)
     reference = formula_model(dense, model)
     loss_of(reference, ids).backward()
@@ -81,7 +81,7 @@ def test_auto_compiles_blocks_and_needs_no_word_about_the_cache(name):
 
 def test_auto_compiles_a_model_without_blocks_as_a_whole():
     model = compiled()
-    assert compilation_of(model).regions == ("",)
+    assert compilation_of(model).regions.whole
     assert "one by one" not in slope_fx.explain(model).note
 
 

@@ -17,7 +17,7 @@ from models import batch
 from slope_fx import activations
 from slope_fx.adapters import low_rank
 from slope_fx.patterns import PatternRules
-from slope_fx.plan import plan_linears
+from slope_fx.plan import Skips, plan_linears
 from slope_fx.trace import trace
 from strategies import normal, seeds
 
@@ -29,7 +29,7 @@ def observed(model, calibration, example_inputs=None, **skips):
     """The sums over the calibration inputs, by layer; the model stays dense."""
     plans = plan_linears(
         model, trace(model, example_inputs), PatternRules("2:4"),
-        **{"skip_first": True, "skip_head": True, **skips},
+        Skips(**skips),
     )  # fmt: skip
     sparse = [plan for plan in plans if plan.pattern]
     return activations.observe(model, sparse, calibration, grams=True)
@@ -84,7 +84,7 @@ def test_however_a_linear_is_written_it_is_seen(form):
     if form == "one of a stack":
         told = pytest.warns(slope_fx.CalibrationWarning, match=r"w's matrices 1 \(of 3\)")
     with told:
-        found = observed(layer, [x, 2 * x], x, skip_first=False, skip_head=False)
+        found = observed(layer, [x, 2 * x], x, first=False, head=False)
     assert found
     if form == "one of a stack":
         assert torch.equal(found["w"].gram[1], torch.eye(WIDTH))
@@ -105,7 +105,7 @@ def test_however_a_linear_is_written_it_is_seen(form):
 def test_each_expert_is_summed_up_by_itself():
     torch.manual_seed(0)
     layer, x = Experts(), torch.randn(2, 5, WIDTH)
-    found = observed(layer, [x], x, skip_first=False, skip_head=False)
+    found = observed(layer, [x], x, first=False, head=False)
     tokens = x.reshape(-1, WIDTH).double()
     which = (torch.arange(len(tokens)) * 7) % EXPERTS
     for i in range(EXPERTS):

@@ -103,7 +103,13 @@ def load_pretrained(
         _install(model, manifest, reader, on_fallback, undo)
         _fill(model, manifest, reader)
         record = make_record(
-            model, manifest.plans, manifest.untraced_because, how, settings, manifest.adapter_init
+            model,
+            manifest.plans,
+            manifest.untraced_because,
+            manifest.graphs,
+            how,
+            settings,
+            manifest.adapter_init,
         )
         attach(model, record, undo)
         for name in manifest.frozen:

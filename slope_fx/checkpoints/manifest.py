@@ -48,7 +48,7 @@ class Manifest:
         transformers: whether transformers makes the model from ``config.json``.
         plans: the fate of each linear.
         sparse: the sparse ones, by the layer's name.
-        untraced_because, region, adapter_init: as of :class:`slope_fx.compiler.Compilation`.
+        untraced_because, region, adapter_init, graphs: as of :class:`slope_fx.compiler.Compilation`.
         tensors: name to file.
         aliases: other names of those tensors, where parameters are shared.
         files: name to size in bytes and SHA-256, of every file but this one.
@@ -69,6 +69,7 @@ class Manifest:
     files: Mapping[str, tuple[int, str]]
     frozen: tuple[str, ...] = ()
     buffers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write it into ``folder``, in one step."""
@@ -86,6 +87,7 @@ class Manifest:
             "files": {n: {"bytes": b, "sha256": h} for n, (b, h) in self.files.items()},
             "frozen": list(self.frozen),
             "buffers": dict(self.buffers),
+            "graphs": dict(self.graphs),
         }
         data["sha256"] = digest_of(data)
         partial = folder / f".{MANIFEST}.partial"
@@ -136,6 +138,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             files={n: (f["bytes"], f["sha256"]) for n, f in data["files"].items()},
             frozen=tuple(data["frozen"]),
             buffers=data["buffers"],
+            graphs=data.get("graphs", {}),  # since 0.2
         )
         problem = _problem(manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -167,6 +170,8 @@ def _problem(manifest: Manifest) -> str:
         return "a linear is listed twice"
     if manifest.region not in get_args(Region) or not isinstance(manifest.adapter_init, str):
         return f"region={manifest.region!r}, adapter_init={manifest.adapter_init!r}"
+    if not all(type(number) is int for number in manifest.graphs.values()):
+        return f"graphs={manifest.graphs}"
     for plan in manifest.plans:
         entry, layout = manifest.sparse.get(plan.name), plan.layout
         if entry is None:

@@ -163,6 +163,7 @@ def write_manifest(
         untraced_because=record.untraced_because,
         region=record.region,
         adapter_init=record.adapter_init,
+        graphs=record.graphs,
         tensors=dict(tensors),
         aliases=dict(aliases),
         files=describe_files(folder, {*tensors.values(), *ours}),

@@ -1,0 +1,79 @@
+"""Which modules of a traced model compute the same graph, whatever they are called."""
+
+import hashlib
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from slope_fx.passes.graph import nested_graph, value_of
+
+
+def graph_kinds(gm: GraphModule) -> dict[str, int]:
+    """A number for each module of an exported graph; equal numbers, equal graphs.
+
+    Graphs are equal if they have the same ops in the same order, on inputs and parameters of the
+    same shapes and dtypes, with the same constants.
+
+    Returns:
+        Module paths to numbers, the root aside.
+    """
+    written: dict[str, _Writer] = {}
+    for node in gm.graph.nodes:
+        for path in _paths(node):
+            written.setdefault(path, _Writer()).add(gm, node)
+    numbers: dict[str, int] = {}
+    return {
+        path: numbers.setdefault(writer.digest.hexdigest(), len(numbers))
+        for path, writer in written.items()
+    }
+
+
+class _Writer:
+    """Writes the nodes of one module down, without their names."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self._known: dict[Node, str] = {}
+
+    def add(self, gm: GraphModule, node: Node) -> None:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Name(self._name(gm, n)))
+        self._known[node] = f"n{len(self._known)}"
+        self.digest.update(f"{node.target} {args} {kwargs} {_shapes(node)}\n".encode())
+
+    def _name(self, gm: GraphModule, node: Node) -> str:
+        if node not in self._known:
+            nested = nested_graph(gm, node)
+            what = _shapes(node) if nested is None else _digest(nested)
+            self._known[node] = f"i{len(self._known)}:{what}"
+        return self._known[node]
+
+
+class _Name(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _digest(gm: GraphModule) -> str:
+    writer = _Writer()
+    for node in gm.graph.nodes:
+        if node.op not in ("placeholder", "get_attr"):
+            writer.add(gm, node)
+    return writer.digest.hexdigest()
+
+
+def _paths(node: Node) -> set[str]:
+    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+    paths = {path.removeprefix("L['self']").removeprefix(".") for path, _ in stack.values()}
+    return paths - {""}
+
+
+def _shapes(node: Node) -> str:
+    value = value_of(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return " ".join(
+        f"{v.dtype}{list(v.shape)}" if isinstance(v, Tensor) else type(v).__name__ for v in values
+    )
