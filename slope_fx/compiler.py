@@ -31,6 +31,7 @@ from slope_fx.errors import (
 from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
 from slope_fx.kernels.engines import AUTO, forget_operands
 from slope_fx.kernels.packing import unpack
+from slope_fx.optimizers import watch
 from slope_fx.patterns import Pattern, PatternRules
 from slope_fx.plan import (
     AdapterRank,
@@ -316,6 +317,7 @@ def _ends(path: str) -> list[int]:
 
 def attach(model: nn.Module, record: Compilation, undo: ExitStack) -> None:
     """Make ``model``, whose weights are installed, one that carries ``record`` and is compiled."""
+    watch()
     undo.callback(restore, model, type(model), dict(model.__dict__))
     model.__dict__[_RECORD] = record
     set_kind(model, after_copy=_compile_regions)
@@ -479,7 +481,10 @@ def _nothing_to_do(plans: list[LinearPlan], untraced_because: str) -> str:
             f"{plan.name or '(the model)'}: {plan.reason}" for plan in plans
         )
     how = f" The model was not traced ({untraced_because})." if untraced_because else ""
-    return f"{found}.{how} See skip_first, skip_head, skip_router and sparsity for what they leave dense."
+    return (
+        f"{found}.{how} See skip_first, skip_head, skip_router and sparsity for what they leave "
+        "dense."
+    )
 
 
 def _say_what_was_ignored(rules: PatternRules, untraced_because: str, *, given: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_fx.compiler import check_choice, compilation_of, detach, sparse_weights
-from slope_fx.errors import ArgumentError, ExportError
+from slope_fx.errors import ArgumentError, ExportError, first_line
 from slope_fx.install import uninstall
 from slope_fx.trace import linear_modules
 from slope_fx.weights import SparseWeight, sparse_name, whole
@@ -40,13 +40,13 @@ def densify(model: Model, adapters: Adapters = "merge", *, inplace: bool = False
     Raises:
         NotCompiledError: ``model`` is not the object that ``compile`` returned.
         ArgumentError: ``adapters`` is none of its choices.
-        ExportError: "peft" where PEFT has no adapter for a layer.
+        ExportError: "peft" where PEFT has no adapter for a layer; or the model can't be copied.
     """
     check_choice("adapters", adapters, get_args(Adapters))
     compilation_of(model)
     if adapters == "peft":
         _adapted(model)  # raises before anything is changed
-    dense = model if inplace else copy.deepcopy(model)
+    dense = model if inplace else _copied(model)
     if adapters != "peft":
         _expand(dense, merge=adapters == "merge")
         return dense
@@ -54,6 +54,17 @@ def densify(model: Model, adapters: Adapters = "merge", *, inplace: bool = False
         export_peft(dense, folder)
         _expand(dense, merge=False)
         return _peft().PeftModel.from_pretrained(dense, folder, is_trainable=True)
+
+
+def _copied(model: Model) -> Model:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # what a module keeps of its last call may have a graph behind it
+        raise ExportError(
+            f"the model can't be copied ({type(error).__name__}: {first_line(error)}), as a model "
+            "that keeps a result of its last call can't. densify(model, inplace=True) needs no "
+            "copy."
+        ) from error
 
 
 def export_peft(

@@ -1,5 +1,6 @@
 """``explain``: what became of every linear, and why."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from slope_fx.kernels.packing import packed_width
 from slope_fx.passes import PassReport
 from slope_fx.patterns import Pattern
 from slope_fx.plan import LinearPlan
+from slope_fx.trace import linear_modules
 from slope_fx.weights import SparseWeight
 
 
@@ -189,8 +191,9 @@ def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanati
     if graphs is not False:
         folder = Path("slope_fx_graphs" if graphs is True else graphs)
         notes.append(_graphs(write_graphs(model, folder), folder))
-    reports = tuple(_report(plan, weights.get(plan.name)) for plan in record.plans)
-    return Explanation(reports, "\n".join(notes))
+    reports = [_report(model, plan, weights.get(plan.name)) for plan in record.plans]
+    reports += _added(model, record)
+    return Explanation(tuple(reports), "\n".join(notes))
 
 
 def _regions(model: nn.Module, record: Compilation) -> str:
@@ -221,9 +224,9 @@ def _graphs(written: list[tuple[str, tuple[PassReport, ...]]], folder: Path) -> 
     return "\n".join(lines)
 
 
-def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
+def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
     if weight is None:
-        return report_linear(plan, None, 0)
+        return report_linear(_as_it_is_now(model, plan), None, 0)
     values = weight.values
     # The sizes as they are, whatever dtype the model was moved to.
     return report_linear(
@@ -234,6 +237,40 @@ def _report(plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
         reason=weight.expanded_because or "",
         operand_bytes=kept_bytes(values),
     )
+
+
+def _as_it_is_now(model: nn.Module, plan: LinearPlan) -> LinearPlan:
+    """The plan of a linear without a sparse weight: another one, if its layer was replaced."""
+    try:
+        parameter = model.get_parameter(plan.parameter_name)
+    except AttributeError:
+        parameter = None
+    if plan.pattern is None and (parameter is not None or not plan.parameter_name):
+        return plan
+    reason = "its layer was replaced after compile"
+    if parameter is None:
+        reason = "its layer was removed, moved or replaced after compile"
+    size = 0 if parameter is None else parameter.numel() * parameter.element_size()
+    shape = plan.shape if parameter is None else tuple(parameter.shape)
+    return dataclasses.replace(plan, pattern=None, shape=shape, reason=reason, bytes_dense=size)
+
+
+def _added(model: nn.Module, record: Compilation) -> list[LinearReport]:
+    """The linear modules that weren't there when the model was compiled."""
+    known = {plan.name for plan in record.plans} | {plan.parameter_name for plan in record.plans}
+    sparse = {id(weight.values) for weight in sparse_weights(model).values()}
+    reports = []
+    for name, module in linear_modules(model).items():
+        weight = module._parameters.get("weight")
+        held = weight is None or any(id(p) in sparse for p in module.parameters())
+        if weight is None or held or name in known or f"{name}.weight" in known:
+            continue
+        plan = LinearPlan(
+            name, f"{name}.weight", tuple(weight.shape), None, (), None,
+            "it was added after compile", (), weight.numel() * weight.element_size(),
+        )  # fmt: skip
+        reports.append(report_linear(plan, None, 0))
+    return reports
 
 
 def report_linear(

@@ -50,7 +50,7 @@ class _Reading:
 
     weight: "SparseWeight"
     dense: Tensor
-    stamp: tuple[int, int]
+    stamp: tuple[int, ...]
 
     def refuse(self, what: str, instead: str = "") -> NoReturn:
         """Raise, with the temporary as it was read."""
@@ -241,9 +241,18 @@ def _wrap(tensor: Tensor, reading: _Reading, *, direct: bool = False) -> DenseWe
     return wrapped
 
 
-def _stamp(weight: "SparseWeight") -> tuple[int, int]:
+_steps = 0
+
+
+def note_step() -> None:
+    """Take note that an optimizer stepped, some of which write without a version that shows it."""
+    global _steps
+    _steps += 1
+
+
+def _stamp(weight: "SparseWeight") -> tuple[int, ...]:
     values = weight.values
-    return values.data_ptr(), (0 if values.is_inference() else values._version)
+    return values.data_ptr(), (0 if values.is_inference() else values._version), _steps
 
 
 def _initialises(func: Callable[..., Any], name: str) -> bool:

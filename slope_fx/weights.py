@@ -15,6 +15,7 @@ from slope_fx import ops
 from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning, WeightWriteError
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
+from slope_fx.masks import Mask
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
 from slope_fx.passes.views import Layout
@@ -70,10 +71,13 @@ class SparseWeight(nn.Module):
         adapter_active: whether the adapter takes part. Dynamo guards on it, so that a
             change recompiles; the :class:`~slope_fx.Schedule` sets it.
         copies: deep copies that were made of it, as for an average of the model's weights.
+        told_of_schedule: whether it was said that it has none.
         follows: whether a copy begins its adapter when its original does: until it has a
             Schedule of its own.
     """
 
+    forward_bits: nn.Parameter
+    backward_bits: nn.Parameter
     lora_A: nn.Parameter | None  # noqa: N815
     lora_B: nn.Parameter | None  # noqa: N815
 
@@ -98,6 +102,7 @@ class SparseWeight(nn.Module):
         self._expanded_hint: str | None = None
         self.adapter_active = parts.adapter_active
         self.follows = True
+        self.told_of_schedule = False
         self.copies: weakref.WeakSet[SparseWeight] = weakref.WeakSet()
         # In a tuple, so that the layer doesn't become a submodule of its own submodule.
         self._owner = (owner,)
@@ -105,8 +110,8 @@ class SparseWeight(nn.Module):
         backward_bits = parts.backward_bits
         if backward_bits is None:
             backward_bits = ops.backward_mask(parts.values, parts.forward_bits, self.n, self.m)
-        self.forward_bits = nn.Parameter(parts.forward_bits, requires_grad=False)
-        self.backward_bits = nn.Parameter(backward_bits, requires_grad=False)
+        self.forward_bits = Mask(parts.forward_bits)
+        self.backward_bits = Mask(backward_bits)
         self.lora_A = None if parts.lora_A is None else nn.Parameter(parts.lora_A)
         self.lora_B = None if parts.lora_B is None else nn.Parameter(parts.lora_B)
         self.scale = parts.scale

@@ -29,7 +29,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import slope_fx
-from architectures import ARCHITECTURES, MORE, made, plain_experts
+from architectures import made, plain_experts
 from consistency_checks import (
     CASES,
     PHASES,
@@ -259,9 +259,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the file to write the results to")
-    parser.add_argument(
-        "--only", nargs="*", default=CHOSEN, choices={**ARCHITECTURES, **MORE}, metavar="NAME"
-    )
+    parser.add_argument("--only", nargs="*", default=CHOSEN, metavar="NAME")
     parser.add_argument("--again", action="store_true", help="also what was compared already")
     parser.add_argument("--cells", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -48,7 +48,8 @@ class Manifest:
         transformers: whether transformers makes the model from ``config.json``.
         plans: the fate of each linear.
         sparse: the sparse ones, by the layer's name.
-        untraced_because, region, adapter_init, graphs: as of :class:`slope_fx.compiler.Compilation`.
+        untraced_because, region, adapter_init, graphs: as of
+            :class:`slope_fx.compiler.Compilation`.
         tensors: name to file.
         aliases: other names of those tensors, where parameters are shared.
         files: name to size in bytes and SHA-256, of every file but this one.

@@ -50,7 +50,8 @@ class SlopeCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before training begins; the Schedules are made then."""
-        self._saved = state_dict["schedules"]
+        # What was saved ahead of training, as lr_find and the batch-size finder do, has none.
+        self._saved = state_dict["schedules"] or None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the Schedules, at the step that the run is at."""
