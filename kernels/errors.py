@@ -1,4 +1,4 @@
-"""The base of all errors and warnings of slope_fx, and those that engines raise.
+"""The base of all errors and warnings of slope_fx, and those that engines and ops raise.
 
 They live here because kernels import nothing from above; ``slope_fx.errors`` has the rest.
 """
@@ -18,3 +18,11 @@ class SlopeWarning(UserWarning):
 
 class EngineWarning(SlopeWarning):
     """An engine can't serve here, or not these tensors; another one does."""
+
+
+class ExportError(SlopeError, ValueError):
+    """A model can't be written in another format."""
+
+
+class DoubleBackwardError(SlopeError, RuntimeError):
+    """A gradient of a gradient (``create_graph=True``) was asked of a sparse linear."""

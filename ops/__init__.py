@@ -38,7 +38,8 @@ from slope_fx.ops.parallel_linear import (
 from slope_fx.ops.sparse_linear import sparse_input_grad, sparse_linear, sparse_weight_grad
 from slope_fx.ops.weights import compress, expand, expand_grad
 
-# After all of them, whose rules it registers.
+# After all of them, whose rules these register.
+from slope_fx.ops import double_backward as double_backward  # isort: skip
 from slope_fx.ops import vmap as vmap  # isort: skip
 
 __all__ = [

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slope_fx.kernels.errors import ExportError
 from slope_fx.ops.dispatch import engine
 
 
@@ -54,6 +55,12 @@ def expand(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, 
 
 @expand.register_fake
 def _(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        # Here, where each of the ways in which torch.onnx tries to trace a model comes by.
+        raise ExportError(
+            "The model has sparse weights, for which ONNX has no op. Export a dense copy: "
+            "slope_fx.densify(model)."
+        )
     return values.new_empty((values.shape[0], values.shape[1] * m // n))
 
 

@@ -4,8 +4,10 @@
 built-in error a caller would expect (``ValueError``, ``RuntimeError``).
 """
 
+from slope_fx.kernels.errors import DoubleBackwardError as DoubleBackwardError
 from slope_fx.kernels.errors import EngineError as EngineError
 from slope_fx.kernels.errors import EngineWarning as EngineWarning
+from slope_fx.kernels.errors import ExportError as ExportError
 from slope_fx.kernels.errors import SlopeError as SlopeError
 from slope_fx.kernels.errors import SlopeWarning as SlopeWarning
 
@@ -32,10 +34,6 @@ class CalibrationError(SlopeError, ValueError):
 
 class CheckpointError(SlopeError, ValueError):
     """A checkpoint is not whole, not of this model, or can't be written."""
-
-
-class ExportError(SlopeError, ValueError):
-    """A model can't be written in another format."""
 
 
 class ArgumentError(SlopeError, ValueError):

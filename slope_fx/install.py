@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import StaleOptimizerWarning, WeightWriteError
+from slope_fx.errors import ExportError, StaleOptimizerWarning, WeightWriteError
 from slope_fx.plan import LinearPlan
 from slope_fx.weights import OnFallback, Parts, SparseWeight, sparse_name, values_name
 
@@ -39,6 +39,7 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
         "requires_grad_": _requires_grad,
         "register_parameter": _register_parameter,
+        "qconfig": property(_no_qconfig, _refuse_qconfig),
         "_load_from_state_dict": _load_from_state_dict,
         **{attribute: _weight_property(attribute) for attribute in kind.attributes},
     }
@@ -120,6 +121,18 @@ def _load_from_state_dict(
         module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
         error_msgs,
     )  # fmt: skip
+
+
+def _no_qconfig(module: nn.Module) -> NoReturn:
+    raise AttributeError("qconfig")
+
+
+def _refuse_qconfig(module: nn.Module, qconfig: object) -> NoReturn:
+    # torch.ao.quantization sets it on every module, and would pass over the sparse ones in silence.
+    raise ExportError(
+        "torch.ao.quantization can't quantise a model with sparse weights. Quantise a dense copy: "
+        "slope_fx.densify(model)."
+    )
 
 
 def _blank(*kind: Any) -> nn.Module:

@@ -24,6 +24,7 @@ def watch() -> None:
 def _begins(optimizer: Optimizer, *_: object) -> None:
     note_step()
     idle = find_alive(lambda weight: weight.rank is not None and not weight.adapter_active)
+    held = {id(parameter) for parameter in _parameters(optimizer)}
     for weight in idle:
         # An adapter that takes no part gets no step, and no state, though its gradients were set
         # to zeros: by zero_grad(set_to_none=False), or by torch.distributed.checkpoint, which
@@ -31,6 +32,8 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
         for factor in (weight.lora_A, weight.lora_B):
             if factor is not None:
                 factor.grad = None
+                if id(factor) in held:
+                    optimizer.state[factor]  # an empty one, for which DCP asks
     _tell_of_missing_schedule(optimizer, idle)
     if isinstance(optimizer, LBFGS) and any(isinstance(p, Mask) for p in _parameters(optimizer)):
         raise ArgumentError(

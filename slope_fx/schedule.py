@@ -3,7 +3,9 @@
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -16,6 +18,35 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["sparse", "adapter"]
 _DEFAULT_START = 0.99
+
+
+@dataclass
+class _Progress:
+    """How far a Schedule is, which outlives it.
+
+    Attributes:
+        total, adapter_step, has_adapters: as the Schedule has them.
+        step: the last.
+        here: steps taken in this process.
+    """
+
+    total: int
+    adapter_step: int
+    has_adapters: bool
+    step: int = 0
+    here: int = 0
+
+    def tell_if_early(self) -> None:
+        """Say that the adapters never began, when the Schedule, or the process, has ended."""
+        if self.has_adapters and self.here and self.step < self.adapter_step:
+            warnings.warn(
+                f"A Schedule ended at step {self.step} of total_steps={self.total}, ahead of step "
+                f"{self.adapter_step}, where the adapters begin: they took no part. If the run is "
+                "over, make the Schedule with the number of optimizer steps that it takes; if it "
+                "goes on later, load the Schedule's state_dict then.",
+                ScheduleWarning,
+                stacklevel=2,
+            )
 
 
 class Schedule:
@@ -64,8 +95,9 @@ class Schedule:
         self.backward_mask_interval = backward_mask_interval
         # The slack keeps 0.99 * 100 from being 98.99999.
         self.adapter_step = math.floor(adapter_start * total_steps + 1e-9)
-        self.last_step = 0
+        self._progress = _Progress(total_steps, self.adapter_step, self._has_adapters)
         self._resumed = False
+        weakref.finalize(self, _Progress.tell_if_early, self._progress)
         self._logged: Phase | None = None
         if not usual and not self._has_adapters:
             warnings.warn(
@@ -75,6 +107,11 @@ class Schedule:
                 stacklevel=2,
             )
         self._apply_phase()
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._progress.step
 
     @property
     def phase(self) -> Phase:
@@ -94,7 +131,8 @@ class Schedule:
             )
         if self.last_step == 0 and not self._resumed:
             self._warn_if_trained()
-        self.last_step += 1
+        self._progress.step += 1
+        self._progress.here += 1
         interval = self.backward_mask_interval
         if interval is not None and self.last_step % interval == 0:
             for weight in self._weights:
@@ -131,7 +169,7 @@ class Schedule:
         step = state["last_step"]
         if not _is_count(step) or not 0 <= step <= self.total_steps:
             raise ScheduleError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
-        self.last_step = step
+        self._progress.step = step
         self._resumed = True
         self._apply_phase()
 

@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx import ops
-from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning, WeightWriteError
+from slope_fx.errors import (
+    ExpandedWeightError,
+    ExpandedWeightWarning,
+    WeightWriteError,
+)
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
 from slope_fx.masks import Mask
@@ -171,6 +175,8 @@ class SparseWeight(nn.Module):
     def read(self, values: Tensor) -> Tensor:
         """What the layer's ``weight`` reads as: the markers that the passes look for."""
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                self._tell_of_export()
             return self.layout.to_parameter(self._markers(values))
         if torch.is_grad_enabled():
             self.note_expanded("its weight was read outside of a compiled graph")
@@ -182,6 +188,15 @@ class SparseWeight(nn.Module):
         with torch.inference_mode(False):  # whose tensors don't count what is written to them
             dense = self._markers(values)
             return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
+
+    def _tell_of_export(self) -> None:
+        warnings.warn(
+            "torch.export of a model with sparse weights: the program rebuilds each dense weight "
+            "at every call, and needs slope_fx to be loaded. For a plain one export a dense copy: "
+            "slope_fx.densify(model).",
+            ExpandedWeightWarning,
+            stacklevel=2,
+        )
 
     def _markers(self, values: Tensor) -> Tensor:
         weight: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)

@@ -194,6 +194,19 @@ def inputs_of(model: nn.Module, rows: int = 2) -> dict[str, torch.Tensor]:
     return {"input_ids": ids}
 
 
+def first_token(inputs: dict[str, Any]) -> dict[str, Any]:
+    """One row of one token; of features, one vector; of images, one."""
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        return value[:1, :1] if value.dim() == 2 else value[:1]
+
+    if list(inputs) == ["x"]:
+        return {"x": inputs["x"][0, :1]}
+    return {name: first(value) for name, value in inputs.items()}
+
+
 def logits_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """What a model makes of inputs, without a cache."""
     own = getattr(model, "model", model)  # of the formulas, which wrap one
@@ -216,6 +229,25 @@ def loss_and_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Ten
     target = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     wide = torch.promote_types(out.dtype, torch.float32)
     return nn.functional.mse_loss(out.to(wide), target.to(wide)), out
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """With matrices large enough that each counts, and vectors that are neither zero nor one."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("A_log"):
+            fan_in = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
+            parameter.data.normal_(std=0.5 * fan_in**-0.5)
+        elif parameter.dim() == 1:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def choose_all_experts(model: nn.Module) -> None:
+    """Let a router choose all experts: rounding to bf16 could have it choose others."""
+    for module in [*model.modules(), getattr(model, "config", None)]:
+        for name in ("top_k", "num_experts_per_tok"):
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, 4)
 
 
 def plain_experts(model: nn.Module) -> nn.Module:

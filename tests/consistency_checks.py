@@ -20,12 +20,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slope_fx
-from architectures import inputs_of, loss_and_logits, made, plain_experts
+from architectures import (
+    choose_all_experts,
+    first_token,
+    inputs_of,
+    loss_and_logits,
+    made,
+    plain_experts,
+    shaken,
+)
 from formulas import FormulaModel, backward_mask, formula_model, gradient_errors, top_n_mask
 from slope_fx.compiler import compilation_of
 
 PHASES = ("sparse", "adapter")
 RANK = 4
+LEAST = 0.01
+"""A gradient that is next to nothing, as of a key's bias, is held to that part of the largest of
+all (as ``gradient_errors`` does); in 16 bits to ten times as much."""
 ADAMW = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1}
 """Rounding is not to decide the sign of an update, as it does with a smaller eps."""
 
@@ -45,6 +56,7 @@ class Subject:
         inputs: of the usual case.
         autocast: whether it runs under bf16 autocast.
         kept: the dtype of its parameters.
+        floor: what a gradient counts for at least, as a part of the largest of all.
     """
 
     def __init__(self, architecture: str, phase: str, dtype: str = "fp32") -> None:
@@ -57,6 +69,7 @@ class Subject:
             self.dense.config.use_cache = False
         self.inputs = inputs_of(self.dense)
         self.autocast = dtype == "autocast"
+        self.floor = LEAST if dtype == "fp32" else 10 * LEAST
         self.kept = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.dense.to(self.kept)
         self.inputs = cast(self.inputs, self.kept)
@@ -87,25 +100,6 @@ class Subject:
         if once:
             oracle.twice_pruned = {name: mask for name, (_, mask, *_) in oracle.layers.items()}
         return oracle
-
-
-def shaken(model: nn.Module) -> nn.Module:
-    """With matrices large enough that each counts, and vectors that are neither zero nor one."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and not name.endswith("A_log"):
-            fan_in = parameter[0].numel() if parameter.dim() != 3 else parameter.shape[-1]
-            parameter.data.normal_(std=0.5 * fan_in**-0.5)
-        elif parameter.dim() == 1:
-            parameter.data.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def choose_all_experts(model: nn.Module) -> None:
-    """Let a router choose all experts: rounding to bf16 could have it choose others."""
-    for module in [*model.modules(), getattr(model, "config", None)]:
-        for name in ("top_k", "num_experts_per_tok"):
-            if isinstance(getattr(module, name, None), int):
-                setattr(module, name, 4)
 
 
 @torch.no_grad()
@@ -170,11 +164,13 @@ def worst(errors: Errors) -> tuple[float, str]:
     return max(((e, n) for n, e in errors.items()), key=lambda p: (math.isnan(p[0]), p[0]))
 
 
-def plain_gradient_errors(model: nn.Module, names: dict[str, Tensor]) -> Errors:
+def plain_gradient_errors(
+    model: nn.Module, names: dict[str, Tensor], least: float = LEAST
+) -> Errors:
     """As ``gradient_errors``, of a dense model's parameters against those of that name."""
     own = dict(model.named_parameters())
     pairs = {n: (own[n].grad, p.grad) for n, p in names.items() if p.grad is not None}
-    floor = 0.01 * max(want.abs().max().item() for _, want in pairs.values())
+    floor = least * max(want.abs().max().item() for _, want in pairs.values())
     return {n: math.nan if g is None else apart(g, w, floor) for n, (g, w) in pairs.items()}
 
 
@@ -189,19 +185,6 @@ def batches_of(subject: Subject, case: str) -> list[Inputs]:
         other = {n: v.flip(0).roll(1, -1) for n, v in subject.inputs.items()}
         return [subject.inputs, other]
     return [subject.inputs]
-
-
-def first_token(inputs: Inputs) -> Inputs:
-    """One row of one token; of features, one vector; of images, one."""
-
-    def first(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim():
-            return value
-        return value[:1, :1] if value.dim() == 2 else value[:1]
-
-    if list(inputs) == ["x"]:
-        return {"x": inputs["x"][0, :1]}
-    return {name: first(value) for name, value in inputs.items()}
 
 
 @dataclass
@@ -235,20 +218,29 @@ def against_oracle(subject: Subject, model: nn.Module, case: str) -> Results:
     wide = [cast(inputs, torch.float64) for inputs in batches]
     found = Results(compare(got, run(oracle.train(grad), wide, grad)))
     if grad and dense:
-        found.add_gradients(plain_gradient_errors(model, oracle.names))
+        found.add_gradients(plain_gradient_errors(model, oracle.names, subject.floor))
     elif grad:
-        found.add_gradients(all_gradient_errors(model, oracle))
+        found.add_gradients(all_gradient_errors(model, oracle, subject.floor))
     return found
 
 
-def all_gradient_errors(model: nn.Module, oracle: FormulaModel) -> Errors:
-    """``gradient_errors``, where none at all is as good as zeros: a graph leaves out what it knows
-    to be zero, as Mamba's decay of no state."""
+def all_gradient_errors(model: nn.Module, oracle: FormulaModel, least: float = LEAST) -> Errors:
+    """``gradient_errors``, relative to at least that part of the largest gradient of all.
+
+    None at all is as good as zeros: a graph leaves out what it knows to be zero, as Mamba's decay
+    of no state.
+    """
     kept = dict(model.named_parameters())
     for name, parameter in oracle.names.items():
         if kept[name].grad is None and parameter.grad is not None and not parameter.grad.any():
             parameter.grad = None
-    return gradient_errors(model, oracle)
+    errors = gradient_errors(model, oracle)
+    grads = {name: p.grad for name, (_, p) in pairs_of(model, oracle).items()}
+    sizes = {name: grad.abs().max().item() for name, grad in grads.items() if grad is not None}
+    floors = [part * max(sizes.values()) for part in (LEAST, least)]
+    for name, size in sizes.items():
+        errors[name] *= max(size, floors[0]) / max(size, floors[1])
+    return errors
 
 
 def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
@@ -283,18 +275,18 @@ def checkpointed(subject: Subject, model: nn.Module, case: str) -> Results:
     reentrant = "non-reentrant" not in case
     if "around" in case:
         if compilation_of(model).regions.whole:
-            raise NothingToCompareError("the model is compiled as a whole")
+            raise NothingToCompareError("none: the model is compiled as a whole")
         undo = around_blocks(model, reentrant)
     elif hasattr(model, "gradient_checkpointing_enable"):
         if not model.supports_gradient_checkpointing:
-            raise NothingToCompareError("the model has no activation checkpointing")
+            raise NothingToCompareError("none: the model has no activation checkpointing")
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         undo = model.gradient_checkpointing_disable
     elif hasattr(model, "enable_gradient_checkpointing") and not reentrant:
         model.enable_gradient_checkpointing()
         undo = model.disable_gradient_checkpointing
     else:
-        raise NothingToCompareError("the model has no such activation checkpointing")
+        raise NothingToCompareError("none: the model has no such activation checkpointing")
     try:
         return against_oracle(subject, model, "train")
     finally:

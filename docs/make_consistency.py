@@ -1,0 +1,179 @@
+"""Write docs/consistency.md from benchmarks/results/consistency.json.
+
+make readme
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from make_results import read, table, taken
+
+PAGE = Path(__file__).resolve().parent / "consistency.md"
+
+Cell = dict[str, Any]
+
+CASES = (
+    "train", "eval", "one token", "accumulation", "checkpoint, reentrant",
+    "checkpoint, non-reentrant", "checkpoint around, reentrant", "checkpoint around, non-reentrant",
+    "steps", "masks",
+)  # fmt: skip
+
+INTRODUCTION = """\
+# One answer on every road
+
+Written by `make readme` from `benchmarks/results/consistency.json`, which `make test-full` writes
+(`tests/consistency.py`); `pytest` runs a part of it each time.
+
+A model may be compiled by blocks or as one graph, by Inductor or another backend, on any engine, be
+saved and loaded, have its adapters merged into a dense model or exported to PEFT. All of it must
+compute the same. Each small random model below goes each of these roads, in the sparse phase and in
+the adapter phase, there with adapters whose product is as large as the weight it is added to.
+"""
+
+COMPARED = """\
+## What is compared
+
+The other side is always the method's formulas in float64, on the eager dense model, which share no
+code with slope_fx (`tests/formulas.py`). Held against it are the loss, the logits and the gradient
+of every parameter; an error is the largest difference relative to the largest number of the same
+tensor. For a gradient that is next to nothing, such as that of a key's bias, it is relative to a
+hundredth of the largest gradient, in 16 bits to a tenth.
+
+- *train*, *eval*: forward and backward, and forward under `no_grad`. *One token*: one sequence of
+  length one, so that shapes are dynamic too. *Accumulation*: the gradients of two micro-batches.
+- *Checkpoint*: activation checkpointing as transformers turns it on, in a model that is compiled as
+  one graph, and *around* each compiled block, called by an eager model; of both kinds, reentrant
+  and not.
+- *Steps*: two steps of AdamW, backward masks chosen anew after each. The formulas take the same
+  steps on their own, in float64, and choose their own masks; compared are losses, logits,
+  gradients, masks, and last how far each weight moved, where ten times as much is allowed.
+- *Masks*: masks and weights as compressed, against the method's choice on the dense weights.
+- *Merged* is the plain dense model of `densify(model)`, eager. Its input gradients are those of
+  the weight that is pruned once, so its gradients are held against the formulas with that. *PEFT*
+  is `densify(model, "peft")`, without gradients; "refused" where PEFT has no adapter for a layer.
+"""
+
+
+def error_of(cell: Cell) -> tuple[float, str]:
+    """The error nearest to its bound, and of what."""
+    shares = {check: error / cell["bounds"][check] for check, error in cell["errors"].items()}
+    worst = max(shares, key=lambda check: shares[check])
+    return cell["errors"][worst], worst
+
+
+def shown(cells: Iterable[Cell]) -> str:
+    """The worst error of some comparisons, and of what; or why there is none."""
+    cells = list(cells)
+    compared = [cell for cell in cells if not cell["outcome"]]
+    if any(cell["outcome"].startswith("failed") for cell in cells):
+        return "**failed**"
+    if not compared:
+        return cells[0]["outcome"].partition(":")[0] if cells else ""
+    worst = max(compared, key=lambda cell: error_of(cell)[0] / cell["bounds"][error_of(cell)[1]])
+    error, check = error_of(worst)
+    text = f"{error:.0e} {check}"
+    return text if error <= worst["bounds"][check] else f"**{text}**"
+
+
+def rows_of(
+    cells: list[Cell], columns: Iterable[Callable[[Cell], bool]], text: Callable[..., str] = shown
+) -> list[list[str]]:
+    """A row for each model and phase, a field for each choice of its cells."""
+    rows, columns = [], list(columns)
+    for name, phase in dict.fromkeys((c["architecture"], c["phase"]) for c in cells):
+        own = [c for c in cells if (c["architecture"], c["phase"]) == (name, phase)]
+        fields = [text(filter(column, own)) for column in columns]
+        rows.append([name if phase == "sparse" else "", phase, *fields])
+    return rows
+
+
+def roads_section(cells: list[Cell], result: dict[str, Any]) -> str:
+    plain = [c for c in cells if c["dtype"] == "fp32" and c["case"] not in ("steps", "masks")]
+    roads = list(dict.fromkeys(cell["road"] for cell in plain))
+    rows = rows_of(plain, [lambda c, r=road: c["road"] == r for road in roads])
+    allowed = plain[0]["bounds"].get("logits", 0.0) if plain else 0.0
+    return f"""\
+## By road, in fp32
+
+The worst error of all cases but steps, and of what it is; allowed is {allowed:.0e}. `cpu-dense`,
+`dense` and `reference` are engines, behind aot_eager; elsewhere it is `cpu`. {taken(result)}
+
+{table(rows, ("model", "phase", *roads))}
+"""
+
+
+def cases_section(cells: list[Cell]) -> str:
+    plain = [c for c in cells if c["dtype"] == "fp32"]
+    found = {cell["case"] for cell in plain}
+    cases = [case for case in CASES if case in found]
+    rows = rows_of(plain, [lambda c, k=case: c["case"] == k for case in cases])
+    return f"""\
+## By case, in fp32
+
+The worst of all roads that the case is run on.
+
+{table(rows, ("model", "phase", *cases))}
+"""
+
+
+def precision_section(cells: list[Cell]) -> str:
+    def share(chosen: Iterable[Cell]) -> str:
+        chosen = list(chosen)
+        errors = [c for c in chosen if c["errors"]]
+        if not errors or any(c["outcome"].startswith("failed") for c in chosen):
+            return shown(chosen)
+        worst = max(errors, key=lambda c: error_of(c)[0] / c["bounds"][error_of(c)[1]])
+        error, check = error_of(worst)
+        bound = worst["bounds"][check]
+        return f"{error:.0e} of {bound:.0e} {check}"
+
+    low = [c for c in cells if c["dtype"] != "fp32"]
+    kinds = list(dict.fromkeys((c["dtype"], c["road"]) for c in low))
+    rows = rows_of(low, [lambda c, k=kind: (c["dtype"], c["road"]) == k for kind in kinds], share)
+    return f"""\
+## In bf16 and under autocast
+
+bf16 parameters, and fp32 parameters under bf16 autocast. Allowed is four times the error that the
+merged model, plain and dense, has in the same dtype against itself in float64, and at least 2^-7.
+Routers choose all experts here, for rounding can have them choose others.
+
+{table(rows, ("model", "phase", *(f"{road}, {dtype}" for dtype, road in kinds)))}
+"""
+
+
+def gaps_section(cells: list[Cell]) -> str:
+    gaps: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        if cell["outcome"]:
+            where = cell["case"] if cell["case"].startswith("checkpoint") else cell["road"]
+            models = gaps.setdefault((cell["outcome"], where), [])
+            if cell["architecture"] not in models:
+                models.append(cell["architecture"])
+    rows = [(where, ", ".join(models), outcome) for (outcome, where), models in gaps.items()]
+    return f"""\
+## Where nothing could be compared
+
+{table(rows, ("road or case", "models", "why"))}
+"""
+
+
+def page() -> str:
+    result = read("consistency")
+    cells = result["cells"]
+    compared = sum(not cell["outcome"] for cell in cells)
+    models = len({cell["architecture"] for cell in cells})
+    count = f"{compared} comparisons of {models} models, in one process each.\n"
+    parts = [
+        INTRODUCTION + "\n" + count, COMPARED, roads_section(cells, result), cases_section(cells),
+        precision_section(cells), gaps_section(cells),
+    ]  # fmt: skip
+    return "\n".join(part.strip() + "\n" for part in parts)
+
+
+def main() -> None:
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()
