@@ -32,8 +32,9 @@ def insert_adapters(gm: GraphModule) -> int:
         if part is None:
             continue
         weight, lora_a, lora_b, scale = found[0].source.args
-        build = _branch(call, found[0], found[1], part, scale)
-        operands = (call.x, weight, lora_a, lora_b, call.bias, call.offsets)
+        build = _branch(call, found[0], found[1], part)
+        # The scale too: Dynamo makes an input of it where layers that share code differ in it.
+        operands = (call.x, weight, lora_a, lora_b, scale, call.bias, call.offsets)
         replace(call.node, emit(call.node, build, *operands))
         matches += 1
     return matches
@@ -60,11 +61,11 @@ def _part(view: View, read: Read) -> _Part | None:
     return part if part.known else None
 
 
-def _branch(call: LinearCall, view: View, read: Read, part: _Part, scale: Any) -> Any:
+def _branch(call: LinearCall, view: View, read: Read, part: _Part) -> Any:
     dtype, total = view.dtype, part.stack * part.d_out
     stacked = rank_of(call.weight) == 3
 
-    def build(x: Any, weight: Any, a: Any, b: Any, bias: Any, offsets: Any) -> Any:
+    def build(x: Any, weight: Any, a: Any, b: Any, scale: Any, bias: Any, offsets: Any) -> Any:
         weight = rows(weight, read.start, read.stop, total)
         a = rows(a, part.first * part.rank, part.last * part.rank, part.stack * part.rank)
         b = rows(b, read.start, read.stop, total)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from slope_fx.checkpoints.manifest import MANIFEST, read_manifest
+from slope_fx.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from slope_fx.errors import (
     ArgumentError,
     IgnoredArgumentWarning,
@@ -29,6 +30,7 @@ from slope_fx.plan import (
     plan_linears,
 )
 from slope_fx.trace import trace
+from slope_fx.weights import values_name
 
 MOST_WIDTH = 2048
 """Products are measured on weights of at most this width: what is gained hardly changes beyond,
@@ -64,6 +66,8 @@ def preview(
         ArgumentError: there is no such configuration, or no model of transformers of its class.
         SlopeError: as ``compile`` does for the other arguments.
     """
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
     if (Path(source) / MANIFEST).is_file():
         ignored = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
                    "dtype": dtype is not None}  # fmt: skip
@@ -74,10 +78,8 @@ def preview(
                 IgnoredArgumentWarning,
                 stacklevel=2,
             )
-        return _of_checkpoint(Path(source))
+        return _of_checkpoint(Path(source), tokens if measure else None)
     rules, rank = PatternRules(sparsity), check_adapter_rank(adapter_rank)
-    if not isinstance(tokens, int) or tokens < 1:
-        raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
     model = _meta_model(source, parse_dtype(dtype))
     traced = trace(model, None)
     plans = plan_linears(model, traced, rules, Skips(skip_first, skip_head, skip_router))
@@ -106,18 +108,32 @@ def preview(
     return Explanation(reports, "\n".join(notes))
 
 
-def _of_checkpoint(folder: Path) -> Explanation:
+def _of_checkpoint(folder: Path, tokens: int | None) -> Explanation:
     manifest = read_manifest(folder)
-    reports = []
+    reports: list[LinearReport] = []
+    sparse = [plan for plan in manifest.plans if plan.name in manifest.sparse]
+    products = {} if tokens is None else _measured(sparse, _dtype_of(folder, manifest), tokens)
     for plan in manifest.plans:
         entry = manifest.sparse.get(plan.name)
         count = max(1, torch.Size(plan.shape).numel())
         reports.append(
-            report_linear(plan, None if entry is None else entry.rank, plan.bytes_dense // count)
-        )
+            report_linear(
+                plan, None if entry is None else entry.rank, plan.bytes_dense // count,
+                products=products.get(plan.name, ()),
+            )
+        )  # fmt: skip
     active = sum(entry.adapter_active for entry in manifest.sparse.values())
     note = f"A sparse checkpoint; adapters take part in {active} of its layers."
+    if tokens is not None:
+        note += f"\n{_gains(tuple(reports), tokens)}"
     return Explanation(tuple(reports), note)
+
+
+def _dtype_of(folder: Path, manifest: Manifest) -> torch.dtype:
+    """Of the values of its sparse weights."""
+    name = next(name for name in manifest.tensors if name.endswith(values_name("")))
+    with safe_open(folder / manifest.tensors[name], framework="pt") as file:
+        return file.get_tensor(name).dtype
 
 
 def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn.Module:

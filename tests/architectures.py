@@ -194,17 +194,22 @@ def inputs_of(model: nn.Module, rows: int = 2) -> dict[str, torch.Tensor]:
     return {"input_ids": ids}
 
 
-def first_token(inputs: dict[str, Any]) -> dict[str, Any]:
+def first_token(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """One row of one token; of features, one vector; of images, one."""
-
-    def first(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.dim():
-            return value
-        return value[:1, :1] if value.dim() == 2 else value[:1]
-
     if list(inputs) == ["x"]:
         return {"x": inputs["x"][0, :1]}
-    return {name: first(value) for name, value in inputs.items()}
+    return {name: v[:1, :1] if v.dim() == 2 else v[:1] for name, v in inputs.items()}
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def to(value: Any) -> Any:
+        return (
+            value.to(dtype)
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
+        )
+
+    return {name: to(value) for name, value in inputs.items()}
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:

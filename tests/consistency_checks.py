@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import slope_fx
 from architectures import (
+    cast,
     choose_all_experts,
     first_token,
     inputs_of,
@@ -34,9 +35,6 @@ from slope_fx.compiler import compilation_of
 
 PHASES = ("sparse", "adapter")
 RANK = 4
-LEAST = 0.01
-"""A gradient that is next to nothing, as of a key's bias, is held to that part of the largest of
-all (as ``gradient_errors`` does); in 16 bits to ten times as much."""
 ADAMW = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1}
 """Rounding is not to decide the sign of an update, as it does with a smaller eps."""
 
@@ -56,7 +54,7 @@ class Subject:
         inputs: of the usual case.
         autocast: whether it runs under bf16 autocast.
         kept: the dtype of its parameters.
-        floor: what a gradient counts for at least, as a part of the largest of all.
+        rough: whether gradients are compared by their norms.
     """
 
     def __init__(self, architecture: str, phase: str, dtype: str = "fp32") -> None:
@@ -67,12 +65,11 @@ class Subject:
             choose_all_experts(self.dense)
         if hasattr(self.dense, "loss_type"):  # a model of transformers
             self.dense.config.use_cache = False
-        self.inputs = inputs_of(self.dense)
         self.autocast = dtype == "autocast"
-        self.floor = LEAST if dtype == "fp32" else 10 * LEAST
+        self.rough = dtype != "fp32"
         self.kept = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.dense.to(self.kept)
-        self.inputs = cast(self.inputs, self.kept)
+        self.inputs = cast(inputs_of(self.dense), self.kept)
 
     def compiled(self, **how: Any) -> nn.Module:
         """The model, compiled, in its phase, with large adapters, awake or asleep."""
@@ -113,13 +110,6 @@ def enlarge_adapter(weight: Any) -> None:
     )
     b *= weight.to_dense().float().norm() / (weight.scale * product.norm())
     weight.lora_A.copy_(a), weight.lora_B.copy_(b)
-
-
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    def to(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: to(value) for name, value in inputs.items()}
 
 
 @dataclass
@@ -165,12 +155,14 @@ def worst(errors: Errors) -> tuple[float, str]:
 
 
 def plain_gradient_errors(
-    model: nn.Module, names: dict[str, Tensor], least: float = LEAST
+    model: nn.Module, names: dict[str, Tensor], rough: bool = False
 ) -> Errors:
-    """As ``gradient_errors``, of a dense model's parameters against those of that name."""
+    """The same of a dense model's parameters against those of that name."""
     own = dict(model.named_parameters())
     pairs = {n: (own[n].grad, p.grad) for n, p in names.items() if p.grad is not None}
-    floor = least * max(want.abs().max().item() for _, want in pairs.values())
+    if rough:
+        return rough_errors(pairs)
+    floor = 0.01 * max(want.abs().max().item() for _, want in pairs.values())
     return {n: math.nan if g is None else apart(g, w, floor) for n, (g, w) in pairs.items()}
 
 
@@ -189,7 +181,7 @@ def batches_of(subject: Subject, case: str) -> list[Inputs]:
 
 @dataclass
 class Results:
-    """What a case found: errors, and where the worst gradient was."""
+    """Errors, and where the worst gradient was."""
 
     errors: Errors
     where: str = ""
@@ -201,8 +193,7 @@ class Results:
 
     def add_gradients(self, errors: Errors) -> None:
         error, where = worst(errors)
-        if not error <= self.errors.get("gradients", -1.0):
-            self.where = where
+        self.where = self.where if error <= self.errors.get("gradients", -1.0) else where
         self.add({"gradients": error})
 
 
@@ -218,14 +209,14 @@ def against_oracle(subject: Subject, model: nn.Module, case: str) -> Results:
     wide = [cast(inputs, torch.float64) for inputs in batches]
     found = Results(compare(got, run(oracle.train(grad), wide, grad)))
     if grad and dense:
-        found.add_gradients(plain_gradient_errors(model, oracle.names, subject.floor))
+        found.add_gradients(plain_gradient_errors(model, oracle.names, subject.rough))
     elif grad:
-        found.add_gradients(all_gradient_errors(model, oracle, subject.floor))
+        found.add_gradients(all_gradient_errors(model, oracle, subject.rough))
     return found
 
 
-def all_gradient_errors(model: nn.Module, oracle: FormulaModel, least: float = LEAST) -> Errors:
-    """``gradient_errors``, relative to at least that part of the largest gradient of all.
+def all_gradient_errors(model: nn.Module, oracle: FormulaModel, rough: bool = False) -> Errors:
+    """``gradient_errors``, or those of ``rough_errors``.
 
     None at all is as good as zeros: a graph leaves out what it knows to be zero, as Mamba's decay
     of no state.
@@ -234,25 +225,40 @@ def all_gradient_errors(model: nn.Module, oracle: FormulaModel, least: float = L
     for name, parameter in oracle.names.items():
         if kept[name].grad is None and parameter.grad is not None and not parameter.grad.any():
             parameter.grad = None
-    errors = gradient_errors(model, oracle)
-    grads = {name: p.grad for name, (_, p) in pairs_of(model, oracle).items()}
-    sizes = {name: grad.abs().max().item() for name, grad in grads.items() if grad is not None}
-    floors = [part * max(sizes.values()) for part in (LEAST, least)]
-    for name, size in sizes.items():
-        errors[name] *= max(size, floors[0]) / max(size, floors[1])
+    if not rough:
+        return gradient_errors(model, oracle)
+    weights = slope_fx.sparse_weights(model)
+    pairs = {n: (kept[n].grad, p.grad) for n, p in oracle.names.items() if p.grad is not None}
+    for name, (weight, mask, a, b) in oracle.layers.items():
+        sparse = weights[name]
+        want, mask = (matrices(t, sparse) for t in (weight.grad, mask))
+        pairs[f"{name}.weight"] = sparse.values.grad.flatten(), want[mask]
+        if a is not None:
+            pairs[f"{name}.lora_A"] = sparse.lora_A.grad, a.grad
+            pairs[f"{name}.lora_B"] = sparse.lora_B.grad, b.grad
+    return rough_errors(pairs)
+
+
+def rough_errors(pairs: dict[str, tuple[Tensor | None, Tensor]]) -> Errors:
+    """By norms, for in 16 bits rounding switches a ReLU here and there, which makes one element of
+    a gradient another; relative to at least a tenth of the largest gradient, times its size."""
+    floor = 0.1 * max(want.abs().max().item() for _, want in pairs.values())
+    errors = {}
+    for name, (got, want) in pairs.items():
+        scale = max(want.norm().item(), floor * want.numel() ** 0.5)
+        errors[name] = math.nan if got is None else (got.double() - want).norm().item() / scale
     return errors
 
 
 def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
-    """Have each compiled block called through ``checkpoint``; returns what undoes it."""
+    """Call each compiled block through ``checkpoint``; returns what undoes it."""
     paths = [path for path in compilation_of(model).regions.paths if path]
     blocks = [model.get_submodule(path) for path in paths]
     calls = [block._compiled_call_impl for block in blocks]
 
     def through(call: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointed(*args: Any, **kwargs: Any) -> Any:
-            # The reentrant kind takes no keyword arguments.
-            def positional(*given: Any) -> Any:
+            def positional(*given: Any) -> Any:  # the reentrant kind takes no others
                 return call(
                     *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True))
                 )

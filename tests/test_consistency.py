@@ -9,13 +9,13 @@ import torch
 
 import consistency
 import slope_fx
+from architectures import cast
 from consistency import CHOSEN, cells
 from consistency_checks import (
     Subject,
     against_oracle,
     all_gradient_errors,
     batches_of,
-    cast,
     compare,
     run,
     worst,

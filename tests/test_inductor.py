@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import models
 import slope_fx
@@ -32,6 +33,46 @@ def test_gpt2_in_both_phases(region):
         assert_gradients_match(model, reference, rtol=2e-4)
         if step == 0:
             schedule.step()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 32), nn.Linear(32, width)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Unequal(nn.Module):
+    """Blocks of one class, which share their code, of two widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 32)
+        self.blocks = nn.ModuleList([Block(16), Block(32)])
+
+    def forward(self, x):
+        return self.blocks[1](self.second(self.blocks[0](self.first(x))))
+
+
+def test_layers_that_share_code_with_other_scales():
+    """Of a scale that differs between them Dynamo makes an input of the graph."""
+    dense, x = Unequal(), torch.randn(4, 16)
+    for ranks in ({"adapter_rank": 0.25}, {"adapter_rank": 2}, {"adapter_rank": 8}):
+        model = slope_fx.compile(
+            copy.deepcopy(dense), **ranks, region="blocks", example_inputs=x, skip_head=False,
+            on_fallback="error",
+        )  # fmt: skip
+        slope_fx.Schedule(model, 1, adapter_start=0.0)
+        for weight in slope_fx.sparse_weights(model).values():
+            weight.lora_B.data.normal_()
+        reference = formula_model(dense, model)
+        got, want = model(x), reference(x.double())
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+        got.sum().backward()
+        want.sum().backward()
+        assert_gradients_match(model, reference, rtol=1e-4)
 
 
 def test_plain_model_in_bf16():

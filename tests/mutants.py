@@ -1,0 +1,192 @@
+"""Plausible faults, put into a copy of the sources one by one: does the CI slice catch each?
+
+    python tests/mutants.py --write benchmarks/results/mutants.json
+
+A fault is a text and what takes its place. The slice is ``tests/test_consistency.py``; what
+survives it is run against the tests named beside it, if any.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SLICE = "tests/test_consistency.py"
+
+
+class Mutant(NamedTuple):
+    """A fault: in ``file``, ``before`` becomes ``after``."""
+
+    what: str
+    file: str
+    before: str
+    after: str
+
+
+MUTANTS = (
+    Mutant(
+        "alpha of an addition, which Inductor drops",
+        "passes/insert_adapters.py",
+        "            return F.linear(x, weight, bias) + up\n",
+        "            import torch as t\n"
+        "            return t.add(F.linear(x, weight, bias), up / scale, alpha=scale)\n",
+    ),
+    Mutant(
+        "the adapter's scale is lost",
+        "passes/insert_adapters.py",
+        "down = F.linear(x, a) * scale",
+        "down = F.linear(x, a) * 1.0",
+    ),
+    Mutant(
+        "the bias is forgotten",
+        "passes/sparsify_linears.py",
+        "bias if fused else None, n, m, **chosen)",
+        "None, n, m, **chosen)",
+    ),
+    Mutant(
+        "the first rows in the place of those that are read",
+        "passes/sparsify_linears.py",
+        "rows(t, read.start, read.stop, total) for t in (values, forward, backward)",
+        "rows(t, 0, read.stop - read.start, total) for t in (values, forward, backward)",
+    ),
+    Mutant(
+        "the input gradient of W^R, not of W^{R,C}",
+        "ops/sparse_linear.py",
+        "dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)",
+        "dx = sparse_input_grad(grad, values, forward_mask, backward_mask | 255, n, m, engine)",
+    ),
+    Mutant(
+        "the bias's gradient is a mean",
+        "ops/sparse_linear.py",
+        "dbias = grad.reshape(-1, grad.shape[-1]).sum(0)",
+        "dbias = grad.reshape(-1, grad.shape[-1]).mean(0)",
+    ),
+    Mutant(
+        "the gradient of fp32 values is rounded to 16 bits under autocast",
+        "ops/sparse_linear.py",
+        "        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, dtype)",
+        "        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, None)"
+        ".bfloat16().to(values.dtype)",
+    ),
+    Mutant(
+        "a stale transpose: an operand is used after its weight changed",
+        "kernels/operands.py",
+        "        return self._values == (values.data_ptr(), values._version)",
+        "        return True",
+    ),
+    Mutant(
+        "the wrong expert's weight in the input gradient",
+        "ops/grouped_linear.py",
+        "            _rows(t, group, groups) for t in (values, forward_mask, backward_mask)",
+        "            _rows(t, groups - 1 - group, groups)"
+        " for t in (values, forward_mask, backward_mask)",
+    ),
+    Mutant(
+        "q, k and v get each other's bias",
+        "passes/merge_linears.py",
+        "    lists[3] = [bias for bias in lists[3] if bias is not None]",
+        "    lists[3] = [bias for bias in reversed(lists[3]) if bias is not None]",
+    ),
+    Mutant(
+        "markers of different weights are merged",
+        "passes/prune_expands.py",
+        "known.setdefault((node.target, node.args), node)",
+        "known.setdefault((node.target, node.args[-2:], str(node.meta['example_value'].shape)),"
+        " node)",
+    ),
+    Mutant(
+        "the backward mask isn't refreshed",
+        "slope_fx/weights.py",
+        "        self.backward_bits.copy_(bits)\n",
+        "        pass\n",
+    ),
+    Mutant(
+        "a checkpoint is loaded with its adapters asleep",
+        "slope_fx/checkpoints/loading.py",
+        "entry.scale, entry.adapter_active)",
+        "entry.scale, False)",
+    ),
+    Mutant(
+        "densify merges without the scale",
+        "slope_fx/densify.py",
+        "product = weight.scale * torch.bmm",
+        "product = torch.bmm",
+    ),
+    Mutant(
+        "PEFT's alpha is the scale",
+        "slope_fx/densify.py",
+        "weight.scale * (weight.rank or 0) for path",
+        "weight.scale for path",
+    ),
+    Mutant(
+        "passes save tensors where the caller counts them",
+        "passes/graph.py",
+        "    with torch.no_grad(), modes[0]:",
+        "    torch._C._autograd._saved_tensors_hooks_set_tracing(False)\n"
+        "    with torch.enable_grad(), modes[0]:",
+    ),
+)
+
+
+def survives(mutant: Mutant | None, folder: Path) -> tuple[bool, float, str]:
+    """Whether the slice passes on the sources with the fault, its seconds, and who failed."""
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir()
+    for name in ("slope_fx", "passes", "ops", "kernels", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        options = {"symlinks": True} if (ROOT / name).is_dir() else {}
+        copy(ROOT / name, tree / name, **options)
+    if mutant is not None:
+        path = tree / mutant.file
+        text = path.read_text()
+        assert text.count(mutant.before) == 1, f"{mutant.file} has no single {mutant.before!r}"
+        path.write_text(text.replace(mutant.before, mutant.after))
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-rf", SLICE],
+        cwd=tree, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
+    return done.returncode == 0, time.perf_counter() - begun, (failed or [""])[0][7:120]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of mutants")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fine, seconds, failed = survives(None, folder)
+        print(f"unchanged: passes {fine}, {seconds:.0f} s {failed}", flush=True)
+        if not fine:
+            sys.exit("the slice fails on the sources as they are")
+        for number, mutant in enumerate(MUTANTS):
+            if options.only and number not in options.only:
+                continue
+            alive, seconds, failed = survives(mutant, folder)
+            rows.append({"fault": mutant.what, "file": mutant.file, "caught": not alive,
+                         "by": failed, "seconds": round(seconds)})  # fmt: skip
+            print(
+                f"{number} {mutant.what}: {'SURVIVES' if alive else 'caught'} {failed}", flush=True
+            )
+    caught = sum(row["caught"] for row in rows)
+    print(f"{caught} of {len(rows)} are caught")
+    if options.write:
+        options.write.write_text(json.dumps({"slice": SLICE, "faults": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
