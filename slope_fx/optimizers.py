@@ -24,16 +24,14 @@ def watch() -> None:
 def _begins(optimizer: Optimizer, *_: object) -> None:
     note_step()
     idle = find_alive(lambda weight: weight.rank is not None and not weight.adapter_active)
-    held = {id(parameter) for parameter in _parameters(optimizer)}
-    for weight in idle:
-        # An adapter that takes no part gets no step, and no state, though its gradients were set
-        # to zeros: by zero_grad(set_to_none=False), or by torch.distributed.checkpoint, which
-        # makes the state of a new optimizer so.
-        for factor in (weight.lora_A, weight.lora_B):
-            if factor is not None:
-                factor.grad = None
-                if id(factor) in held:
-                    optimizer.state[factor]  # an empty one, for which DCP asks
+    asleep = {id(factor) for weight in idle for factor in (weight.lora_A, weight.lora_B)}
+    for parameter in _parameters(optimizer):
+        if id(parameter) in asleep:
+            # An adapter that takes no part gets no step though its gradients were set to zeros: by
+            # zero_grad(set_to_none=False), or by torch.distributed.checkpoint, which makes the
+            # state of a new optimizer so, and asks for one of each parameter: an empty one.
+            parameter.grad = None
+            optimizer.state[parameter]
     _tell_of_missing_schedule(optimizer, idle)
     if isinstance(optimizer, LBFGS) and any(isinstance(p, Mask) for p in _parameters(optimizer)):
         raise ArgumentError(

@@ -34,9 +34,13 @@ MUTANTS = (
     Mutant(
         "alpha of an addition, which Inductor drops",
         "passes/insert_adapters.py",
-        "            return F.linear(x, weight, bias) + up\n",
-        "            import torch as t\n"
-        "            return t.add(F.linear(x, weight, bias), up / scale, alpha=scale)\n",
+        "    return build\n\n\ndef _times",
+        "    def with_alpha(x: Any, weight: Any, a: Any, b: Any, scale: Any, *more: Any) -> Any:\n"
+        "        if stacked or part.blocks > 1 or dtype or read.stop - read.start != total:\n"
+        "            return build(x, weight, a, b, scale, *more)\n"
+        "        up = F.linear(F.linear(x, a), b)\n"
+        "        return torch.add(F.linear(x, weight, more[0]), up, alpha=scale)\n\n"
+        "    return with_alpha\n\n\ndef _times",
     ),
     Mutant(
         "the adapter's scale is lost",

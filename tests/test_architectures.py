@@ -12,7 +12,7 @@ import slope_fx
 from architectures import ARCHITECTURES, inputs_of, logits_of, plain_experts
 from formulas import assert_gradients_match, formula_model
 
-REASONS = ("skip_first", "skip_head", "shared: its weight is also used by embedding")
+REASONS = ("skip_first", "skip_head", "skip_router", "shared: its weight is also used by embedding")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

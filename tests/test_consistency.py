@@ -4,6 +4,8 @@ Each op, pass and engine once through Inductor, with adapters that are as large 
 GPT-2 on all roads, every other architecture on one.
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -195,3 +197,16 @@ def test_masks_are_compared():
     weight = next(iter(slope_fx.sparse_weights(model).values()))
     weight.backward_bits.data = weight.backward_bits.roll(1, 0)
     assert consistency.CASES["masks"](subject, model, "masks").errors["masks"] > consistency.BOUND
+
+
+def test_page_is_of_the_committed_results():
+    """`make readme` would change nothing, and nothing in the results is wrong."""
+    sys.path.insert(0, str(consistency.ROOT / "docs"))
+    try:
+        import make_consistency
+    finally:
+        sys.path.remove(str(consistency.ROOT / "docs"))
+    assert make_consistency.page() == make_consistency.PAGE.read_text()
+    found = [consistency.Cell(**cell) for cell in make_consistency.read("consistency")["cells"]]
+    assert {cell.architecture for cell in found} == set(CHOSEN)
+    assert not [cell for cell in found if cell.wrong]

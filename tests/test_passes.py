@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
+import slope_fx
 from slope_fx import ops
 from slope_fx.ops.targets import (
     ADD_ADAPTER,
@@ -18,8 +19,9 @@ from slope_fx.ops.targets import (
     SPARSE_LINEAR,
     SPARSE_PARALLEL_LINEAR,
 )
-from slope_fx.passes import NAMES, PASSES, Context, find_linears, run_passes
+from slope_fx.passes import NAMES, OFF, PASSES, Context, find_linears, run_passes
 from slope_fx.passes.graph import graphs_of
+from slope_fx.passes.markers import MARKERS
 from strategies import normal, seeds
 
 N, M, D_OUT, D_IN, RANK = 2, 4, 8, 16, 3
@@ -229,6 +231,40 @@ def test_a_pass_by_itself(name):
         code = gm.code
         assert apply(gm, name, training=training) == 0
         assert gm.code == code
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pass_through_inductor(name):
+    """Its graph as users run it: Inductor fuses what passes write, and may drop a part of it."""
+    function, _, training = CASES[name]
+    rewritten = []
+    backend = slope_fx.rewriting_backend(
+        "inductor",
+        "dense",
+        enable_passes=[name] if name in OFF else [],
+        passes=[..., rewritten.append],
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+
+    def results(call):
+        leaves = [
+            t.detach().float().requires_grad_() if t.is_floating_point() else t for t in inputs()
+        ]
+        with torch.set_grad_enabled(training):
+            out = call(*leaves)
+        if training:
+            out.sin().sum().backward()
+        return [out.detach(), *(t.grad for t in leaves if t.requires_grad)]
+
+    for mine, expected in zip(results(compiled), results(function), strict=True):
+        assert (mine is None) == (expected is None)
+        if mine is not None:
+            error = (mine - expected).abs().max() / expected.abs().max()
+            assert error < 1e-5
+    marked = {"decompose_attention": 1}.get(name, 0)  # a mask that is added to its weight
+    assert sum(counts(gm).get(t, 0) for gm in rewritten for t in MARKERS) == marked
 
 
 @pytest.mark.parametrize("name", NAMES)
