@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train train-dense test lint format bench gpu gpu-kernels gpu-paper readme clean
+.PHONY: help install train train-dense test test-full mutants lint format bench gpu gpu-kernels gpu-paper readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,13 @@ train-dense: $(INSTALLED) ## the same run, dense
 
 test: $(INSTALLED) ## all tests, a worker a core (at most four); each runs on one thread
 	$(BIN)/pytest -n auto --maxprocesses 4
+
+test-full: $(INSTALLED) ## those that take long too, and the matrix of consistency: over an hour on two cores
+	$(BIN)/python tests/full.py --write benchmarks/results/test_full.json
+	$(BIN)/python docs/make_consistency.py
+
+mutants: $(INSTALLED) ## put faults into the sources, one by one: which does the consistency slice catch
+	$(BIN)/python tests/mutants.py --write benchmarks/results/mutants.json
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -68,6 +75,7 @@ readme: $(INSTALLED) ## write the README's table and figures, and docs/results.m
 	$(BIN)/python docs/make_gpu.py
 	$(BIN)/python docs/make_paper.py
 	$(BIN)/python docs/make_passes.py
+	$(BIN)/python docs/make_consistency.py
 	$(BIN)/python docs/make_training.py
 	$(BIN)/python docs/make_api.py
 

@@ -4,7 +4,7 @@ import copy
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -86,7 +86,7 @@ def export_peft(
     Raises:
         NotCompiledError: ``model`` is not the object that ``compile`` returned.
         ExportError: it has no adapters at work, or one on something that PEFT knows no LoRA for:
-            a bare parameter, the experts of a mixture.
+            a bare parameter, the experts of a mixture, some layers of Mamba.
     """
     compilation_of(model)
     adapted = _adapted(model)
@@ -105,6 +105,7 @@ def export_peft(
         base_model_name_or_path=base_model,
         inference_mode=True,
     )
+    _check_peft_takes(peft, config, model, adapted)
     tensors: dict[str, Tensor] = {}
     for name, (_, weight) in adapted.items():
         assert weight.lora_A is not None
@@ -119,6 +120,20 @@ def export_peft(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return folder
+
+
+def _check_peft_takes(peft: Any, config: Any, model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ExportError where PEFT knows a LoRA for the layer's type, and refuses this layer."""
+    check = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
+    if check is None:
+        return
+    for name in names:
+        try:
+            check(config, model, name.rpartition(".")[2])
+        except ValueError as error:
+            raise ExportError(
+                f"{name}: {first_line(error)} Merge the adapters instead: densify(model, 'merge')."
+            ) from None
 
 
 def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:

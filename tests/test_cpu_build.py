@@ -33,6 +33,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.full
 @needs_compiler
 def test_two_processes_race_for_an_empty_cache(tmp_path):
     cache = str(tmp_path / "cache")

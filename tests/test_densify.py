@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import models
 import slope_fx
+from architectures import ARCHITECTURES
 from forms import FORMS, WIDTH
 from models import batch
 
@@ -199,6 +200,19 @@ def test_layers_whose_names_end_alike_are_told_apart(tmp_path):
     kept = slope_fx.densify(model, "peft")
     adapted = {n.split(".lora_A")[0] for n, _ in kept.named_parameters() if "lora_A" in n}
     assert adapted == {"base_model.model.fc", "base_model.model.blk.fc"}
+
+
+def test_what_peft_refuses_in_a_model_is_refused_by_us(tmp_path):
+    """LoRA on a Mamba's out_proj, whose kernels read the weight past PEFT's layer."""
+    model = slope_fx.compile(ARCHITECTURES["Mamba"](), adapter_rank=4, backend=None)
+    slope_fx.Schedule(model, 10, adapter_start=0.0)
+    for attempt in (
+        lambda: slope_fx.densify(model, "peft"),
+        lambda: slope_fx.export_peft(model, tmp_path / "adapter"),
+    ):
+        with pytest.raises(slope_fx.ExportError, match=r"out_proj.*densify\(model, 'merge'\)"):
+            attempt()
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_what_peft_cannot_have_is_refused(tmp_path):

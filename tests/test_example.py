@@ -109,6 +109,7 @@ def test_run_interrupt_resume_and_dense(text, tmp_path):
     assert plotted.stat().st_size > 10_000
 
 
+@pytest.mark.full
 def test_a_data_set_folder_stands_for_a_hub_name(text, tmp_path):
     """``load_dataset`` takes a local folder as it takes a hub data set."""
     folder = tmp_path / "data"

@@ -31,6 +31,7 @@ def benchmark(*arguments, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_it_runs_and_its_page_is_made(tmp_path, make_gpu):
     junit = tmp_path / "tests.xml"
     junit.write_text(JUNIT.format(1))

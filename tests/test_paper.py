@@ -188,6 +188,7 @@ def test_mistakes_are_told(tmp_path, run):
             run("--out", tmp_path)
 
 
+@pytest.mark.full
 def test_it_runs_and_its_page_is_made(tmp_path, run, monkeypatch):
     """All of it, the peer too, with the stand-in for the library on the CPU."""
     import make_paper

@@ -50,7 +50,7 @@ def assert_trains_right(dense, model, x=X):
 # --- regions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.full)])
 def test_auto_compiles_blocks_and_needs_no_word_about_the_cache(name):
     """Training never meets the cache; evaluation with one is compiled as a whole."""
     model = models.TRANSFORMERS[name](layers=6)
@@ -368,6 +368,7 @@ print(json.dumps([c["autograd_cache_hit"], c["autograd_cache_miss"]]))
 """
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 def test_a_second_process_hits_the_cache_and_a_changed_option_misses_it(tmp_path):
     def run(*disabled):

@@ -47,6 +47,7 @@ def test_every_kernel_compiles_to_what_the_table_says(arch, tmp_path):
     assert not differing, "\n".join(differing)
 
 
+@pytest.mark.full
 def test_launches_pass_through_triton_as_on_a_gpu(tmp_path):
     """The very arguments of the launches, of awkward sizes: bound, specialised, compiled."""
     script = Path(__file__).with_name("launch_kernels.py")

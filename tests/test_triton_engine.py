@@ -397,7 +397,12 @@ def test_no_tokens():
 
 
 @pytest.mark.parametrize(
-    ("engine", "autocast"), [("triton", False), ("triton", True), ("triton-dense", False)]
+    ("engine", "autocast"),
+    [
+        ("triton", False),
+        pytest.param("triton", True, marks=pytest.mark.full),
+        pytest.param("triton-dense", False, marks=pytest.mark.full),
+    ],
 )
 def test_a_model_trains_as_on_the_dense_engine(engine, autocast):
     """Two steps, the second in the adapter phase: loss and every gradient."""
