@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import models
 import slope_fx
-from architectures import ARCHITECTURES
+from architectures import made
 from forms import FORMS, WIDTH
 from models import batch
 
@@ -204,7 +204,7 @@ def test_layers_whose_names_end_alike_are_told_apart(tmp_path):
 
 def test_what_peft_refuses_in_a_model_is_refused_by_us(tmp_path):
     """LoRA on a Mamba's out_proj, whose kernels read the weight past PEFT's layer."""
-    model = slope_fx.compile(ARCHITECTURES["Mamba"](), adapter_rank=4, backend=None)
+    model = slope_fx.compile(made("Mamba"), adapter_rank=4, backend=None)
     slope_fx.Schedule(model, 10, adapter_start=0.0)
     for attempt in (
         lambda: slope_fx.densify(model, "peft"),
