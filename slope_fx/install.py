@@ -79,8 +79,9 @@ def _refuse_replacement(module: nn.Module, attribute: str) -> NoReturn:
 
 def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
     kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
-    if name in kind.attributes:
-        _refuse_replacement(module, name)
+    for attribute in kind.attributes:  # "_orig" is torch.nn.utils.prune's
+        if name in (attribute, f"{attribute}_orig"):
+            _refuse_replacement(module, attribute)
     kind.base.register_parameter(module, name, param)
 
 

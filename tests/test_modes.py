@@ -102,6 +102,35 @@ def test_checkpoints_around_compiled_blocks(backend, reentrant):
             weight.lora_B.data.normal_()
 
 
+def test_checkpoint_wrappers_put_around_compiled_blocks():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+        checkpoint_wrapper,
+    )
+
+    dense, x = Blocks(), torch.randn(4, 6, 8)
+    model = slope_fx.compile(
+        copy.deepcopy(dense), adapter_rank=4, example_inputs=x, backend="aot_eager",
+        region="blocks", on_fallback="error",
+    )  # fmt: skip
+    slope_fx.Schedule(model, 1, adapter_start=0.0)
+    for weight in slope_fx.sparse_weights(model).values():
+        weight.lora_B.data.normal_()
+    oracle = formula_model(dense, model)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper, check_fn=lambda module: isinstance(module, Block)
+    )
+    got, want = model(x), oracle(x.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for name, (weight, mask, *_) in oracle.layers.items():
+        (values,) = (w.values for n, w in slope_fx.sparse_weights(model).items() if n == name)
+        torch.testing.assert_close(
+            values.grad.double().flatten(), weight.grad[mask], rtol=1e-3, atol=1e-3
+        )
+
+
 @contextlib.contextmanager
 def hooks(seen: list):
     def pack(tensor):

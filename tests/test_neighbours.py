@@ -229,6 +229,13 @@ def test_libraries_that_replace_the_weight():
         layer.weight = nn.Parameter(layer.weight.detach().half(), requires_grad=False)
 
 
+def test_pruning_on_top():
+    model = compiled(rank=None)
+    layer = model.model.layers[1].mlp.up_proj
+    with pytest.raises(slope_fx.WeightWriteError, match="prune"):
+        nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+
+
 def test_exported_programs():
     model = slope_fx.compile(
         models.Plain(), example_inputs=torch.randn(2, 8), skip_head=False, backend="aot_eager"
