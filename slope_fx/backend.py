@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import CodeType
 from typing import Any, cast
 
@@ -242,14 +242,19 @@ def _raiser(error: Exception) -> CompiledFunction:
 
 
 def compiled_call(
-    module: nn.Module, backend: BackendFunction, *, kind: int = 0, kinds: int = 1, **options: Any
+    module: nn.Module,
+    backend: BackendFunction,
+    *,
+    kind: Hashable = 0,
+    kinds: int = 1,
+    **options: Any,
 ) -> Callable[..., Any]:
     """``module``'s call, compiled by ``backend``.
 
     Args:
         module: the module.
         backend: what compiles it.
-        kind: the number of its graph, of those that are compiled one by one.
+        kind: equal for modules that are to share compiled code, as those of equal graphs do.
         kinds: how many such graphs there are: as many recompiles must be allowed in each of the
             variants (phase, training, autocast) that a run may meet.
         options: torch.compile's.
@@ -266,7 +271,7 @@ def compiled_call(
     return compiled
 
 
-def _framed(call: Callable[..., Any], kind: int) -> Callable[..., Any]:
+def _framed(call: Callable[..., Any], kind: Hashable) -> Callable[..., Any]:
     def framed(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
@@ -277,5 +282,5 @@ def _framed(call: Callable[..., Any], kind: int) -> Callable[..., Any]:
 
 
 @functools.cache
-def _code_of(code: CodeType, kind: int) -> CodeType:
-    return code.replace(co_name=f"framed_{kind}")
+def _code_of(code: CodeType, kind: Hashable) -> CodeType:
+    return code.replace(co_name=f"framed_{hash(kind) & 0xFFFFFFFF:x}")

@@ -399,7 +399,7 @@ def _compile_regions(model: nn.Module) -> None:
     for path, kind in zip(regions.paths, regions.kinds, strict=True):
         module = model.get_submodule(path)
         module._compiled_call_impl = compiled_call(
-            module, backend, kind=kind, kinds=len(set(regions.kinds)), **options
+            module, backend, kind=(record.plans, kind), kinds=len(set(regions.kinds)), **options
         )
     if record.region == "auto" and not regions.whole:
         whole = compiled_call(model, backend, **options)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.utils import prune
 
 import models
 import slope_fx
@@ -233,7 +234,7 @@ def test_pruning_on_top():
     model = compiled(rank=None)
     layer = model.model.layers[1].mlp.up_proj
     with pytest.raises(slope_fx.WeightWriteError, match="prune"):
-        nn.utils.prune.l1_unstructured(layer, "weight", 0.3)
+        prune.l1_unstructured(layer, "weight", 0.3)
 
 
 def test_exported_programs():
