@@ -40,6 +40,10 @@ def insert_adapters(gm: GraphModule) -> int:
     return matches
 
 
+_ALIGNED = 8
+"""Columns: torch's grouped products want rows of whole 16 bytes, whatever the rank is."""
+
+
 class _Part:
     """The part of a stack of adapters that belongs to some rows of the weight."""
 
@@ -81,8 +85,13 @@ def _branch(call: LinearCall, view: View, read: Read, part: _Part) -> Any:
             return F.linear(x, weight, bias) + up
         b = b.unflatten(0, (read.groups, -1))
         weight = weight.unflatten(0, (read.groups, -1))
-        if part.blocks == read.groups:
-            down = _times(call, x, a.unflatten(0, (read.groups, -1)), offsets)
+        several = part.blocks == read.groups
+        a = a.unflatten(0, (read.groups, -1)) if several else a
+        if offsets is not None and part.rank % _ALIGNED:
+            more = -part.rank % _ALIGNED
+            a, b = F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
+        if several:
+            down = _times(call, x, a, offsets)
         else:
             down = F.linear(x, a)
         return _times(call, x, weight, offsets) + _times(call, down * scale, b, offsets)

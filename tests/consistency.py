@@ -189,15 +189,17 @@ NOT_OURS = (
     ("Mamba", "", "view size is not compatible",
      "aot_eager runs a graph as it was traced, and PyTorch's softplus_backward has other strides "
      "when it is traced"),
-    ("GPT-NeoX", "bf16", "CppCompileError",
-     "the plain dense model doesn't go through PyTorch's Inductor in bf16 either"),
+    *((name, "bf16", "CppCompileError",
+       "the plain dense model doesn't go through PyTorch's Inductor in bf16 either")
+      for name in ("GPT-NeoX", "Phi")),
 )  # fmt: skip
 """Architecture, dtype or "" for any, what the error says, and why nothing can be compared."""
 
 
 def failure(cell: Cell, error: Exception) -> str:
     """The outcome of a comparison that raised."""
-    said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    inner = getattr(error, "inner_exception", error)
+    said = f"{type(inner).__name__}: {(str(inner).strip().splitlines() or [''])[0]}"
     for architecture, dtype, text, reason in NOT_OURS:
         if cell.architecture == architecture and cell.dtype.startswith(dtype) and text in said:
             return f"none: {reason}"
