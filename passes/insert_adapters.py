@@ -90,10 +90,7 @@ def _branch(call: LinearCall, view: View, read: Read, part: _Part) -> Any:
         if offsets is not None and part.rank % _ALIGNED:
             more = -part.rank % _ALIGNED
             a, b = F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
-        if several:
-            down = _times(call, x, a, offsets)
-        else:
-            down = F.linear(x, a)
+        down = _times(call, x, a, offsets) if several else F.linear(x, a)
         return _times(call, x, weight, offsets) + _times(call, down * scale, b, offsets)
 
     return build

@@ -38,7 +38,8 @@ class _Progress:
 
     def tell_if_early(self) -> None:
         """Say that the adapters never began, when the Schedule, or the process, has ended."""
-        if self.has_adapters and self.here and self.step < self.adapter_step:
+        wanted = self.has_adapters and self.adapter_step < self.total
+        if wanted and self.here and self.step < self.adapter_step:
             warnings.warn(
                 f"A Schedule ended at step {self.step} of total_steps={self.total}, ahead of step "
                 f"{self.adapter_step}, where the adapters begin: they took no part. If the run is "

@@ -112,6 +112,8 @@ def test_a_run_that_ends_before_its_adapters_begin_is_told():
         holding.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        schedule = slope_fx.Schedule(model, 10, adapter_start=1.0)  # never, by choice
+        schedule.step()
         schedule = slope_fx.Schedule(model, 1000)  # never stepped
         del schedule
         schedule = slope_fx.Schedule(model, 2, adapter_start=0.5)
