@@ -150,6 +150,7 @@ def test_dynamo_switched_off_is_told():
 
 def test_the_recompile_limit_is_told(monkeypatch):
     monkeypatch.setattr("slope_fx.backend.RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr("slope_fx.backend.VARIANTS", 1)
     model = compiled()
     with torch._dynamo.config.patch(recompile_limit=1):
         slope_fx.compiler._compile_regions(model)
