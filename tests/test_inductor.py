@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models
@@ -111,3 +112,34 @@ def test_experts_with_adapters_of_any_rank_in_bf16(name, rank):
     assert (apart < 0.1).float().mean() > 0.7  # a token near a tie may go to another expert
     got.float().square().sum().backward()
     assert all(w.lora_A.grad.any() for w in slope_fx.sparse_weights(model).values())
+
+
+class Packed(nn.Module):
+    """Query, key and value in one weight and bias, of which each product takes its own rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.w, self.b = nn.Parameter(torch.randn(48, 16) / 4), nn.Parameter(torch.randn(48))
+
+    def forward(self, x):
+        x = self.first(x)
+        q, k, v = (F.linear(x, self.w[i : i + 16], self.b[i : i + 16]) for i in (0, 16, 32))
+        return self.head(F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["sparse", "adapter"])
+def test_rows_of_a_packed_weight(active):
+    dense, x = Packed(), torch.randn(2, 5, 8)
+    model = slope_fx.compile(
+        copy.deepcopy(dense), adapter_rank=4, example_inputs=x, on_fallback="error"
+    )
+    slope_fx.Schedule(model, 1, adapter_start=float(not active))
+    for weight in slope_fx.sparse_weights(model).values():
+        weight.lora_B.data.normal_(std=0.5)
+    reference = formula_model(dense, model)
+    got, want = model(x), reference(x.double())
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    got.square().sum().backward()
+    want.square().sum().backward()
+    assert_gradients_match(model, reference, rtol=1e-4)
