@@ -5,6 +5,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import CodeType
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
+from slope_fx import ops
 from slope_fx.errors import (
     ArgumentError,
     EngineWarning,
@@ -21,6 +23,7 @@ from slope_fx.errors import (
 )
 from slope_fx.graphs import environment_recorder, remember
 from slope_fx.kernels import selection
+from slope_fx.kernels.cache import digest
 from slope_fx.kernels.engines import AUTO
 from slope_fx.passes import OFF, Context, Leftover, run_passes
 from slope_fx.passes.graph import nested_calls
@@ -32,6 +35,7 @@ from slope_fx.settings import (
     make_settings,
     resolve,
 )
+from slope_fx.version import __version__
 from slope_fx.weights import SparseWeight, find_alive
 
 RECOMPILE_LIMIT = 32
@@ -81,6 +85,11 @@ class RewritingBackend:
         return self._compile(compiled, example_inputs)
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
+        tag = f"{torch.compiler.config.cache_key_tag} slope_fx {_cache_tag()}"
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            return self._compile_within(gm, example_inputs)
+
+    def _compile_within(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         settings = self.settings
         if settings.inner == "inductor":
             patches = settings.inductor_options()
@@ -108,6 +117,17 @@ class RewritingBackend:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return backend_of, (self.settings,)
+
+
+@functools.cache
+def _cache_tag() -> str:
+    """What torch.compile's caches on disk must tell apart besides the graph.
+
+    The graph names our ops, not what their gradients and fake tensors are, which is in their
+    sources: another version's would be taken for this one's.
+    """
+    sources = sorted(Path(ops.__file__).parent.glob("*.py"))
+    return digest(__version__, *(path.read_text() for path in sources))
 
 
 def _run_own(gm: GraphModule, passes: Sequence[UserPass]) -> GraphModule:

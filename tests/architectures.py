@@ -97,13 +97,13 @@ class Convolutional(nn.Module):
         return self.head(self.down(self.up(h).relu()).mean((2, 3)))
 
 
-def _unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
+def _transformer_2d() -> nn.Module:
+    """What a UNet has of linears: blocks of self- and cross-attention between 1x1 convolutions."""
+    from diffusers import Transformer2DModel
 
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32,), norm_num_groups=8, cross_attention_dim=32,
-        layers_per_block=1, attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
+    return Transformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=32, num_layers=2,
+        norm_num_groups=8, cross_attention_dim=32,
     )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "torch: Transformer": TorchTransformer,
     "torch: 1x1 convolutions": Convolutional,
     "torch: weights of its own": OwnWeights,
-    "diffusers: UNet": _unet,
+    "diffusers: Transformer2D": _transformer_2d,
 }  # fmt: skip
 
 
@@ -178,11 +178,10 @@ def inputs_of(model: nn.Module, rows: int = 2) -> dict[str, torch.Tensor]:
     ids = torch.randint(1, VOCABULARY, (rows, 8), generator=torch.Generator().manual_seed(0))
     if isinstance(model, OwnWeights):
         return {"x": torch.randn(rows, 8, 16, generator=torch.Generator().manual_seed(0))}
-    if type(model).__name__ == "UNet2DConditionModel":
+    if type(model).__name__ == "Transformer2DModel":
         generator = torch.Generator().manual_seed(0)
         return {
-            "sample": torch.randn(rows, 4, 8, 8, generator=generator),
-            "timestep": torch.arange(rows) + 7,
+            "hidden_states": torch.randn(rows, 32, 4, 4, generator=generator),
             "encoder_hidden_states": torch.randn(rows, 3, 32, generator=generator),
         }
     if isinstance(model, Convolutional) or getattr(model, "main_input_name", "") == "pixel_values":

@@ -65,8 +65,7 @@ class Subject:
             choose_all_experts(self.dense)
         if hasattr(self.dense, "loss_type"):  # a model of transformers
             self.dense.config.use_cache = False
-        self.autocast = dtype == "autocast"
-        self.rough = dtype != "fp32"
+        self.autocast, self.rough = dtype == "autocast", dtype != "fp32"
         self.kept = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.dense.to(self.kept)
         self.inputs = cast(inputs_of(self.dense), self.kept)
@@ -263,7 +262,10 @@ def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
                     *given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True))
                 )
 
-            return checkpoint(positional, *args, *kwargs.values(), use_reentrant=reentrant)
+            given = (*args, *kwargs.values())
+            if not any(isinstance(t, Tensor) and t.requires_grad for t in given):
+                return call(*args, **kwargs)  # the reentrant kind would lose all gradients
+            return checkpoint(positional, *given, use_reentrant=reentrant)
 
         return checkpointed
 
@@ -281,11 +283,9 @@ def checkpointed(subject: Subject, model: nn.Module, case: str) -> Results:
     reentrant = "non-reentrant" not in case
     if "around" in case:
         if compilation_of(model).regions.whole:
-            raise NothingToCompareError("none: the model is compiled as a whole")
+            raise NothingToCompareError("none: it is compiled as a whole")
         undo = around_blocks(model, reentrant)
-    elif hasattr(model, "gradient_checkpointing_enable"):
-        if not model.supports_gradient_checkpointing:
-            raise NothingToCompareError("none: the model has no activation checkpointing")
+    elif getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         undo = model.gradient_checkpointing_disable
     elif hasattr(model, "enable_gradient_checkpointing") and not reentrant:

@@ -143,3 +143,25 @@ def test_rows_of_a_packed_weight(active):
     got.square().sum().backward()
     want.square().sum().backward()
     assert_gradients_match(model, reference, rtol=1e-4)
+
+
+def test_values_written_between_micro_batches():
+    """What an engine keeps of a weight to use again is of the weight as it is."""
+    dense, x = Unequal(), torch.randn(4, 16)
+    model = slope_fx.compile(copy.deepcopy(dense), example_inputs=x, engine="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):  # so that it sees that it will be used again
+        for _ in range(3):
+            model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for _ in range(2):
+        model(x).square().sum().backward()
+    with torch.no_grad():
+        for weight in slope_fx.sparse_weights(model).values():
+            weight.values.mul_(-0.5)
+    optimizer.zero_grad()
+    reference = formula_model(dense, model)
+    model(x).square().sum().backward()
+    reference(x.double()).square().sum().backward()
+    assert_gradients_match(model, reference, rtol=1e-4)

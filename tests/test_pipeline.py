@@ -371,8 +371,12 @@ print(json.dumps([c["autograd_cache_hit"], c["autograd_cache_miss"]]))
 @pytest.mark.full
 @pytest.mark.inductor
 def test_a_second_process_hits_the_cache_and_a_changed_option_misses_it(tmp_path):
-    def run(*disabled):
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    def run(*disabled, tag=""):
+        env = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+            "TORCH_COMPILE_CACHE_KEY_TAG": tag,
+        }
         command = [sys.executable, "-c", CACHED, *disabled]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -381,3 +385,18 @@ def test_a_second_process_hits_the_cache_and_a_changed_option_misses_it(tmp_path
     assert run() == [0, 1]
     assert run() == [1, 0]
     assert run("sparsify_linears") == [0, 1]
+    assert run(tag="mine") == [0, 1]  # what the user sets is a part of the key still
+
+
+def test_the_cache_tells_other_gradients_apart():
+    """A graph names an op, not its gradient; what a version before computed isn't taken up."""
+    tags = []
+
+    def inner(gm, example_inputs):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return gm.forward
+
+    compiled(backend=inner)(X)
+    (tag,) = tags
+    assert tag.strip() == f"slope_fx {slope_fx.backend._cache_tag()}"
+    assert torch.compiler.config.cache_key_tag == ""
