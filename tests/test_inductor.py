@@ -128,9 +128,7 @@ class Packed(nn.Module):
         return self.head(F.scaled_dot_product_attention(q, k, v))
 
 
-@pytest.mark.parametrize("active", [False, True], ids=["sparse", "adapter"])
-def test_rows_of_a_packed_weight(active):
-    dense, x = Packed(), torch.randn(2, 5, 8)
+def assert_trains_by_the_formulas(dense, x, active):
     model = slope_fx.compile(
         copy.deepcopy(dense), adapter_rank=4, example_inputs=x, on_fallback="error"
     )
@@ -143,6 +141,11 @@ def test_rows_of_a_packed_weight(active):
     got.square().sum().backward()
     want.square().sum().backward()
     assert_gradients_match(model, reference, rtol=1e-4)
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["sparse", "adapter"])
+def test_rows_of_a_packed_weight(active):
+    assert_trains_by_the_formulas(Packed(), torch.randn(2, 5, 8), active)
 
 
 def test_values_written_between_micro_batches():
@@ -165,3 +168,24 @@ def test_values_written_between_micro_batches():
     model(x).square().sum().backward()
     reference(x.double()).square().sum().backward()
     assert_gradients_match(model, reference, rtol=1e-4)
+
+
+class Attention(nn.Module):
+    """Query, key and value by linears of their own, with biases, which one op computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.head(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["sparse", "adapter"])
+def test_linears_with_biases_that_are_merged(active):
+    dense, x = Attention(), torch.randn(2, 5, 8)
+    for linear in (dense.q, dense.k, dense.v):
+        nn.init.normal_(linear.bias)
+    assert_trains_by_the_formulas(dense, x, active)
