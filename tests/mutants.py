@@ -3,7 +3,8 @@
     python tests/mutants.py --write benchmarks/results/mutants.json
 
 A fault is a text and what takes its place. The slice is ``tests/test_consistency.py``; what
-survives it is run against ``tests/test_inductor.py``, which has a test for each that did.
+survives it is run against the other tests that go through Inductor, which have one for each that
+did.
 """
 
 import argparse
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SLICE, FURTHER = "tests/test_consistency.py", "tests/test_inductor.py"
+SLICE = ("tests/test_consistency.py",)
+FURTHER = ("tests/test_inductor.py", "tests/test_modes.py")
 
 
 class Mutant(NamedTuple):
@@ -139,7 +141,9 @@ MUTANTS = (
 )
 
 
-def survives(mutant: Mutant | None, folder: Path, tests: str = SLICE) -> tuple[bool, float, str]:
+def survives(
+    mutant: Mutant | None, folder: Path, tests: tuple[str, ...] = SLICE
+) -> tuple[bool, float, str]:
     """Whether the tests pass on the sources with the fault, its seconds, and who failed."""
     tree = folder / "tree"
     shutil.rmtree(tree, ignore_errors=True)
@@ -156,7 +160,7 @@ def survives(mutant: Mutant | None, folder: Path, tests: str = SLICE) -> tuple[b
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-rf", "-k", "not committed_results", tests],
+        [sys.executable, "-m", "pytest", "-x", "-rf", "-k", "not committed_results", *tests],
         cwd=tree, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
