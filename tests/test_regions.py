@@ -126,6 +126,7 @@ def test_blocks_of_one_class_with_other_graphs():
     assert run(model, x, dense) == 2 * 2
 
 
+@pytest.mark.full
 def test_more_kinds_than_the_limit_of_one_code():
     """Each block is a graph of its own, all of one class: the limit grows with their number."""
     dense, x = Chain(*range(40), 1, 2), torch.randn(2, 8)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, vmap
+from transformers import initialization
 
 import models
 import slope_fx
@@ -132,7 +133,7 @@ INITIALISERS = {
     "data.normal_": lambda w: w.data.normal_(0, 0.02),
     "data.uniform_": lambda w: w.data.uniform_(-1, 1),
     "data.fill_": lambda w: w.data.fill_(0.5),
-    "transformers": lambda w: transformers.initialization.trunc_normal_(w, std=0.02),
+    "transformers": lambda w: initialization.trunc_normal_(w, std=0.02),
 }
 
 
