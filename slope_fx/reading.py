@@ -14,16 +14,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slope_fx.errors import WeightWriteError
-
-if TYPE_CHECKING:
-    from slope_fx.weights import SparseWeight
 
 _TENSOR: Any = Tensor
 _FILLS = {
@@ -38,6 +35,23 @@ _SET_REQUIRES_GRAD = _TENSOR.requires_grad.__set__
 _OF_THE_PARAMETER = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
 
+class Read(Protocol):
+    """What is read: the part of :class:`~slope_fx.SparseWeight` that writes are carried out on."""
+
+    name: str
+    adapter_active: bool
+    _values_name: str
+
+    @property
+    def values(self) -> nn.Parameter: ...
+
+    def expanded(self) -> Tensor: ...
+
+    def has_pruned(self, matrix: Tensor) -> bool: ...
+
+    def store(self, matrix: Tensor) -> None: ...
+
+
 @dataclass
 class _Reading:
     """One reading of a weight.
@@ -48,7 +62,7 @@ class _Reading:
         stamp: of the values, when they were read.
     """
 
-    weight: "SparseWeight"
+    weight: Read
     dense: Tensor
     stamp: tuple[int, ...]
 
@@ -109,7 +123,7 @@ class DenseWeight(Tensor):
     _direct: bool
 
     @staticmethod
-    def of(weight: "SparseWeight", dense: Tensor, shaped: Tensor) -> "DenseWeight":
+    def of(weight: Read, dense: Tensor, shaped: Tensor) -> "DenseWeight":
         """A reading of ``weight``: ``dense`` as ``shaped``, a view of it."""
         return _wrap(shaped, _Reading(weight, dense, _stamp(weight)), direct=True)
 
@@ -250,7 +264,7 @@ def note_step() -> None:
     _steps += 1
 
 
-def _stamp(weight: "SparseWeight") -> tuple[int, ...]:
+def _stamp(weight: Read) -> tuple[int, ...]:
     values = weight.values
     return values.data_ptr(), (0 if values.is_inference() else values._version), _steps
 
