@@ -34,7 +34,7 @@ the adapter phase, there with adapters whose product is as large as the weight i
 COMPARED = """\
 ## What is compared
 
-The other side is always the method's formulas in float64, on the eager dense model, which share no
+Everything is compared with the method's formulas in float64, on the eager dense model. They share no
 code with slope_fx (`tests/formulas.py`). Held against it are the loss, the logits and the gradient
 of every parameter; an error is the largest difference relative to the largest number of the same
 tensor. For a gradient that is next to nothing, such as that of a key's bias, it is relative to a
@@ -45,7 +45,7 @@ hundredth of the largest gradient. In 16 bits gradients are compared by their no
 - *Checkpoint*: activation checkpointing as transformers turns it on, in a model that is compiled as
   one graph, and *around* each compiled block, called by an eager model; of both kinds, reentrant
   and not.
-- *Steps*: two steps of AdamW, backward masks chosen anew after each. The formulas take the same
+- *Steps*: two steps of AdamW. Backward masks are refreshed after each. The formulas take the same
   steps on their own, in float64, and choose their own masks; compared are losses, logits,
   gradients, masks, and last how far each weight moved, where ten times as much is allowed.
 - *Masks*: masks and weights as compressed, against the method's choice on the dense weights.

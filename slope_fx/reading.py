@@ -73,7 +73,7 @@ class _Reading:
             f"{name}: {what}. `weight` of a sparse layer is made from its values at each reading. "
             + (
                 instead
-                or f"To write a dense weight, of which the pruned elements are dropped, call "
+                or f"To write a dense weight and drop its pruned elements, call "
                 f"slope_fx.sparse_weights(model)[{name!r}].write_(dense)."
             )
         )
@@ -259,7 +259,7 @@ _steps = 0
 
 
 def note_step() -> None:
-    """Take note that an optimizer stepped, some of which write without a version that shows it."""
+    """Note that an optimizer stepped. Some write without changing a tensor's version."""
     global _steps
     _steps += 1
 

@@ -104,7 +104,7 @@ def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], ob
 
 
 def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
-    """Members of a ModuleList or a Sequential of which two or more have the same graph."""
+    """Members of each ModuleList or Sequential that holds two or more with the same graph."""
     blocks = set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):

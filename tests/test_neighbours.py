@@ -253,7 +253,6 @@ def test_exported_programs():
 
 
 def test_onnx(tmp_path):
-    pytest.importorskip("onnxscript")
     x = torch.randn(2, 8)
     model = slope_fx.compile(
         models.Plain(), example_inputs=x, skip_head=False, backend="aot_eager"
