@@ -34,7 +34,7 @@ the adapter phase, there with adapters whose product is as large as the weight i
 COMPARED = """\
 ## What is compared
 
-Everything is compared with the method's formulas in float64, on the eager dense model. They share no
+All of it is compared with the method's formulas in float64, on the eager dense model. They share no
 code with slope_fx (`tests/formulas.py`). Held against it are the loss, the logits and the gradient
 of every parameter; an error is the largest difference relative to the largest number of the same
 tensor. For a gradient that is next to nothing, such as that of a key's bias, it is relative to a

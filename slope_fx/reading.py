@@ -73,7 +73,7 @@ class _Reading:
             f"{name}: {what}. `weight` of a sparse layer is made from its values at each reading. "
             + (
                 instead
-                or f"To write a dense weight and drop its pruned elements, call "
+                or "To write a dense weight and drop its pruned elements, call "
                 f"slope_fx.sparse_weights(model)[{name!r}].write_(dense)."
             )
         )
