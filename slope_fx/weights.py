@@ -134,6 +134,11 @@ class SparseWeight(nn.Module):
         return values  # torch.func.functional_call puts a plain tensor there
 
     @property
+    def installed(self) -> bool:
+        """Whether its layer still has the values that it belongs to."""
+        return self._owner[0]._parameters.get(self._values_name) is not None
+
+    @property
     def rank(self) -> int | None:
         """The adapter's rank, or None without one."""
         return None if self.lora_B is None else self.lora_B.shape[1]
@@ -381,8 +386,12 @@ def sparse_name(attribute: str) -> str:
 
 
 def find_alive(matches: Callable[[SparseWeight], bool]) -> list[SparseWeight]:
-    """The living sparse weights that ``matches`` holds for."""
-    return [weight for weight in list(_alive) if matches(weight)]
+    """The living sparse weights that ``matches`` holds for, of those that a layer still has.
+
+    One that ``densify(inplace=True)`` took away, or whose layer was stripped of its values, lives
+    on until it is collected.
+    """
+    return [weight for weight in list(_alive) if weight.installed and matches(weight)]
 
 
 def whole(tensor: Tensor) -> Tensor:

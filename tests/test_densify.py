@@ -13,7 +13,7 @@ import models
 import slope_fx
 from architectures import made
 from forms import FORMS, WIDTH
-from models import batch
+from models import batch, loss_of
 
 BACKEND = {"backend": "eager", "on_fallback": "error"}
 
@@ -241,3 +241,17 @@ def test_what_peft_cannot_have_is_refused(tmp_path):
         slope_fx.densify(model, "fuse")
     with pytest.raises(slope_fx.NotCompiledError):
         slope_fx.densify(Bare())
+
+
+def test_a_weight_without_its_layer_does_not_disturb_another_model():
+    """A sparse weight outlives its layer until it is collected; other models compile meanwhile."""
+    gone = slope_fx.compile(
+        models.Plain(), example_inputs=torch.ones(2, 8), adapter_rank=2, **BACKEND
+    )
+    kept = list(slope_fx.sparse_weights(gone).values())
+    slope_fx.densify(gone, inplace=True)
+    model = slope_fx.compile(models.gpt2(), **BACKEND)
+    loss_of(model, batch()).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert slope_fx.explain(model).sparse
+    assert not any(weight.installed for weight in kept)
