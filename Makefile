@@ -28,11 +28,11 @@ test: $(INSTALLED) ## all tests, a worker a core (at most four); each runs on on
 	$(BIN)/pytest -n auto --maxprocesses 4
 
 test-full: $(INSTALLED) ## those that take long too, and the matrix of consistency: over an hour on two cores
-	$(BIN)/python tests/full.py --write benchmarks/results/test_full.json
+	$(BIN)/python tests/helpers/full.py --write benchmarks/results/test_full.json
 	$(BIN)/python docs/make_consistency.py
 
 mutants: $(INSTALLED) ## put faults into the sources, one by one: which does the consistency slice catch
-	$(BIN)/python tests/mutants.py --write benchmarks/results/mutants.json
+	$(BIN)/python tests/helpers/mutants.py --write benchmarks/results/mutants.json
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -61,8 +61,8 @@ gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's
 gpu-kernels: ## of these, the tests and the kernels; nine minutes at most
 	mkdir -p build && rm -f build/gpu-tests.xml
 	-PYTHONPATH=. timeout 220 $(PYTHON) -m pytest -n 8 --maxschedchunk 1 \
-		--junitxml build/gpu-tests.xml tests/test_cuda.py tests/test_triton_engine.py \
-		tests/test_cusparselt.py
+		--junitxml build/gpu-tests.xml tests/kernels/test_cuda.py tests/kernels/test_triton_engine.py \
+		tests/kernels/test_cusparselt.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 200 --tests build/gpu-tests.xml
 
 gpu-paper: ## of these, the paper's table on two blocks of three models; eight minutes at most

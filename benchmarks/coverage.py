@@ -1,7 +1,7 @@
 """What becomes of every linear of many architectures, and how far the numbers are from float64.
 
-Each small model (``tests/architectures.py``) is compiled with its adapters active; its output and
-all gradients are held against METHOD's formulas in float64, eager.
+Each small model (``tests/helpers/architectures.py``) is compiled with its adapters active; its
+output and all gradients are held against METHOD's formulas in float64, eager.
 
     python benchmarks/coverage.py
 """
@@ -18,7 +18,7 @@ from tabulate import tabulate
 
 import slope_fx
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from architectures import ARCHITECTURES, inputs_of, logits_of, plain_experts
 from formulas import formula_model, gradient_errors
 

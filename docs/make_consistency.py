@@ -23,7 +23,7 @@ INTRODUCTION = """\
 # One answer on every road
 
 Written by `make readme` from `benchmarks/results/consistency.json`, which `make test-full` writes
-(`tests/consistency.py`); `pytest` runs a part of it each time.
+(`tests/helpers/consistency.py`); `pytest` runs a part of it each time.
 
 A model may be compiled by blocks or as one graph, by Inductor or another backend, on any engine, be
 saved and loaded, have its adapters merged into a dense model or exported to PEFT. All of it must
@@ -35,9 +35,9 @@ COMPARED = """\
 ## What is compared
 
 All of it is compared with the method's formulas in float64, on the eager dense model. They share no
-code with slope_fx (`tests/formulas.py`). Held against it are the loss, the logits and the gradient
-of every parameter; an error is the largest difference relative to the largest number of the same
-tensor. For a gradient that is next to nothing, such as that of a key's bias, it is relative to a
+code with slope_fx (`tests/helpers/formulas.py`). Held against it are the loss, the logits and the
+gradient of every parameter. An error is the largest difference, relative to the largest number of
+the same tensor; for a gradient that is next to nothing, such as that of a key's bias, relative to a
 hundredth of the largest gradient. In 16 bits gradients are compared by their norms.
 
 - *train*, *eval*: forward and backward, and forward under `no_grad`. *One token*: one sequence of

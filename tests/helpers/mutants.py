@@ -1,8 +1,8 @@
 """Plausible faults, put into a copy of the sources one by one: does the CI slice catch each?
 
-    python tests/mutants.py --write benchmarks/results/mutants.json
+    python tests/helpers/mutants.py --write benchmarks/results/mutants.json
 
-A fault is a text and what takes its place. The slice is ``tests/test_consistency.py``; what
+A fault is a text and what takes its place. The slice is ``tests/models/test_consistency.py``; what
 survives it is run against the other tests that go through Inductor, which have one for each that
 did.
 """
@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-SLICE = ("tests/test_consistency.py",)
-FURTHER = ("tests/test_inductor.py", "tests/test_modes.py")
+ROOT = Path(__file__).resolve().parents[2]
+SLICE = ("tests/models/test_consistency.py",)
+FURTHER = ("tests/models/test_inductor.py", "tests/backend/test_modes.py")
 
 
 class Mutant(NamedTuple):

@@ -638,7 +638,7 @@ def test_mistakes_with_training_state(saved, tmp_path):
 
 def test_killed_and_resumed(tmp_path, monkeypatch):
     """The benchmark of thirty kills, with three."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import kill_and_resume
 
     result = kill_and_resume.kill_and_resume(tmp_path, steps=8, kills=3, seed=1)

@@ -2,7 +2,7 @@
 
 No GPU takes part. A row that differs shows what a change does to the machine code: more
 registers, spills, another instruction. If it is meant,
-``python tests/compiled_kernels.py --write`` makes the table anew.
+``python tests/helpers/compiled_kernels.py --write`` makes the table anew.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def test_every_kernel_compiles_to_what_the_table_says(arch, tmp_path):
 @pytest.mark.full
 def test_launches_pass_through_triton_as_on_a_gpu(tmp_path):
     """The very arguments of the launches, of awkward sizes: bound, specialised, compiled."""
-    script = Path(__file__).with_name("launch_kernels.py")
+    script = Path(__file__).parents[1] / "helpers" / "launch_kernels.py"
     done = _without_interpreter(tmp_path, script, "--compile-only")
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[0]) >= 38

@@ -12,7 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     tomllib = pytest.importorskip("tomli")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = {
     "slope_fx": "slope_fx",
     "slope_fx.passes": "passes",

@@ -197,7 +197,7 @@ def test_results_repeat_bit_for_bit():
 
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer here")
 def test_no_kernel_touches_memory_that_is_not_its_own():
-    script = Path(__file__).with_name("launch_kernels.py")
+    script = Path(__file__).parents[1] / "helpers" / "launch_kernels.py"
     done = subprocess.run(
         ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no",
          sys.executable, str(script)],

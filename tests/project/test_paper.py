@@ -12,7 +12,7 @@ import fake_cusparselt as fake
 import slope_fx
 from slope_fx.kernels import racing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """All tests and the whole matrix of consistency, with what came of them in a results file.
 
-python tests/full.py --write benchmarks/results/test_full.json
+python tests/helpers/full.py --write benchmarks/results/test_full.json
 """
 
 import argparse
@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MATRIX = "benchmarks/results/consistency.json"
 
 
@@ -30,7 +30,9 @@ def main() -> None:
         cwd=ROOT,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
-    matrix = subprocess.run([sys.executable, "tests/consistency.py", "--write", MATRIX], cwd=ROOT)
+    matrix = subprocess.run(
+        [sys.executable, "tests/helpers/consistency.py", "--write", MATRIX], cwd=ROOT
+    )
     suite = ElementTree.parse(report).getroot()[0].attrib
     failed = int(suite["failures"]) + int(suite["errors"])
     commit = subprocess.run(

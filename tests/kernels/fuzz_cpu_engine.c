@@ -6,7 +6,7 @@
  *
  *     fuzz_cpu_engine ROUNDS SEED
  */
-#include "../kernels/cpu/engine.c"
+#include "../../kernels/cpu/engine.c"
 
 #include <stdio.h>
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "--layers", "2", "--width", "32", "--heads", "2", "--context", "32", "--batch-size", "2",
     "--vocab-size", "300", "--steps", "6", "--warmup", "2", "--eval-every", "3", "--eval-rows", "4",

@@ -1,8 +1,8 @@
 """Every Triton kernel once in every configuration, at sizes that end inside of every tile.
 
-For a sanitizer to watch: ``compute-sanitizer python tests/launch_kernels.py``. The results are
-not looked at; ``test_triton_engine.py`` does that. With ``--compile-only`` nothing is launched: the
-arguments of each launch go through Triton as they would on a GPU, up to the machine code.
+For a sanitizer to watch: ``compute-sanitizer python tests/helpers/launch_kernels.py``. The results
+are not looked at; ``test_triton_engine.py`` does that. With ``--compile-only`` nothing is
+launched: the arguments of each launch go through Triton as on a GPU, up to the machine code.
 """
 
 import argparse

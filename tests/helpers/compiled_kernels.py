@@ -1,7 +1,7 @@
 """Every Triton kernel, in every configuration, compiled for every architecture: no GPU needed.
 
-``python tests/compiled_kernels.py --write`` makes ``compiled_kernels.json`` anew, the table that
-``test_triton_compiled.py`` holds what the compiler makes now against. Run without
+``python tests/helpers/compiled_kernels.py --write`` writes the table that
+``test_triton_compiled.py`` compares with. Run it without
 ``TRITON_INTERPRET``, which would replace the kernels by something to interpret.
 """
 

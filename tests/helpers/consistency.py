@@ -5,7 +5,7 @@ backends and engines, a reloaded checkpoint, merged and PEFT adapters), in both 
 bf16 and under autocast; ``consistency_checks.py`` says what is compared with the formulas in
 float64.
 
-    python tests/consistency.py --write benchmarks/results/consistency.json
+    python tests/helpers/consistency.py --write benchmarks/results/consistency.json
 """
 
 import argparse
@@ -255,7 +255,7 @@ def all_cells(architecture: str) -> Iterator[Cell]:
 
 # The whole matrix, one process an architecture.
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def digest() -> str:
@@ -263,7 +263,7 @@ def digest() -> str:
     folders = ("slope_fx", "passes", "ops", "kernels")
     sources = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     names = ("consistency", "consistency_checks", "formulas", "architectures")
-    mine = [ROOT / "tests" / f"{name}.py" for name in names]
+    mine = [Path(__file__).with_name(f"{name}.py") for name in names]
     return hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, *mine])).hexdigest()[:16]
 
 
