@@ -53,7 +53,7 @@ def page() -> str:
     parts += [entry(name, thing) for name, thing in INTEGRATIONS.items()]
     parts.append("## Errors and warnings\n")
     parts.append(
-        "All errors derive from `slope_fx.SlopeError`, all warnings from `slope_fx.SlopeWarning`; "
+        "All errors derive from `slope_fx.errors.SlopeError`, all warnings from `slope_fx.errors.SlopeWarning`; "
         "[troubleshooting](troubleshooting.md) says what to do about each.\n"
     )
     for name in sorted(slope_fx.__all__):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slope_fx.kernels import cpu, dense, reference, triton
 from slope_fx.kernels.cusparselt import Cusparselt
-from slope_fx.kernels.errors import EngineError, EngineWarning
+from slope_fx.kernels.errors import ArgumentError, EngineWarning
 from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.vendor import VendorProducts
 
@@ -48,7 +48,7 @@ def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
             ``SLOPE_FX_ENGINES``.
 
     Raises:
-        EngineError: a name is not an engine's, or none is left.
+        ArgumentError: a name is not an engine's, or none is left.
     """
     source, text = "engine", engines
     if engines == AUTO:
@@ -79,14 +79,14 @@ def _parse(source: str, text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name.removeprefix("-") not in ENGINES]
     if unknown:
-        raise EngineError(
+        raise ArgumentError(
             f"{source}={text!r}: {unknown[0]!r} is not an engine; there are "
             f"{', '.join(ENGINES)}. Allowed are names separated by commas, or -name to forbid one."
         )
     named = tuple(name for name in ENGINES if name in names)
     left = tuple(name for name in named or COMPETING if f"-{name}" not in names)
     if not left:
-        raise EngineError(f"{source}={text!r} leaves no engine; there are {', '.join(ENGINES)}.")
+        raise ArgumentError(f"{source}={text!r} leaves no engine; there are {', '.join(ENGINES)}.")
     return left
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import ENGINES, Engine, engines_for
+from slope_fx.kernels.engines import ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES, Engine, engines_for
 from slope_fx.kernels.selection import choose
 
 
@@ -12,43 +12,65 @@ def engine(tensor: Tensor) -> Engine:
     return ENGINES[engines_for(tensor.device, tensor.dtype, products=False)[0]]
 
 
-def choose_engine(
-    op: str,
-    tokens_of: Tensor,
-    values_shape: tuple[int, int],
-    n: int,
-    m: int,
-    engines: str,
-    dtype: torch.dtype | None = None,
-    values_dtype: torch.dtype | None = None,
-    trains: bool = True,
-    groups: int = 1,
-) -> str:
-    """The engine of a product, as it goes into the graph.
-
-    Args:
-        op: "sparse_linear", "sparse_input_grad" or "sparse_weight_grad".
-        tokens_of: (..., features): the input or the output's gradient, real or fake.
-        values_shape: (d_out, d_in * N / M), of one weight.
-        n, m: the pattern.
-        engines: who may compute it: "auto", or names separated by commas.
-        dtype: of the product, if it will not be that of ``tokens_of``.
-        values_dtype: of the values, if not that of the product.
-        trains: whether the values change between one use and the next.
-        groups: how many weights share the tokens.
-    """
-    tokens = 1
-    for length in tokens_of.shape[:-1]:
-        tokens *= _hint(length)
-    tokens = -(-tokens // groups)
-    shape = (_hint(values_shape[0]), _hint(values_shape[1]))
-    return choose(
-        op, tokens, shape, n, m, dtype or tokens_of.dtype, tokens_of.device, engines,
-        values_dtype, trains,
-    )  # fmt: skip
+def takes_wider_values(name: str) -> bool:
+    return name in TAKE_WIDER_VALUES
 
 
-def _hint(size: int | torch.SymInt) -> int:
+class engine_named:
+    def __init__(self, name):
+        self.name, self.e = name, ENGINES[name]
+
+    def _n(self, values, like):
+        wide = values.dtype == like.dtype or self.name in TAKE_WIDER_VALUES
+        return values if wide else values.to(like.dtype)
+
+    def forward(self, x, values, mask, bias, n, m, training):
+        more = (training,) if self.name in KEEP_OPERANDS else ()
+        return self.e.sparse_linear(x, self._n(values, x), mask, bias, n, m, *more)
+
+    def input_grad(self, grad, values, f, b, n, m):
+        return self.e.sparse_input_grad(grad, self._n(values, grad), f, b, n, m)
+
+    def weight_grad(self, grad, x, f, n, m, dtype):
+        if dtype in (None, grad.dtype):
+            return self.e.sparse_weight_grad(grad, x, f, n, m)
+        if self.name in TAKE_WIDER_VALUES:
+            return self.e.sparse_weight_grad(grad, x, f, n, m, dtype)
+        return self.e.sparse_weight_grad(grad, x, f, n, m).to(dtype)
+
+
+class Product:
+    def __init__(self, *a):
+        self.a = a
+
+    @classmethod
+    def of(
+        cls,
+        rows,
+        size,
+        n,
+        m,
+        groups=1,
+        *,
+        dtype=None,
+        values_dtype=None,
+        trains=True,
+        engines="auto",
+    ):
+        tokens = 1
+        for length in rows.shape[:-1]:
+            tokens *= hint(length)
+        tokens = -(-tokens // groups)
+        shape = (hint(size[0]), hint(size[1]))
+        return cls(
+            tokens, shape, n, m, dtype or rows.dtype, rows.device, engines, values_dtype, trains
+        )
+
+    def engine(self, op):
+        return choose(op, *self.a)
+
+
+def hint(size: int | torch.SymInt) -> int:
     """A size as a number, without tying the graph to it if it is dynamic."""
     if isinstance(size, int):
         return size

@@ -17,39 +17,25 @@ from slope_fx.checkpoints import (
 from slope_fx.compiler import compile, sparse_weights, weights_changed
 from slope_fx.densify import densify, export_peft
 from slope_fx.errors import (
-    AdapterInitError,
-    AdapterRankError,
-    AlreadyCompiledError,
     ArgumentError,
-    CalibrationError,
-    CalibrationWarning,
+    StateError,
+    ArgumentWarning,
     CheckpointError,
-    DoubleBackwardError,
-    EngineError,
+    UnsupportedError,
     EngineWarning,
-    ExampleInputsError,
     ExpandedWeightError,
     ExpandedWeightWarning,
-    ExportError,
-    IgnoredArgumentWarning,
-    MaskError,
     NoEligibleLinearError,
-    NotCompiledError,
-    PatternError,
-    ScheduleError,
-    ScheduleWarning,
+    TrainingWarning,
     SlopeError,
     SlopeWarning,
-    StaleOptimizerWarning,
-    UntracedModelWarning,
-    WeightWriteError,
 )
-from slope_fx.explain import Explanation, LinearReport, ProductReport, explain
-from slope_fx.patterns import Pattern
-from slope_fx.preview import preview
+from slope_fx.report.explain import Explanation, LinearReport, ProductReport, explain
+from slope_fx.planning.patterns import Pattern
+from slope_fx.report.preview import preview
 from slope_fx.schedule import Schedule
 from slope_fx.version import __version__
-from slope_fx.weights import SparseWeight
+from slope_fx.sparse.weight import SparseWeight
 
 __all__ = [
     "AdapterInitError",

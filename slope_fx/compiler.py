@@ -16,24 +16,21 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from slope_fx import ops
-from slope_fx.activations import Activations, Calibration, needs_calibration, observe
-from slope_fx.adapters import AdapterInit, check_adapter_init, make_adapter
+from slope_fx.planning.activations import Activations, Calibration, needs_calibration, observe
+from slope_fx.planning.adapters import AdapterInit, check_adapter_init, make_adapter
 from slope_fx.backend import backend_of, compiled_call
 from slope_fx.errors import (
-    AlreadyCompiledError,
+    StateError,
     ArgumentError,
-    CalibrationError,
-    IgnoredArgumentWarning,
+    ArgumentWarning,
     NoEligibleLinearError,
-    NotCompiledError,
-    UntracedModelWarning,
 )
-from slope_fx.install import install, restore, set_kind, warn_of_stale_optimizers
+from slope_fx.sparse.install import install, restore, set_kind, warn_of_stale_optimizers
 from slope_fx.kernels.engines import AUTO, forget_operands
 from slope_fx.kernels.packing import unpack
-from slope_fx.optimizers import watch
-from slope_fx.patterns import Pattern, PatternRules
-from slope_fx.plan import (
+from slope_fx.sparse.optimizers import watch
+from slope_fx.planning.patterns import Pattern, PatternRules
+from slope_fx.planning.plan import (
     AdapterRank,
     LinearPlan,
     MaskChoice,
@@ -44,10 +41,10 @@ from slope_fx.plan import (
     layer_rank,
     plan_linears,
 )
-from slope_fx.regions import Region, Regions, choose_regions, in_blocks
-from slope_fx.settings import BackendFunction, Settings, make_settings
-from slope_fx.trace import ExampleInputs, trace
-from slope_fx.weights import OnFallback, Parts, SparseWeight
+from slope_fx.planning.regions import Region, Regions, choose_regions, in_blocks
+from slope_fx.backend.settings import BackendFunction, Settings, make_settings
+from slope_fx.planning.trace import ExampleInputs, trace
+from slope_fx.sparse.weight import OnFallback, Parts, SparseWeight
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +213,7 @@ def compile(
     check_model(model)
     needed_for = needs_calibration(mask, adapter_init)
     if needed_for and calibration is None:
-        raise CalibrationError(
+        raise ArgumentError(
             f"{needed_for} needs calibration=, a few batches of inputs such as [ids, ids]."
         )
     how = CompileOptions(
@@ -274,7 +271,7 @@ def compile(
     if calibration is not None and not needed_for:
         warnings.warn(
             'calibration has no effect: only mask="wanda" and adapter_init="eora" use it.',
-            IgnoredArgumentWarning,
+            ArgumentWarning,
             stacklevel=2,
         )
     warn_of_stale_optimizers(replaced)
@@ -335,11 +332,11 @@ def compilation_of(model: nn.Module) -> Compilation:
     """What ``compile`` decided for ``model``.
 
     Raises:
-        NotCompiledError: ``compile`` has not been called on it.
+        StateError: ``compile`` has not been called on it.
     """
     record = getattr(model, "__dict__", {}).get(_RECORD)
     if not isinstance(record, Compilation):
-        raise NotCompiledError(
+        raise StateError(
             f"model is a {type(model).__name__} that slope_fx.compile has not been called on. "
             "Pass the object that compile returned, not a part or a wrapper of it."
         )
@@ -367,7 +364,7 @@ def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
     """The sparse weights of a compiled model, by the layer's qualified name.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
     """
     compilation_of(model)
     return sparse_weights_of(model)
@@ -383,7 +380,7 @@ def weights_changed(model: nn.Module) -> None:
     it does no harm.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
     """
     for weight in sparse_weights(model).values():
         forget_operands(weight.values)
@@ -417,7 +414,7 @@ def check_model(model: nn.Module) -> None:
         )
     already = list(sparse_weights_of(model))
     if already:
-        raise AlreadyCompiledError(
+        raise StateError(
             f"model is compiled already: {already[0]} holds a sparse weight, and {len(already)} "
             "layers in all. Compile a fresh dense model, or keep using this one."
         )
@@ -463,7 +460,7 @@ def _say_without_backend(**arguments: tuple[object, object]) -> None:
             warnings.warn(
                 f"{name}={value!r} has no effect with backend=None; give it to rewriting_backend "
                 "or to torch.compile.",
-                IgnoredArgumentWarning,
+                ArgumentWarning,
                 stacklevel=3,
             )
 
@@ -499,13 +496,13 @@ def _say_what_was_ignored(rules: PatternRules, untraced_because: str, *, given: 
             f"The model was not traced ({untraced_because}); its nn.Linear and Conv1D modules "
             "were taken instead, the first for the one that reads the input and the last for the "
             f"output head. {advice}",
-            UntracedModelWarning,
+            ArgumentWarning,
             stacklevel=3,
         )
     for key in rules.unmatched():
         warnings.warn(
             f"sparsity[{key!r}] matches no linear of the model that an earlier key doesn't "
             "match; see slope_fx.explain(model) for the names.",
-            IgnoredArgumentWarning,
+            ArgumentWarning,
             stacklevel=3,
         )

@@ -15,10 +15,10 @@ from slope_fx.checkpoints import load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
 from slope_fx.compiler import check_choice, compile
 from slope_fx.densify import densify, export_peft
-from slope_fx.errors import ArgumentError, ExportError, IgnoredArgumentWarning, first_line
+from slope_fx.errors import ArgumentError, UnsupportedError, ArgumentWarning, first_line
 from slope_fx.hub import class_of, config_of, transformers
-from slope_fx.patterns import Pattern
-from slope_fx.plan import AdapterRank
+from slope_fx.planning.patterns import Pattern
+from slope_fx.planning.plan import AdapterRank
 
 Kind = Literal["sparse", "dense", "peft"]
 
@@ -72,7 +72,7 @@ def convert(
     for argument in (name for name, is_given in given.items() if is_given and name not in used):
         warnings.warn(
             f"{argument} has no effect on the way from {kind} to {to}.",
-            IgnoredArgumentWarning,
+            ArgumentWarning,
             stacklevel=2,
         )
     tokenizer = _tokenizer(source)
@@ -114,7 +114,7 @@ def _compiled(
     factors = _factors(peft_model)
     ranks = {len(a) for a, _ in factors.values()}
     if len(ranks) > 1 or not ranks:
-        raise ExportError(
+        raise UnsupportedError(
             f"{source} has adapters of ranks {sorted(ranks)}; slope_fx has one rank for all. "
             "Merge them: slope-fx convert ... --to dense."
         )
@@ -132,7 +132,7 @@ def _compiled(
         peft_model.unload(), sparsity, adapter_rank=own, adapter_init=adapter, backend=None
     )
     if unused:
-        raise ExportError(
+        raise UnsupportedError(
             f"{source} has an adapter on {sorted(unused)[0]}, which stays dense and so has no "
             "place for it. Choose it in sparsity=, or merge: slope-fx convert ... --to dense."
         )
@@ -151,13 +151,13 @@ def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         # What a layer of PEFT's may have besides A and B, some of it as empty containers.
         more = [n for n in _UNKNOWN_PARTS if len(getattr(module, n, ()) or ())]
         if more:
-            raise ExportError(f"{path} has {more[0]}, {_NOT_OURS}")
+            raise UnsupportedError(f"{path} has {more[0]}, {_NOT_OURS}")
         factor = module.lora_B["default"] if "default" in getattr(module, "lora_B", ()) else None
         if getattr(factor, "bias", None) is not None:
-            raise ExportError(f"{path} has a lora_bias, {_NOT_OURS}")
+            raise UnsupportedError(f"{path} has a lora_bias, {_NOT_OURS}")
     for name in ("use_dora", "alora_invocation_tokens", "trainable_token_indices"):
         if getattr(config, name, None):
-            raise ExportError(f"the adapter has {name}, {_NOT_OURS}")
+            raise UnsupportedError(f"the adapter has {name}, {_NOT_OURS}")
     for path, module in peft_model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight

@@ -14,7 +14,7 @@ from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels.packing import unpack
 from slope_fx.passes import PASSES, Context, run_passes
-from slope_fx.weights import SparseWeight
+from slope_fx.sparse.weight import SparseWeight
 
 Weights = dict[int, SparseWeight]
 """By the address of their values."""
@@ -65,7 +65,7 @@ def first_difference(
         None if no pass does.
 
     Raises:
-        NotCompiledError: ``model`` isn't compiled.
+        StateError: ``model`` isn't compiled.
         ArgumentError: it is compiled with ``backend=None``, Dynamo compiles nothing of it, or the
             tolerance isn't positive.
     """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from slope_fx.compiler import check_choice, compilation_of, detach, sparse_weights
-from slope_fx.errors import ArgumentError, ExportError, first_line
-from slope_fx.install import uninstall
-from slope_fx.trace import linear_modules
-from slope_fx.weights import SparseWeight, sparse_name, whole
+from slope_fx.errors import ArgumentError, UnsupportedError, first_line
+from slope_fx.sparse.install import uninstall
+from slope_fx.planning.trace import linear_modules
+from slope_fx.sparse.weight import SparseWeight, sparse_name, whole
 
 Model = TypeVar("Model", bound=nn.Module)
 Adapters = Literal["merge", "drop", "peft"]
@@ -38,9 +38,9 @@ def densify(model: Model, adapters: Adapters = "merge", *, inplace: bool = False
         The dense model; with "peft" a ``peft.PeftModel``.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
         ArgumentError: ``adapters`` is none of its choices.
-        ExportError: "peft" where PEFT has no adapter for a layer; or the model can't be copied.
+        UnsupportedError: "peft" where PEFT has no adapter for a layer; or the model can't be copied.
     """
     check_choice("adapters", adapters, get_args(Adapters))
     compilation_of(model)
@@ -60,7 +60,7 @@ def _copied(model: Model) -> Model:
     try:
         return copy.deepcopy(model)
     except Exception as error:  # what a module keeps of its last call may have a graph behind it
-        raise ExportError(
+        raise UnsupportedError(
             f"the model can't be copied ({type(error).__name__}: {first_line(error)}), as a model "
             "that keeps a result of its last call can't. densify(model, inplace=True) needs no "
             "copy."
@@ -84,8 +84,8 @@ def export_peft(
         The folder.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
-        ExportError: it has no adapters at work, or one on something that PEFT knows no LoRA for:
+        StateError: ``model`` is not the object that ``compile`` returned.
+        UnsupportedError: it has no adapters at work, or one on something that PEFT knows no LoRA for:
             a bare parameter, the experts of a mixture, some layers of Mamba.
     """
     compilation_of(model)
@@ -123,7 +123,7 @@ def export_peft(
 
 
 def _check_peft_takes(peft: Any, config: Any, model: nn.Module, names: Iterable[str]) -> None:
-    """Raise ExportError where PEFT knows a LoRA for the layer's type, and refuses this layer."""
+    """Raise UnsupportedError where PEFT knows a LoRA for the layer's type, and refuses this layer."""
     check = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
     if check is None:
         return
@@ -131,7 +131,7 @@ def _check_peft_takes(peft: Any, config: Any, model: nn.Module, names: Iterable[
         try:
             check(config, model, name.rpartition(".")[2])
         except ValueError as error:
-            raise ExportError(
+            raise UnsupportedError(
                 f"{name}: {first_line(error)} Merge the adapters instead: densify(model, 'merge')."
             ) from None
 
@@ -140,11 +140,11 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
     """The modules that PEFT is to give an adapter, by path, with the weights they have one of.
 
     Raises:
-        ExportError: there is none, or one that PEFT can't have.
+        UnsupportedError: there is none, or one that PEFT can't have.
     """
     active = [w for w in sparse_weights(model).values() if w.adapter_active and w.rank]
     if not active:
-        raise ExportError(
+        raise UnsupportedError(
             "the model has no adapters that take part: it was compiled without adapter_rank, or "
             "they haven't begun. Nothing can be exported; densify(model, 'drop') is all of it."
         )
@@ -156,7 +156,7 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
         for path, attribute in paths:
             module = model.get_submodule(path)
             if id(module) not in linears or attribute != "weight":
-                raise ExportError(
+                raise UnsupportedError(
                     f"{weight.name} is not the weight of a linear module, and PEFT has no LoRA "
                     "for it. Merge the adapters instead: densify(model, 'merge')."
                 )

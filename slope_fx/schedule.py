@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from slope_fx.compiler import compilation_of, sparse_weights
-from slope_fx.errors import IgnoredArgumentWarning, ScheduleError, ScheduleWarning
-from slope_fx.weights import whole
+from slope_fx.errors import ArgumentWarning, ArgumentError, TrainingWarning
+from slope_fx.sparse.weight import whole
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _Progress:
                 f"{self.adapter_step}, where the adapters begin: they took no part. If the run is "
                 "over, make the Schedule with the number of optimizer steps that it takes; if it "
                 "goes on later, load the Schedule's state_dict then.",
-                ScheduleWarning,
+                TrainingWarning,
                 stacklevel=2,
             )
 
@@ -64,8 +64,8 @@ class Schedule:
             None keeps the first one.
 
     Raises:
-        ScheduleError: steps, fraction or interval out of range.
-        NotCompiledError: ``model`` isn't compiled.
+        ArgumentError: steps, fraction or interval out of range.
+        StateError: ``model`` isn't compiled.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Schedule:
         else:
             usual = adapter_start == _DEFAULT_START
         if not _is_number(adapter_start) or not 0 <= adapter_start <= 1:
-            raise ScheduleError(
+            raise ArgumentError(
                 f"adapter_start={adapter_start!r}; allowed is a fraction of total_steps from 0 "
                 "(adapters from the first step) to 1 (never)."
             )
@@ -104,7 +104,7 @@ class Schedule:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
                 "adapters. Pass adapter_rank to slope_fx.compile to have them.",
-                IgnoredArgumentWarning,
+                ArgumentWarning,
                 stacklevel=2,
             )
         self._apply_phase()
@@ -123,10 +123,10 @@ class Schedule:
         """Count one optimizer step: refresh masks and begin the adapter phase when due.
 
         Raises:
-            ScheduleError: all ``total_steps`` have been taken.
+            ArgumentError: all ``total_steps`` have been taken.
         """
         if self.last_step >= self.total_steps:
-            raise ScheduleError(
+            raise StateError(
                 f"step() was called after the last of total_steps={self.total_steps}. Make the "
                 "Schedule with the number of optimizer steps that the run takes."
             )
@@ -155,21 +155,21 @@ class Schedule:
         """Go on from where ``state`` was saved; sets the model's phase too.
 
         Raises:
-            ScheduleError: ``state`` is of a run with other steps, or isn't a Schedule's.
+            ArgumentError: ``state`` is of a run with other steps, or isn't a Schedule's.
         """
         mine = self.state_dict()
         if not isinstance(state, Mapping) or set(state) != set(mine):
             got = f"the keys {list(state)}" if isinstance(state, Mapping) else type(state).__name__
-            raise ScheduleError(f"state has {got}; a Schedule's has the keys {list(mine)}.")
+            raise ArgumentError(f"state has {got}; a Schedule's has the keys {list(mine)}.")
         for key in ("total_steps", "adapter_step", "backward_mask_interval"):
             if state[key] != mine[key]:
-                raise ScheduleError(
+                raise StateError(
                     f"state was saved by a Schedule with {key}={state[key]}; this one has "
                     f"{mine[key]}. Resume with the arguments of the interrupted run."
                 )
         step = state["last_step"]
         if not _is_count(step) or not 0 <= step <= self.total_steps:
-            raise ScheduleError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
+            raise ArgumentError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
         self._progress.step = step
         self._resumed = True
         self._apply_phase()
@@ -193,7 +193,7 @@ class Schedule:
             warnings.warn(
                 "The model's adapters are trained already, but this Schedule starts at step 0, "
                 "where they take no part. To resume a run, load its Schedule's state_dict too.",
-                ScheduleWarning,
+                TrainingWarning,
                 stacklevel=3,
             )
 
@@ -208,4 +208,4 @@ def _is_count(value: object) -> bool:
 
 def _check_count(argument: str, value: object, more: str = "") -> None:
     if not _is_count(value) or int(value) < 1:  # type: ignore[call-overload]
-        raise ScheduleError(f"{argument}={value!r}; allowed is a whole number from 1 up{more}.")
+        raise ArgumentError(f"{argument}={value!r}; allowed is a whole number from 1 up{more}.")

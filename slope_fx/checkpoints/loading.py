@@ -20,12 +20,12 @@ from slope_fx.checkpoints.manifest import (
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
 from slope_fx.compiler import CompileOptions, attach, check_model, make_record
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
-from slope_fx.install import install, warn_of_stale_optimizers
+from slope_fx.sparse.install import install, warn_of_stale_optimizers
 from slope_fx.kernels.engines import AUTO
-from slope_fx.plan import LinearPlan, parse_dtype
-from slope_fx.regions import Region
-from slope_fx.settings import BackendFunction
-from slope_fx.weights import (
+from slope_fx.planning.plan import LinearPlan, parse_dtype
+from slope_fx.planning.regions import Region
+from slope_fx.backend.settings import BackendFunction
+from slope_fx.sparse.weight import (
     OnFallback,
     Parts,
     packed_masks_problem,

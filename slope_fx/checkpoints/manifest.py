@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from slope_fx.checkpoints.files import previous_of, sha256
 from slope_fx.errors import CheckpointError
 from slope_fx.passes.views import Layout
-from slope_fx.patterns import Pattern
-from slope_fx.plan import LinearPlan
-from slope_fx.regions import Region
+from slope_fx.planning.patterns import Pattern
+from slope_fx.planning.plan import LinearPlan
+from slope_fx.planning.regions import Region
 
 MANIFEST = "slope_fx.json"
 FORMAT_VERSION = 1

@@ -26,7 +26,7 @@ from slope_fx.checkpoints.training import collect_training, write_training
 from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import CheckpointError
 from slope_fx.version import __version__
-from slope_fx.weights import whole
+from slope_fx.sparse.weight import whole
 
 # Not transformers' own name for such files: its from_pretrained would take them, find most of the
 # weights missing, and make new ones at random.
@@ -62,7 +62,7 @@ def save_pretrained(
         The folder.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
         CheckpointError: ``path`` holds something else, can't be written, or something can't be
             stored without pickle.
     """
@@ -100,7 +100,7 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the folder.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
         CheckpointError: the folder lacks some of the model's tensors, or has others.
     """
     folder = Path(path)

@@ -155,14 +155,14 @@ def test_fullgraph_says_where_a_graph_breaks():
 )
 def test_wrong_arguments_leave_the_model_as_it_was(wrong, words):
     model = layers()
-    with pytest.raises(slope_fx.ArgumentError) as error:
+    with pytest.raises(slope_fx.errors.ArgumentError) as error:
         compiled(model, **{"backend": "inductor", **wrong})
     assert words in str(error.value)
     assert not slope_fx.compiler.sparse_weights_of(model)
 
 
 def test_without_a_backend_its_arguments_are_told():
-    with pytest.warns(slope_fx.IgnoredArgumentWarning, match="disable_passes=.*has no effect"):
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match="disable_passes=.*has no effect"):
         compiled(backend=None, disable_passes=["fuse_bias"])
 
 
@@ -216,7 +216,7 @@ def test_each_pass_can_be_left_out(name):
 
 def test_a_disabled_pass_is_named_where_a_layer_is_left():
     model = compiled(disable_passes=["sparsify_linears"], on_fallback="warn")
-    with pytest.warns(slope_fx.ExpandedWeightWarning, match="disabled are sparsify_linears"):
+    with pytest.warns(slope_fx.errors.ExpandedWeightWarning, match="disabled are sparsify_linears"):
         model(X).sum().backward()
 
 
@@ -296,11 +296,11 @@ def test_debug_finds_the_pass_at_fault(monkeypatch):
 
 
 def test_debug_refuses_what_it_cannot_look_at():
-    with pytest.raises(slope_fx.NotCompiledError):
+    with pytest.raises(slope_fx.errors.StateError):
         slope_fx.debug.first_difference(layers(), X)
-    with pytest.raises(slope_fx.ArgumentError, match="backend=None"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="backend=None"):
         slope_fx.debug.first_difference(compiled(backend=None), X)
-    with pytest.raises(slope_fx.ArgumentError, match="tolerance=0"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="tolerance=0"):
         slope_fx.debug.first_difference(compiled(), X, tolerance=0)
 
 
@@ -339,7 +339,7 @@ def test_autocast_checkpoints_and_disabled_layers(reentrant):
     model = compiled(copy.deepcopy(dense), on_fallback="warn")
     reference = formula_model(dense, model)
     y = model(X)
-    with pytest.warns(slope_fx.ExpandedWeightWarning, match="apart: its weight was read outside"):
+    with pytest.warns(slope_fx.errors.ExpandedWeightWarning, match="apart: its weight was read outside"):
         y.sum().backward()
     want = reference(X.double())
     torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)

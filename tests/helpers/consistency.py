@@ -117,7 +117,7 @@ def to_peft(subject: Subject) -> nn.Module:
     modules = dict(model.named_modules())
     try:
         return slope_fx.densify(model, "peft").get_base_model()
-    except slope_fx.ExportError as error:
+    except slope_fx.errors.UnsupportedError as error:
         linear = all(isinstance(modules.get(path), (nn.Linear, Conv1D)) for path in paths)
         if linear and "[PEFT:" not in str(error):  # which quotes PEFT's own refusal
             raise

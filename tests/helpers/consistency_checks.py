@@ -317,7 +317,7 @@ def steps(subject: Subject, model: nn.Module, case: str) -> Results:
             weight.grad *= mask
         optimizer.step(), own.step()
         with warnings.catch_warnings():  # of adapters that are asleep, as they are meant to be
-            warnings.simplefilter("ignore", slope_fx.ScheduleWarning)
+            warnings.simplefilter("ignore", slope_fx.errors.TrainingWarning)
             schedule.step()
         found.add({"masks": refresh_masks(model, oracle)})
     for name, (got, want) in pairs_of(model, oracle).items():

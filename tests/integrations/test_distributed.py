@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import slope_fx
 from models import batch, loss_of
-from slope_fx.weights import whole
+from slope_fx.sparse.weight import whole
 
 
 @pytest.fixture
@@ -81,5 +81,5 @@ def test_ddp_made_first_is_refused(one_process):
     model = models.gpt2()
     wrapped = ddp(model)
     for each in (model, wrapped):
-        with pytest.raises(slope_fx.ArgumentError, match="wrapped in DistributedDataParallel"):
+        with pytest.raises(slope_fx.errors.ArgumentError, match="wrapped in DistributedDataParallel"):
             slope_fx.compile(each, backend="aot_eager")

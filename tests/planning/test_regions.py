@@ -200,7 +200,7 @@ def test_a_cache_that_forward_takes_through_its_kwargs(name):
             )
         )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("error", slope_fx.UntracedModelWarning)
+        warnings.simplefilter("error", slope_fx.errors.ArgumentWarning)
         model, _, _ = compiled(model, None)
     assert not compilation_of(model).untraced_because
     inputs = {**inputs_of(model), "labels": models.batch()[:, :8].contiguous()}

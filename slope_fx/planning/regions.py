@@ -1,16 +1,14 @@
 """Which modules are compiled, each as one graph: the whole model, or its repeated blocks."""
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from slope_fx.hub import cache_by_default, takes_cache
-from slope_fx.plan import LinearPlan
+from slope_fx.planning.plan import LinearPlan, SparsePlan
 
 Region = Literal["auto", "model", "blocks"]
 GRAPH = 4
@@ -50,7 +48,7 @@ def choose_regions(
         graphs: for each module the number of its graph as it was traced; those that it lacks are
             compared by their types and the shapes of their parameters.
     """
-    sparse = [plan for plan in plans if plan.pattern is not None]
+    sparse = [plan for plan in plans if isinstance(plan, SparsePlan)]
     if region == "model":
         return Regions()
     graph_of = _graph_of(model, graphs)
@@ -83,7 +81,7 @@ def choose_regions(
     return Regions(tuple(paths), tuple(kinds))
 
 
-def _linears_in(path: str, plans: list[LinearPlan]) -> int:
+def _linears_in(path: str, plans: list[SparsePlan]) -> int:
     return sum(_within(scope, path) for plan in plans for scope in plan.scopes)
 
 
@@ -118,31 +116,3 @@ def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set
             if len({graph_of(member) for member in members}) < len(members):
                 blocks |= set(members)
     return blocks
-
-
-def in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a model whose blocks are compiled one by one.
-
-    A transformers model with a cache of keys and values is another matter: each block has its
-    own place there, which would make each a graph of its own. Training needs no cache, so none
-    is made unless it is asked for; where one is used, ``whole`` is called instead.
-    """
-    signature, caches = inspect.signature(model.forward), takes_cache(model)
-    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if caches:
-            given = signature.bind_partial(*args, **kwargs).arguments
-            given = {**given.get(rest, {}), **given}
-            wanted = given.get("use_cache")
-            cached = given.get("past_key_values") is not None
-            trains = model.training and torch.is_grad_enabled()
-            if wanted is None and trains and not cached:
-                kwargs["use_cache"] = wanted = False
-            if wanted is None:
-                wanted = cache_by_default(model)
-            if wanted or cached:
-                return whole(*args, **kwargs)
-        return model._call_impl(*args, **kwargs)
-
-    return call

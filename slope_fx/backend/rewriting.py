@@ -1,49 +1,35 @@
 """The torch.compile backend that runs the passes and hands the graph on."""
 
 import functools
-import inspect
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import CodeType
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
+from torch.nn.parallel import DistributedDataParallel
 
 from slope_fx import ops
+from slope_fx.backend.settings import Settings, UserPass, resolve
+from slope_fx.dynamo import BackendFunction, CompiledFunction
 from slope_fx.errors import (
     ArgumentError,
     EngineWarning,
     ExpandedWeightError,
-    WeightWriteError,
+    SlopeError,
+    StateError,
+    UnsupportedError,
 )
-from slope_fx.graphs import environment_recorder, remember
 from slope_fx.kernels import selection
 from slope_fx.kernels.cache import digest
 from slope_fx.kernels.engines import AUTO
-from slope_fx.passes import OFF, Context, Leftover, run_passes
+from slope_fx.passes import Context, Leftover, Rewrites, run_passes
 from slope_fx.passes.graph import nested_calls
-from slope_fx.settings import (
-    BackendFunction,
-    CompiledFunction,
-    Settings,
-    UserPass,
-    make_settings,
-    resolve,
-)
+from slope_fx.sparse.weight import Choices, SparseWeight, find_alive
 from slope_fx.version import __version__
-from slope_fx.weights import SparseWeight, find_alive
-
-RECOMPILE_LIMIT = 32
-"""Dynamo's own limit of 8 is soon reached by one block's code in two phases, training and
-evaluating, with and without a cache; past it a sparse layer runs expanded."""
-
-VARIANTS = 8
-"""In how many circumstances each graph may be met: phases, training and not, autocast, shapes."""
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +49,70 @@ class RewritingBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         self.graphs += 1
-        settings = self.settings
-        before, after = settings.own_passes()
-        context = Context.here(settings.engine, settings.replays)
+        before, after = self.settings.own_passes()
+        context = Context.here(self.settings.engine, self.settings.replays)
         # None of the caller's modes sees any of this, or changes it.
         with context.in_force():
             gm = _run_own(gm, before)
-            remember(gm, context, settings.disabled, example_inputs)
-            rewrites = run_passes(gm, context, settings.disabled, environment_recorder())
+            rewrites = run_passes(gm, context, self.settings.disable_passes)
             compiled = _run_own(gm, after)
-        if rewrites.writes:
-            return _raiser(_write_error(gm, rewrites.writes[0], example_inputs))
-        if context.training:
-            try:
-                for leftover in rewrites.leftovers:
-                    _report(gm, leftover, example_inputs, settings.disabled)
-            except ExpandedWeightError as error:
-                # Raised from here it would reach the user wrapped in Dynamo's own error.
-                return _raiser(error)
-            self._tell_if_nothing_gains(rewrites.weights)
+        try:
+            self._tell(gm, rewrites, example_inputs, context.training)
+        except SlopeError as error:
+            return _raiser(error)  # from here it would reach the user wrapped in Dynamo's own
         return self._compile(compiled, example_inputs)
+
+    def _tell(
+        self, gm: GraphModule, rewrites: Rewrites, example_inputs: Sequence[Any], training: bool
+    ) -> None:
+        """Say what became of the sparse weights of a graph, and note their engines on them.
+
+        Raises:
+            UnsupportedError: the graph writes to a weight.
+            ExpandedWeightError: a weight is expanded, and that is to be an error.
+            StateError: the graph runs in a DistributedDataParallel made before ``compile``.
+        """
+        owners = _Owners(gm, example_inputs)
+        for write in rewrites.writes:
+            raise _write_error(owners.of(write.gm, write.mask), write)
+        if not training:
+            self._note_choices(rewrites, owners)
+            return
+        for leftover in rewrites.leftovers:
+            for weight in owners.of(leftover.gm, leftover.mask):
+                weight.fallback.note(self._why(leftover), trains=weight.values.requires_grad)
+        for call in rewrites.calls:
+            for weight in owners.of(call.gm, call.mask):
+                _check_wrapper(weight)
+        weights = self._note_choices(rewrites, owners)
+        line = nothing_gains(weights, training=True)
+        if line and frozenset(weights) not in self._told:
+            self._told.add(frozenset(weights))
+            warnings.warn(line, EngineWarning, stacklevel=3)
+
+    def _note_choices(self, rewrites: Rewrites, owners: "_Owners") -> "Sizes":
+        """Note the engines of a graph's products on its weights, and return them by weight."""
+        found: Sizes = {}
+        for call in rewrites.calls:
+            chosen = {}
+            for op in call.products:
+                problem, choice = call.wanted.chosen(op)
+                chosen[problem] = choice
+            found.setdefault(call.wanted.weight, {}).update(chosen)
+            for weight in owners.of(call.gm, call.mask):
+                weight.choices.update(chosen)
+        return found
+
+    def _why(self, leftover: Leftover) -> str:
+        """Why a weight is left expanded."""
+        if leftover.used_by == ("output",):
+            return (
+                "Dynamo compiled the reading of its weight by itself, as it does below a graph "
+                "break in one of torch's own containers (nn.Sequential, nn.LSTM)"
+            )
+        disabled = self.settings.disable_passes
+        reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
+        return reason + (f" (disabled are {', '.join(disabled)})" if disabled else "")
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         tag = f"{torch.compiler.config.cache_key_tag} slope_fx {_cache_tag()}"
@@ -91,7 +121,7 @@ class RewritingBackend:
 
     def _compile_within(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         settings = self.settings
-        if settings.inner == "inductor":
+        if settings.backend == "inductor":
             patches = settings.inductor_options()
             return cast(CompiledFunction, compile_fx(gm, example_inputs, config_patches=patches))
         more: dict[str, Any] = {}
@@ -99,18 +129,7 @@ class RewritingBackend:
             more["mode"] = settings.mode
         if settings.options:
             more["options"] = dict(settings.options)
-        compiled = resolve(settings.inner)(gm, example_inputs, **more)
-        return compiled
-
-    def _tell_if_nothing_gains(self, weights: frozenset[tuple[int, int, int, int]]) -> None:
-        """Say, once for such weights, that all of them are too small to gain speed in training.
-
-        Evaluation may gain less than training; explain tells that.
-        """
-        line = nothing_gains(weights, training=True)
-        if line and weights not in self._told:
-            self._told.add(weights)
-            warnings.warn(line, EngineWarning, stacklevel=2)
+        return resolve(settings.backend or "eager")(gm, example_inputs, **more)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RewritingBackend":
         return self
@@ -146,14 +165,18 @@ def _run_own(gm: GraphModule, passes: Sequence[UserPass]) -> GraphModule:
     return gm
 
 
-def nothing_gains(weights: Iterable[tuple[int, int, int, int]], training: bool) -> str:
-    """The line for a model of which no sparse linear gains speed, as far as was measured, or "".
+Sizes = dict[tuple[int, int, int, int], Choices]
+"""The engines chosen for weights, by (d_out, d_in, N, M)."""
+
+
+def nothing_gains(weights: Sizes, training: bool) -> str:
+    """The line for a model whose sparse linears gain no speed, as far as was measured, or "".
 
     Args:
-        weights: (d_out, d_in, N, M) of its sparse linears.
-        training: whether it is about all three products, or the forward one alone.
+        weights: the engines chosen for its sparse linears.
+        training: whether all three products count, or the forward product alone.
     """
-    gains = [selection.gain(*weight, training) for weight in weights]
+    gains = [selection.gain(chosen.items(), training) for chosen in weights.values()]
     measured = [gain for gain in gains if gain is not None]
     if not measured or len(measured) < len(gains) or max(measured)[0] >= 1:
         return ""
@@ -172,7 +195,6 @@ def rewriting_backend(
     options: Mapping[str, Any] | None = None,
     passes: Sequence[Any] = (),
     disable_passes: Sequence[str] = (),
-    enable_passes: Sequence[str] = (),
 ) -> RewritingBackend:
     """The backend that rewrites for slope_fx ahead of ``inner``.
 
@@ -186,13 +208,16 @@ def rewriting_backend(
         mode, options: as of torch.compile, for ``inner``.
         passes: your own passes, functions of a GraphModule, after ours or around ``...``.
         disable_passes: names of ours to leave out.
-        enable_passes: names of ours to run that are off by default.
 
     Raises:
         ArgumentError: there is no backend, engine, mode, option or pass of that name.
     """
-    settings = make_settings(inner, engine, mode, options, passes, disable_passes, enable_passes)
-    return backend_of(settings)
+    return backend_of(
+        Settings.of(
+            backend=inner, engine=engine, mode=mode, options=options, passes=passes,
+            disable_passes=disable_passes,
+        )
+    )  # fmt: skip
 
 
 @functools.cache
@@ -201,44 +226,39 @@ def backend_of(settings: Settings) -> RewritingBackend:
     return RewritingBackend(settings)
 
 
-def _layers(
-    gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any]
-) -> list[SparseWeight]:
-    """The layers that a marker in ``gm``, or in a graph nested in it, belongs to."""
-    placeholder = _outer_placeholder(gm, leftover.gm, leftover.values)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    if placeholder not in placeholders:
-        return []
-    values = example_inputs[placeholders.index(placeholder)]
-    return find_alive(lambda weight: weight.values is values)
+class _Owners:
+    """From the nodes of a graph to the layers that they belong to."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        self._gm = gm
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        self._inputs = dict(zip(placeholders, example_inputs, strict=False))
+
+    def of(self, gm: GraphModule, mask: Node) -> list[SparseWeight]:
+        """The layers with the forward mask that a node of ``gm`` is, in a nested graph or not."""
+        value = self._inputs.get(_outer_placeholder(self._gm, gm, mask))
+        return [] if value is None else find_alive(lambda weight: weight.forward_bits is value)
 
 
-def _report(
-    gm: GraphModule, leftover: Leftover, example_inputs: Sequence[Any], disabled: Sequence[str]
-) -> None:
-    """Tell the layer that a leftover marker belongs to, in a graph that is for training."""
-    reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
-    if left_out := [name for name in disabled if name not in OFF]:
-        reason += f" (disabled are {', '.join(left_out)})"
-    if leftover.used_by == ("output",):
-        reason = (
-            "Dynamo compiled the reading of its weight by itself, as it does below a graph break "
-            "in one of torch's own containers (nn.Sequential, nn.LSTM)"
-        )
-    for weight in _layers(gm, leftover, example_inputs):
-        weight.note_expanded(reason)
-
-
-def _write_error(
-    gm: GraphModule, write: Leftover, example_inputs: Sequence[Any]
-) -> WeightWriteError:
-    names = [weight.name for weight in _layers(gm, write, example_inputs)]
-    return WeightWriteError(
+def _write_error(weights: Iterable[SparseWeight], write: Leftover) -> UnsupportedError:
+    names = [weight.name for weight in weights]
+    return UnsupportedError(
         f"{' and '.join(names) or 'a sparse layer'}: the model's forward writes to its `weight` "
         f"({', '.join(write.used_by)}), which is made from its values at each reading, so that "
         "the write would be lost. Keep the layer dense with sparsity={...: None}, switch the "
         "write off in the model (RWKV: config.rescale_every = 0), or write outside of forward, "
         "with slope_fx.sparse_weights(model)[name].write_(dense)."
+    )
+
+
+def _check_wrapper(weight: SparseWeight) -> None:
+    """See that the DistributedDataParallel that runs, if one does, knows the layer's values."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or any(p is weight.values for p in wrapper._module_parameters):
+        return
+    raise StateError(
+        f"{weight.name}: the DistributedDataParallel around the model goes on synchronising the "
+        "parameters that compile replaced. Call slope_fx.compile first, then wrap."
     )
 
 
@@ -259,48 +279,3 @@ def _raiser(error: Exception) -> CompiledFunction:
         raise error
 
     return fail
-
-
-def compiled_call(
-    module: nn.Module,
-    backend: BackendFunction,
-    *,
-    kind: Hashable = 0,
-    kinds: int = 1,
-    **options: Any,
-) -> Callable[..., Any]:
-    """``module``'s call, compiled by ``backend``.
-
-    Args:
-        module: the module.
-        backend: what compiles it.
-        kind: equal for modules that are to share compiled code, as those of equal graphs do.
-        kinds: how many such graphs there are: as many recompiles must be allowed in each of the
-            variants (phase, training, autocast) that a run may meet.
-        options: torch.compile's.
-    """
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it
-        limit = torch._dynamo.config.recompile_limit
-        options["recompile_limit"] = max(limit, RECOMPILE_LIMIT, VARIANTS * kinds)
-    call: Callable[..., Any] = module._call_impl
-    if type(module).__module__.startswith("torch.nn."):
-        # Dynamo steps over the frames of torch's own modules and would leave an
-        # nn.Sequential or nn.Linear uncompiled, so it is given a frame of ours.
-        call = _framed(call, kind)
-    compiled: Callable[..., Any] = torch.compile(call, backend=backend, **options)
-    return compiled
-
-
-def _framed(call: Callable[..., Any], kind: Hashable) -> Callable[..., Any]:
-    def framed(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
-    # Dynamo counts recompiles by code: each kind has code of its own, so that none uses up the
-    # limit of another.
-    framed.__code__ = _code_of(framed.__code__, kind)
-    return framed
-
-
-@functools.cache
-def _code_of(code: CodeType, kind: Hashable) -> CodeType:
-    return code.replace(co_name=f"framed_{hash(kind) & 0xFFFFFFFF:x}")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slope_fx.errors import WeightWriteError
+from slope_fx.errors import UnsupportedError
 
 _TENSOR: Any = Tensor
 _FILLS = {
@@ -39,8 +39,10 @@ class Read(Protocol):
     """What is read: the part of :class:`~slope_fx.SparseWeight` that writes are carried out on."""
 
     name: str
-    adapter_active: bool
     _values_name: str
+
+    @property
+    def adapter_active(self) -> bool: ...
 
     @property
     def values(self) -> nn.Parameter: ...
@@ -69,7 +71,7 @@ class _Reading:
     def refuse(self, what: str, instead: str = "") -> NoReturn:
         """Raise, with the temporary as it was read."""
         name = self.weight.name
-        raise WeightWriteError(
+        raise UnsupportedError(
             f"{name}: {what}. `weight` of a sparse layer is made from its values at each reading. "
             + (
                 instead
@@ -116,7 +118,7 @@ class DenseWeight(Tensor):
     Reads are those of any tensor; autograd brings gradients back compressed.
 
     Raises:
-        WeightWriteError: at a write that can't be carried out on the values.
+        UnsupportedError: at a write that can't be carried out on the values.
     """
 
     _reading: _Reading
@@ -139,7 +141,7 @@ class DenseWeight(Tensor):
         name = getattr(func, "__name__", "")
         if torch.compiler.is_compiling():
             # Compiled code wouldn't tell of its writes, and takes no such subclass anyway.
-            raise WeightWriteError(
+            raise UnsupportedError(
                 "`weight` of a sparse layer was read in eager code and given to a compiled "
                 "function. Read it inside of that, or give it a copy: layer.weight.clone()."
             )

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from slope_fx.weights import SparseWeight
+from slope_fx.sparse.weight import SparseWeight
 
 
 @contextmanager

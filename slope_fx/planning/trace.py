@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import ExampleInputsError, first_line
+from slope_fx.errors import ArgumentError, first_line
 from slope_fx.hub import takes_cache
 from slope_fx.passes import WeightRole, graph_kinds, weight_roles
 from slope_fx.passes.views import Read
@@ -48,7 +48,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
             model brings its own; another model is not traced.
 
     Raises:
-        ExampleInputsError: the inputs don't fit the model's forward.
+        ArgumentError: the inputs don't fit the model's forward.
     """
     given = example_inputs is not None
     inputs = split_inputs(example_inputs) if given else _transformers_inputs(model)
@@ -123,7 +123,7 @@ def split_inputs(
     """What a model is called with: positional and keyword arguments.
 
     Raises:
-        ExampleInputsError: ``given`` is none of the allowed forms.
+        ArgumentError: ``given`` is none of the allowed forms.
     """
     if isinstance(given, Tensor):
         return (given,), {}
@@ -133,7 +133,7 @@ def split_inputs(
         if len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
             return given[0], dict(given[1])
         return tuple(given), {}
-    raise ExampleInputsError(
+    raise ArgumentError(
         f"{argument} is a {type(given).__name__}; allowed are a tensor, a sequence of "
         "arguments, a mapping of keyword arguments, or the pair (arguments, keyword arguments)."
     )
@@ -144,7 +144,7 @@ def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        raise ExampleInputsError(
+        raise ArgumentError(
             f"example_inputs don't fit {type(model).__name__}.forward{signature}: {error}. "
             "Pass what you would call the model with."
         ) from None
@@ -164,7 +164,7 @@ def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         with torch.no_grad(), _random_state_kept():
             clone(*args, **kwargs)
     except Exception as error:
-        raise ExampleInputsError(
+        raise ArgumentError(
             f"example_inputs don't fit: {type(model).__name__} fails on them with "
             f"{type(error).__name__}: {first_line(error)} Pass what you would call the model "
             "with, on the model's device."

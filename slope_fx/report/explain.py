@@ -19,10 +19,10 @@ from slope_fx.kernels import selection
 from slope_fx.kernels.engines import kept_bytes
 from slope_fx.kernels.packing import packed_width
 from slope_fx.passes import PassReport
-from slope_fx.patterns import Pattern
-from slope_fx.plan import LinearPlan
-from slope_fx.trace import linear_modules
-from slope_fx.weights import SparseWeight
+from slope_fx.planning.patterns import Pattern
+from slope_fx.planning.plan import LinearPlan
+from slope_fx.planning.trace import linear_modules
+from slope_fx.sparse.weight import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanati
             as it was traced, after each pass, the differences, and a table of counts.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
     """
     record = compilation_of(model)
     weights = sparse_weights(model)

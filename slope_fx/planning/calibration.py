@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,42 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from slope_fx.backend import compiled_call
-from slope_fx.errors import CalibrationError, CalibrationWarning, first_line
+from slope_fx.dynamo import compiled_call
+from slope_fx.errors import ArgumentError, ArgumentWarning, first_line
 from slope_fx.hub import takes_cache
 from slope_fx.passes.observe_linears import Observer, Rows, observe_linears
-from slope_fx.plan import LinearPlan
-from slope_fx.regions import choose_regions
-from slope_fx.trace import ExampleInputs, split_inputs
+from slope_fx.planning.activations import Activations
+from slope_fx.planning.plan import SparsePlan
+from slope_fx.planning.regions import choose_regions
+from slope_fx.planning.trace import ExampleInputs, split_inputs
 
 Calibration = Iterable[ExampleInputs] | None
 
 
-@dataclass
-class Activations:
-    """Sums over the inputs of one linear, or of each of a stack.
-
-    Attributes:
-        rows: tokens summed over, (stack,).
-        squares: of each input's elements, (stack, d_in), fp32.
-        gram: sum of x x^T, (stack, d_in, d_in), fp32; None unless it was asked for.
-    """
-
-    rows: Tensor
-    squares: Tensor
-    gram: Tensor | None
-
-
-def needs_calibration(mask: object, adapter_init: object) -> str:
-    """Which argument of ``compile`` needs calibration inputs; "" if none does."""
-    if mask == "wanda":
-        return 'mask="wanda"'
-    return 'adapter_init="eora"' if adapter_init == "eora" else ""
-
-
 @torch.no_grad()
 def observe(
-    model: nn.Module, plans: Sequence[LinearPlan], calibration: Calibration, *, grams: bool
+    model: nn.Module, plans: Sequence[SparsePlan], calibration: Calibration, *, grams: bool
 ) -> dict[str, Activations]:
     """Run ``model``, dense as it still is, on each batch and sum up what its linears read.
 
@@ -64,11 +42,11 @@ def observe(
         The sums by the layer's name.
 
     Raises:
-        CalibrationError: there is no batch, one doesn't run or gives no finite numbers, or a
+        ArgumentError: there is no batch, one doesn't run or gives no finite numbers, or a
             linear was never reached.
     """
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
-        raise CalibrationError(
+        raise ArgumentError(
             f"calibration is a {type(calibration).__name__}; it must be a list, or another "
             "iterable, of batches, such as [ids, ids]."
         )
@@ -77,7 +55,6 @@ def observe(
     heights: dict[int, int] = {}
     for plan in plans:
         parameter, layout = parameters[plan.parameter_name], plan.layout
-        assert layout is not None
         stack, d_in, device = layout.stack, layout.d_in, parameter.device
         heights[id(parameter)] = layout.d_out
         sums[id(parameter)] = Activations(
@@ -93,20 +70,20 @@ def observe(
 
     batches = _run(model, plans, calibration, add)
     if not batches:
-        raise CalibrationError(
+        raise ArgumentError(
             "calibration has no batch. Pass a few, each as you would call the model with, such "
             "as [ids, ids]."
         )
     result = {plan.name: sums[id(parameters[plan.parameter_name])] for plan in plans}
     for name, found in result.items():
         if not found.rows.any():
-            raise CalibrationError(
+            raise ArgumentError(
                 f"calibration reached no input of {name}. Pass more batches, or keep it dense: "
                 "sparsity={..., that name: None}. If the model calls it, see "
                 "TORCH_LOGS=graph_breaks,recompiles for why it wasn't traced."
             )
         if not found.squares.isfinite().all():
-            raise CalibrationError(f"calibration gave {name} inputs that are NaN or inf.")
+            raise ArgumentError(f"calibration gave {name} inputs that are NaN or inf.")
         _fill_unseen(name, found)
     return result
 
@@ -123,14 +100,14 @@ def _fill_unseen(name: str, found: Activations) -> None:
         f"calibration reached no input of {name}'s matrices {', '.join(map(str, unseen))} (of "
         f"{len(found.rows)}): they are chosen by magnitude, their adapters begin as by "
         '"svd". Pass more batches to have them seen.',
-        CalibrationWarning,
+        ArgumentWarning,
         stacklevel=4,
     )
 
 
 def _run(
     model: nn.Module,
-    plans: Sequence[LinearPlan],
+    plans: Sequence[SparsePlan],
     calibration: Calibration,
     observer: Observer,
 ) -> int:
@@ -156,7 +133,7 @@ def _run(
             try:
                 model(*args, **kwargs)
             except Exception as error:
-                raise CalibrationError(
+                raise ArgumentError(
                     f"calibration: the model fails on batch {batches} with "
                     f"{type(error).__name__}: {first_line(error)} Each batch is what you would "
                     "call the model with, on its device: a tensor, a sequence of arguments, a "

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slope_fx.activations import Activations
-from slope_fx.errors import AdapterInitError, ArgumentError
-
-AdapterInit = str | Callable[[str, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
-CHOICES = ("zero", "svd", "eora")
+from slope_fx.errors import ArgumentError
+from slope_fx.planning.activations import Activations
+from slope_fx.planning.config import CALLABLE, AdapterInit
 
 
 @dataclass(frozen=True)
@@ -29,20 +26,6 @@ class Adapter:
     lora_B: Tensor  # noqa: N815
     scale: float
     active: bool
-
-
-def check_adapter_init(adapter_init: AdapterInit, adapter_rank: object) -> None:
-    """Raise ArgumentError unless ``adapter_init`` is one of the allowed choices."""
-    if not callable(adapter_init) and adapter_init not in CHOICES:
-        raise ArgumentError(
-            f"adapter_init={adapter_init!r}; allowed are {', '.join(map(repr, CHOICES))}, or a "
-            "callable (name, weight, mask, rank) -> (A, B)."
-        )
-    if adapter_init != "zero" and adapter_rank is None:
-        raise ArgumentError(
-            f"adapter_init={adapter_init!r} needs adapters, but adapter_rank is None. Pass "
-            "adapter_rank, such as 16."
-        )
 
 
 @torch.no_grad()
@@ -69,8 +52,13 @@ def make_adapter(
         activations: the layer's, for "eora".
 
     Raises:
-        AdapterInitError: a callable's factors have the wrong type, shape or values.
+        ArgumentError: a callable's factors have the wrong type, shape or values.
     """
+    if adapter_init == CALLABLE:
+        raise ArgumentError(
+            f"adapter_init={adapter_init!r} stands for a function of the run that made the "
+            "configuration. Pass the function itself."
+        )
     d_out, d_in = weight.shape[-2:]
     scale = 1.0 / rank  # alpha / r, with alpha = 1
     weight, mask = weight.reshape(-1, d_out, d_in), mask.reshape(-1, d_out, d_in)
@@ -85,7 +73,7 @@ def make_adapter(
             continue
         pruned = weight[i].float().masked_fill(mask[i], 0.0)
         if not pruned.isfinite().all():
-            raise AdapterInitError(
+            raise ArgumentError(
                 f"adapter_init={adapter_init!r}: what was pruned of {name} has NaN or inf. Use "
                 'adapter_init="zero", or keep the layer dense.'
             )
@@ -142,14 +130,14 @@ def _checked(
     where = f"adapter_init({name!r}, weight, mask, {rank})"
     good = isinstance(made, (tuple, list)) and len(made) == 2
     if not good or not all(isinstance(factor, Tensor) for factor in made):
-        raise AdapterInitError(f"{where} returned {type(made).__name__}; it must return (A, B).")
+        raise ArgumentError(f"{where} returned {type(made).__name__}; it must return (A, B).")
     shapes = [tuple(factor.shape) for factor in made]
     if shapes != [(rank, d_in), (d_out, rank)]:
-        raise AdapterInitError(
+        raise ArgumentError(
             f"{where} returned shapes {shapes}; they must be A (r, d_in) = {(rank, d_in)} and B "
             f"(d_out, r) = {(d_out, rank)}."
         )
     a, b = (factor.detach().to(weight.device, torch.float32) for factor in made)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise AdapterInitError(f"{where} returned NaN or inf.")
+        raise ArgumentError(f"{where} returned NaN or inf.")
     return a, b

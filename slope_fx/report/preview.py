@@ -12,15 +12,15 @@ from torch import nn
 from slope_fx.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from slope_fx.errors import (
     ArgumentError,
-    IgnoredArgumentWarning,
+    ArgumentWarning,
     NoEligibleLinearError,
     first_line,
 )
-from slope_fx.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
+from slope_fx.report.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
 from slope_fx.hub import class_of, config_of
 from slope_fx.kernels import selection
-from slope_fx.patterns import Pattern, PatternRules
-from slope_fx.plan import (
+from slope_fx.planning.patterns import Pattern, PatternRules
+from slope_fx.planning.plan import (
     AdapterRank,
     LinearPlan,
     Skips,
@@ -29,8 +29,8 @@ from slope_fx.plan import (
     parse_dtype,
     plan_linears,
 )
-from slope_fx.trace import trace
-from slope_fx.weights import values_name
+from slope_fx.planning.trace import trace
+from slope_fx.sparse.weight import values_name
 
 MOST_WIDTH = 2048
 """Products are measured on weights of at most this width: what is gained hardly changes beyond,
@@ -75,7 +75,7 @@ def preview(
             warnings.warn(
                 f"{argument} has no effect: {source} is a sparse checkpoint, of which it is told "
                 "what it holds.",
-                IgnoredArgumentWarning,
+                ArgumentWarning,
                 stacklevel=2,
             )
         return _of_checkpoint(Path(source), tokens if measure else None)

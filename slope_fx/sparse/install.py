@@ -6,8 +6,6 @@ reuses one compiled graph only for modules of one class.
 """
 
 import functools
-import gc
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, NoReturn
@@ -15,9 +13,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import ExportError, StaleOptimizerWarning, WeightWriteError
-from slope_fx.plan import LinearPlan
-from slope_fx.weights import OnFallback, Parts, SparseWeight, sparse_name, values_name
+from slope_fx.errors import UnsupportedError
+from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
+from slope_fx.sparse.fallback import Fallback, OnFallback
+from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.storage import Storage
+from slope_fx.sparse.weight import Parts, Shared, SparseWeight
 
 
 class _Kind(NamedTuple):
@@ -68,7 +69,7 @@ def _weight_property(attribute: str) -> property:
 def _refuse_replacement(module: nn.Module, attribute: str) -> NoReturn:
     """``layer.weight = other``: by hand, by functional_call, by libraries that quantise."""
     name = getattr(module, sparse_name(attribute)).name
-    raise WeightWriteError(
+    raise UnsupportedError(
         f"{name}: its `{attribute}` can't be replaced or deleted, for it is made from "
         f"`{values_name(attribute)}` and its masks. To write a dense weight call "
         f"slope_fx.sparse_weights(model)[{name!r}].write_(dense); for functional_call name "
@@ -130,7 +131,7 @@ def _no_qconfig(module: nn.Module) -> NoReturn:
 
 def _refuse_qconfig(module: nn.Module, qconfig: object) -> NoReturn:
     # torch.ao.quantization sets it on every module, and would pass over the sparse ones in silence.
-    raise ExportError(
+    raise UnsupportedError(
         "torch.ao.quantization can't quantise a model with sparse weights. Quantise a dense copy: "
         "slope_fx.densify(model)."
     )
@@ -161,8 +162,9 @@ def set_kind(
 
 def install(
     model: nn.Module,
-    plans: list[LinearPlan],
-    make_parts: Callable[[LinearPlan, Tensor], Parts],
+    plans: Sequence[SparsePlan],
+    make_parts: Callable[[SparsePlan, Tensor], Parts],
+    storage: Storage,
     on_fallback: OnFallback,
     undo: ExitStack,
 ) -> list[Tensor]:
@@ -170,9 +172,10 @@ def install(
 
     Args:
         model: changed in place.
-        plans: those of the sparse linears.
-        make_parts: what to replace it by, from the plan and the dense parameter.
-        on_fallback: what the layers do when they run expanded.
+        plans: of the sparse linears.
+        make_parts: from the plan and the dense parameter to the tensors that replace it.
+        storage: how the weights are kept.
+        on_fallback: what a layer does when it runs with its dense weight rebuilt.
         undo: gets what it takes to put the model back as it was.
 
     Returns:
@@ -184,33 +187,23 @@ def install(
             if parameter is not None:
                 locations.setdefault(id(parameter), []).append((module, attribute))
 
+    shared = Shared(storage, Phase(), {})
     replaced: list[Tensor] = []
     for plan in plans:
         dense = model.get_parameter(plan.parameter_name)
-        assert plan.pattern is not None
-        assert plan.layout is not None
         with torch.no_grad():
             parts = make_parts(plan, dense.detach())
-        values = nn.Parameter(parts.values, requires_grad=dense.requires_grad)
-        owner, attribute = locations[id(dense)][0]
-        sparse: SparseWeight | None = None
-        for module, name in locations[id(dense)]:
+        places = locations[id(dense)]
+        fallback = Fallback(plan.name, on_fallback)
+        values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
+        # A shared weight stays shared: the same values and masks at each of its places.
+        sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
+        for module, name in places:
             undo.callback(restore, module, type(module), dict(module.__dict__))
-            # A shared weight stays shared: the same values and masks at each of its places.
             module.__dict__["_parameters"] = dict(module._parameters)
             module.__dict__["_modules"] = dict(module._modules)
             del module._parameters[name]
             module.register_parameter(values_name(name), values)
-            if sparse is None:
-                sparse = SparseWeight(
-                    plan.name,
-                    plan.pattern,
-                    owner,
-                    attribute,
-                    parts,
-                    layout=plan.layout,
-                    on_fallback=on_fallback,
-                )
             module.add_module(sparse_name(name), sparse)
             set_kind(module, (name,))
         replaced.append(dense)
@@ -247,27 +240,3 @@ def restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> N
     module.__class__ = cls
     module.__dict__.clear()
     module.__dict__.update(state)
-
-
-def warn_of_stale_optimizers(replaced: Sequence[Tensor]) -> None:
-    """Warn of optimizers that hold replaced weights: they would train nothing, silently."""
-    old = {id(parameter) for parameter in replaced}
-
-    def stale() -> list[torch.optim.Optimizer]:
-        return [
-            thing
-            for thing in gc.get_objects()
-            if issubclass(type(thing), torch.optim.Optimizer)
-            and any(id(p) in old for group in thing.param_groups for p in group["params"])
-        ]
-
-    if stale():
-        gc.collect()  # one that is garbage already is of no concern
-    for optimizer in stale():
-        warnings.warn(
-            f"An {type(optimizer).__name__} made before slope_fx.compile holds dense weights that "
-            "compile has replaced; it would train none of the sparse layers. Make the optimizer "
-            "after compile.",
-            StaleOptimizerWarning,
-            stacklevel=4,
-        )

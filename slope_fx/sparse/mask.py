@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import MaskError
+from slope_fx.errors import UnsupportedError
 
 _ADVICE = (
     "Masks are bit-packed parameters without gradients, so that they are sharded and saved with "
@@ -27,7 +27,7 @@ class Mask(nn.Parameter):
     ``requires_grad = True``, as in unfreezing all parameters, leaves it as it is.
 
     Raises:
-        MaskError: at arithmetic, and at ``data =`` anything but bits of its shape.
+        UnsupportedError: at arithmetic, and at ``data =`` anything but bits of its shape.
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> "Mask":
@@ -51,7 +51,7 @@ class Mask(nn.Parameter):
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.dtype is not torch.uint8 or value.shape != self.shape:
-            raise MaskError(
+            raise UnsupportedError(
                 f"data of a mask {tuple(self.shape)} uint8 was set to {tuple(value.shape)} "
                 f"{value.dtype}. {_ADVICE}"
             )
@@ -60,7 +60,7 @@ class Mask(nn.Parameter):
     @property
     def _is_flat_param(self) -> bool:
         # FSDP1 asks this of each parameter ahead of all else that it checks.
-        raise MaskError(
+        raise UnsupportedError(
             "FullyShardedDataParallel (FSDP1) makes one flat tensor of all parameters, which masks "
             "can't be part of. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
         )
@@ -74,7 +74,7 @@ _data: Any = torch._C.TensorBase.data
 
 def _refused(name: str) -> Callable[..., NoReturn]:
     def refuse(self: Mask, *args: Any, **kwargs: Any) -> NoReturn:
-        raise MaskError(f"{name} of a mask. {_ADVICE}")
+        raise UnsupportedError(f"{name} of a mask. {_ADVICE}")
 
     return refuse
 
