@@ -9,7 +9,7 @@ from slope_fx.kernels.errors import DoubleBackwardError
 
 _GRADIENTS = (
     "expand_grad", "sparse_input_grad", "sparse_weight_grad", "sparse_grouped_input_grad",
-    "sparse_grouped_weight_grad", "sparse_parallel_input_grad", "sparse_parallel_weight_grad",
+    "sparse_grouped_weight_grad",
 )  # fmt: skip
 
 

@@ -4,15 +4,16 @@ Each weight of the stack is (d_out, d_in), pruned by itself; their values and ma
 the other, so that those of one are whole rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import AUTO, ENGINES, TAKE_WIDER_VALUES
+from slope_fx.kernels import selection
+from slope_fx.kernels.engines import AUTO, ENGINES
 from slope_fx.ops.autocast import cast, register_autocast
-from slope_fx.ops.dispatch import choose_engine
+from slope_fx.ops.dispatch import request_of
 
 
 @torch.library.custom_op("slope_fx::sparse_grouped_linear", mutates_args=())
@@ -48,13 +49,13 @@ def sparse_grouped_linear(
     """
     d_out = values.shape[0] // groups
     engine = engine or _choose("sparse_linear", x, values, groups, n, m, engines)
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_linear
+    by = ENGINES[engine]
     y = x.new_empty(*x.shape[:-1], d_out)
     end = 0
     for group, mine, of_y in _parts(groups, offsets, x, y):
         kept = _rows(values, group, groups)
-        kept = kept if engine in TAKE_WIDER_VALUES else kept.to(x.dtype)
-        of_y.copy_(operation(mine, kept, _rows(forward_mask, group, groups), None, n, m))
+        kept = by.values_for(kept, x.dtype)
+        of_y.copy_(by.sparse_linear(mine, kept, _rows(forward_mask, group, groups), None, n, m))
         end += mine.shape[0]
     _clear_rest(y, end, offsets)
     return y
@@ -100,15 +101,15 @@ def sparse_grouped_input_grad(
 ) -> Tensor:
     """``grad_X_g = grad_Y_g W_g^{R,C}``: (..., d_out) to (..., d_in)."""
     engine = engine or _choose("sparse_input_grad", grad, values, groups, n, m, AUTO)
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_input_grad
+    by = ENGINES[engine]
     dx = grad.new_empty(*grad.shape[:-1], values.shape[1] * m // n)
     end = 0
     for group, mine, of_dx in _parts(groups, offsets, grad, dx):
         kept, forward, backward = (
             _rows(t, group, groups) for t in (values, forward_mask, backward_mask)
         )
-        kept = kept if engine in TAKE_WIDER_VALUES else kept.to(grad.dtype)
-        of_dx.copy_(operation(mine, kept, forward, backward, n, m))
+        kept = by.values_for(kept, grad.dtype)
+        of_dx.copy_(by.sparse_input_grad(mine, kept, forward, backward, n, m))
         end += mine.shape[0]
     _clear_rest(dx, end, offsets)
     return dx
@@ -145,11 +146,12 @@ def sparse_grouped_weight_grad(
     d_out, kept = grad.shape[-1], x.shape[-1] * n // m
     if not engine:
         size = (d_out, kept)
-        engine = choose_engine("sparse_weight_grad", grad, size, n, m, AUTO, groups=groups)
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_weight_grad
+        request = request_of(grad, size, n, m, groups)
+        engine = selection.choose("sparse_weight_grad", request)
+    by = ENGINES[engine]
     dw = grad.new_zeros(groups * d_out, kept, dtype=dtype or grad.dtype)
     for group, of_grad, of_x in _parts(groups, offsets, grad, x):
-        part = operation(of_grad, of_x, _rows(forward_mask, group, groups), n, m)
+        part = by.sparse_weight_grad(of_grad, of_x, _rows(forward_mask, group, groups), n, m)
         _rows(dw, group, groups).copy_(part)
     return dw
 
@@ -200,7 +202,8 @@ def _choose(
     op: str, tokens_of: Tensor, values: Tensor, groups: int, n: int, m: int, engines: str
 ) -> str:
     size = (values.shape[0] // groups, values.shape[1])
-    return choose_engine(op, tokens_of, size, n, m, engines, groups=groups)
+    request = request_of(tokens_of, size, n, m, groups, engines=engines)
+    return selection.choose(op, request)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

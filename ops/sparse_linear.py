@@ -1,14 +1,14 @@
 """The linear of a pruned weight, with the double-pruned gradient (METHOD, "The three products")."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import AUTO, ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES
+from slope_fx.kernels import selection
+from slope_fx.kernels.engines import AUTO, ENGINES
 from slope_fx.ops.autocast import cast, register_autocast
-from slope_fx.ops.dispatch import choose_engine
+from slope_fx.ops.dispatch import request_of
 
 
 @torch.library.custom_op("slope_fx::sparse_linear", mutates_args=())
@@ -47,36 +47,14 @@ def sparse_linear(
     engine = engine or choose("sparse_linear", x, values, n, m, engines)
     # A graph that trains names the engines of its gradients too.
     training = bool(input_engine or weight_engine)
-    return product(x, values, forward_mask, bias, n, m, engine, training)
-
-
-def product(
-    x: Tensor,
-    values: Tensor,
-    forward_mask: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    engine: str,
-    training: bool,
-) -> Tensor:
-    """``X (W^R)^T + b`` by an engine."""
-    values = _narrowed(values, x, engine)
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_linear
-    if engine in KEEP_OPERANDS:
-        return operation(x, values, forward_mask, bias, n, m, training)
-    return operation(x, values, forward_mask, bias, n, m)
-
-
-def _narrowed(values: Tensor, like: Tensor, engine: str) -> Tensor:
-    """fp32 values beside 16-bit inputs in the dtype of these, for an engine that needs that."""
-    wide = values.dtype == like.dtype or engine in TAKE_WIDER_VALUES
-    return values if wide else values.to(like.dtype)
+    by = ENGINES[engine]
+    return by.sparse_linear(x, by.values_for(values, x.dtype), forward_mask, bias, n, m, training)
 
 
 def choose(op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, engines: str) -> str:
     size = (values.shape[0], values.shape[1])
-    return choose_engine(op, tokens_of, size, n, m, engines, values_dtype=values.dtype)
+    request = request_of(tokens_of, size, n, m, values_dtype=values.dtype, engines=engines)
+    return selection.choose(op, request)
 
 
 @sparse_linear.register_fake
@@ -117,22 +95,9 @@ def sparse_input_grad(
 ) -> Tensor:
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
     engine = engine or choose("sparse_input_grad", grad, values, n, m, AUTO)
-    return input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
-
-
-def input_grad(
-    grad: Tensor,
-    values: Tensor,
-    forward_mask: Tensor,
-    backward_mask: Tensor,
-    n: int,
-    m: int,
-    engine: str,
-) -> Tensor:
-    """``grad_Y W^{R,C}`` by an engine."""
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_input_grad
-    values = _narrowed(values, grad, engine)
-    return operation(grad, values, forward_mask, backward_mask, n, m)
+    by = ENGINES[engine]
+    values = by.values_for(values, grad.dtype)
+    return by.sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
 
 
 @sparse_input_grad.register_fake
@@ -164,26 +129,8 @@ def sparse_weight_grad(
     an engine that takes them doesn't round to 16 bits in between.
     """
     size = (grad.shape[-1], x.shape[-1] * n // m)
-    engine = engine or choose_engine("sparse_weight_grad", grad, size, n, m, AUTO)
-    return weight_grad(grad, x, forward_mask, n, m, engine, dtype)
-
-
-def weight_grad(
-    grad: Tensor,
-    x: Tensor,
-    forward_mask: Tensor,
-    n: int,
-    m: int,
-    engine: str,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """``grad_Y^T X`` where kept, by an engine, in ``dtype`` if that isn't the gradient's."""
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_weight_grad
-    if dtype in (None, grad.dtype):
-        return operation(grad, x, forward_mask, n, m)
-    if engine in TAKE_WIDER_VALUES:
-        return operation(grad, x, forward_mask, n, m, dtype)
-    return operation(grad, x, forward_mask, n, m).to(dtype)
+    engine = engine or selection.choose("sparse_weight_grad", request_of(grad, size, n, m))
+    return ENGINES[engine].sparse_weight_grad(grad, x, forward_mask, n, m, dtype)
 
 
 @sparse_weight_grad.register_fake
@@ -255,10 +202,8 @@ def _autocast(
 
 def autocast_values(values: Tensor, dtype: torch.dtype, engine: str) -> Tensor:
     """The values as autocast hands them to an engine."""
-    if engine in TAKE_WIDER_VALUES and values.dtype == torch.float32:
-        return values
     # Here rather than in the op, so that forward and backward share the cast values.
-    return cast(values, dtype)
+    return values if values.dtype == torch.float64 else ENGINES[engine].values_for(values, dtype)
 
 
 register_autocast(torch.ops.slope_fx.sparse_linear.default, _autocast)

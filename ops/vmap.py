@@ -34,5 +34,5 @@ def _at(args: tuple[Any, ...], in_dims: tuple[Any, ...], index: int) -> list[Any
 
 for _name in ("expand", "expand_grad", "add_adapter", "compress", "sparse_weight_grad"):
     _register(_name, None)
-for _name in ("sparse_linear", "sparse_input_grad", "sparse_adapted_linear"):
+for _name in ("sparse_linear", "sparse_input_grad"):
     _register(_name, 0)

@@ -9,11 +9,8 @@ from torch.fx import GraphModule
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.passes.context import Context
 from slope_fx.passes.decompose_attention import decompose_attention, is_attention
-from slope_fx.passes.fuse_adapters import fuse_adapters
-from slope_fx.passes.fuse_bias import fuse_bias
 from slope_fx.passes.insert_adapters import insert_adapters
 from slope_fx.passes.markers import is_marked, markers
-from slope_fx.passes.merge_linears import merge_linears
 from slope_fx.passes.normalize_linears import normalize_linears
 from slope_fx.passes.prune_expands import prune_expands
 from slope_fx.passes.sparsify_linears import sparsify_linears
@@ -84,26 +81,6 @@ PASSES: tuple[Pass, ...] = (
         "turns a linear over an expanded weight into the sparse linear, and chooses its engine",
         "when all linears over expanded weights are in plain form, in either phase",
         _marked(EXPAND),
-    ),
-    Pass(
-        "fuse_bias",
-        lambda gm, context: fuse_bias(gm),
-        "lets a sparse product add the bias that is added to it",
-        "after the products are there; a bias that F.linear had is theirs already",
-        off_because="Inductor adds it on the way to what comes next, at no cost",
-    ),
-    Pass(
-        "fuse_adapters",
-        fuse_adapters,
-        "makes one op of a product and its low-rank branch, where no gradients are needed",
-        "before products are merged, which hides them",
-        off_because="on a CPU it gains nothing, and loses with one token",
-    ),
-    Pass(
-        "merge_linears",
-        lambda gm, context: merge_linears(gm),
-        "makes one op of the sparse linears that read the same input",
-        "last, when each has its bias",
     ),
 )
 NAMES = tuple(p.name for p in PASSES)

@@ -11,10 +11,8 @@ from torch.fx import GraphModule, Node
 from slope_fx.ops.targets import (
     ADD_ADAPTER,
     EXPAND,
-    SPARSE_ADAPTED_LINEAR,
     SPARSE_GROUPED_LINEAR,
     SPARSE_LINEAR,
-    SPARSE_PARALLEL_LINEAR,
 )
 from slope_fx.passes.context import Context
 from slope_fx.passes.find_writes import find_writes
@@ -146,9 +144,7 @@ def _sparse_weights(gm: GraphModule) -> set[Size]:
 
 _PATTERN_AT: dict[object, int] = {
     SPARSE_LINEAR: 5,
-    SPARSE_PARALLEL_LINEAR: 5,
     SPARSE_GROUPED_LINEAR: 6,
-    SPARSE_ADAPTED_LINEAR: 7,
 }
 """Where these ops have n and m."""
 

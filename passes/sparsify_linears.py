@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.kernels.engines import without_operands
-from slope_fx.ops.dispatch import choose_engine
+from slope_fx.kernels.selection import choose
+from slope_fx.ops.dispatch import request_of
 from slope_fx.ops.targets import EXPAND, SPARSE_GROUPED_LINEAR, SPARSE_LINEAR
 from slope_fx.passes.context import Context
 from slope_fx.passes.graph import emit, rank_of, replace, value_of
@@ -97,20 +98,23 @@ def _choices(
         return {}
     groups = read.groups
     size = ((read.stop - read.start) // groups, weight.shape[1])
-    product = context.dtype_of(x.device, x.dtype)
     trains = context.training and weight.requires_grad
-
-    def choose(op: str) -> str:
-        return choose_engine(
-            op, x, size, n, m, engines, product, dtype or weight.dtype,
-            trains or context.replays, groups,
-        )  # fmt: skip
-
-    chosen = {"engine": choose("sparse_linear")}
+    request = request_of(
+        x,
+        size,
+        n,
+        m,
+        groups,
+        dtype=context.dtype_of(x.device, x.dtype),
+        values_dtype=dtype or weight.dtype,
+        trains=trains or context.replays,
+        engines=engines,
+    )
+    chosen = {"engine": choose("sparse_linear", request)}
     if trains:
-        chosen["weight_engine"] = choose("sparse_weight_grad")
+        chosen["weight_engine"] = choose("sparse_weight_grad", request)
     if context.training and x.requires_grad:
-        chosen["input_engine"] = choose("sparse_input_grad")
+        chosen["input_engine"] = choose("sparse_input_grad", request)
     return chosen
 
 

@@ -153,7 +153,7 @@ def nothing_gains(weights: Iterable[tuple[int, int, int, int]], training: bool) 
         weights: (d_out, d_in, N, M) of its sparse linears.
         training: whether it is about all three products, or the forward one alone.
     """
-    gains = [selection.gain(*weight, training) for weight in weights]
+    gains = [selection.gain(selection.choices(*weight), training) for weight in weights]
     measured = [gain for gain in gains if gain is not None]
     if not measured or len(measured) < len(gains) or max(measured)[0] >= 1:
         return ""

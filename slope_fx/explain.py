@@ -183,7 +183,7 @@ def explain(model: nn.Module, *, graphs: bool | str | Path = False) -> Explanati
         if (weight := weights.get(plan.name)) is not None
         for rows in plan.rows
     }
-    trained = any(selection.gain(*shape, training=True) for shape in shapes)
+    trained = any(selection.gain(selection.choices(*shape), training=True) for shape in shapes)
     if line := nothing_gains(shapes, trained):
         notes.append(line)
     if line := _regions(model, record):

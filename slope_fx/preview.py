@@ -165,8 +165,7 @@ def _measured(
         n, m = plan.pattern.n, plan.pattern.m
         size = (_capped(max(plan.rows), m), _capped(plan.shape[-1], m))
         for op in selection.PRODUCTS:
-            values = (size[0], size[1] * n // m)
-            selection.choose(op, tokens, values, n, m, dtype, device)
+            selection.choose(op, selection.Request(tokens, *size, n, m, dtype, device))
         met = products_of([size], plan.pattern)
         kind = str(dtype).removeprefix("torch.")
         found[plan.name] = tuple(p for p in met if p.dtype == kind)

@@ -53,15 +53,6 @@ def test_opcheck_every_op(data, pattern, dtype, leading, seed):
         "sparse_linear": (leaf(x), leaf(values), forward, backward, leaf(bias), n, m),
         "sparse_input_grad": (grad, values, forward, backward, n, m),
         "sparse_weight_grad": (grad, x, forward, n, m),
-        "sparse_adapted_linear": (x, values, forward, bias, a, b, 0.5, n, m),
-        "sparse_parallel_linear": (
-            leaf(x), [leaf(values), leaf(values)], two(forward), two(backward),
-            [leaf(bias), leaf(bias)], n, m,
-        ),
-        "sparse_parallel_input_grad": (
-            two(grad), two(values), two(forward), two(backward), n, m,
-        ),
-        "sparse_parallel_weight_grad": (two(grad), x, two(forward), n, m),
         "sparse_grouped_linear": (
             leaf(rows), leaf(torch.cat(two(values))), torch.cat(two(forward)),
             torch.cat(two(backward)), ends, 2, n, m,
@@ -223,51 +214,6 @@ def test_equal_groups(data, pattern, seed, tokens, groups):
     for g, (_, v, f, _) in enumerate(stack):
         want = reference.sparse_linear(x[g].double(), v.double(), f, None, pattern.n, pattern.m)
         torch.testing.assert_close(y[g].double(), want, rtol=1e-4, atol=1e-4)
-
-
-@settings(max_examples=20)
-@given(st.data(), patterns, tokens, seeds, st.booleans(), st.booleans())
-def test_parallel_products_are_the_single_ones(data, pattern, leading, seed, biased, needs_x):
-    """Exactly, for they are computed by the same engine; the input gradient up to its sum."""
-    n, m = pattern.n, pattern.m
-    d_out, d_in = data.draw(sizes(pattern))
-    layers = [layer(pattern, d_out * (i + 1), d_in, seed + i) for i in range(3)]
-    x = normal((*leading, d_in), seed).requires_grad_(needs_x)
-    values = [part[1].requires_grad_(i != 1) for i, part in enumerate(layers)]
-    biases = [normal((v.shape[0],), seed).requires_grad_() for v in values] if biased else []
-    lists = ([part[2] for part in layers], [part[3] for part in layers])
-
-    def results(outputs):
-        leaves = [t for t in (x, *values, *biases) if t.requires_grad]
-        total = sum((y * normal(y.shape, seed + 7)).sum() for y in outputs)
-        return [*outputs, *torch.autograd.grad(total, leaves)]
-
-    got = results(ops.sparse_parallel_linear(x, values, *lists, biases, n, m))
-    single = [
-        ops.sparse_linear(x, v, f, b, bias, n, m)
-        for v, f, b, bias in zip(values, *lists, biases or [None] * 3, strict=True)
-    ]
-    for mine, want in zip(got, results(single), strict=True):
-        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
-
-
-@settings(max_examples=20)
-@given(st.data(), patterns, tokens, dtypes, seeds, st.booleans())
-def test_adapted_products(data, pattern, leading, dtype, seed, biased):
-    d_out, d_in = data.draw(sizes(pattern))
-    _, values, forward, _ = layer(pattern, d_out, d_in, seed, dtype)
-    x, bias = normal((*leading, d_in), seed, dtype), normal((d_out,), seed, dtype)
-    a, b = normal((3, d_in), seed, dtype), normal((d_out, 3), seed + 1, dtype)
-    bias = bias if biased else None
-    before = x.clone()
-    y = ops.sparse_adapted_linear(x, values, forward, bias, a, b, 0.37, pattern.n, pattern.m)
-    assert torch.equal(x, before)
-    wide = [None if t is None else t.double() for t in (x, values, bias, a, b)]
-    want = reference.sparse_linear(wide[0], wide[1], forward, wide[2], pattern.n, pattern.m)
-    want = want + 0.37 * (wide[0] @ wide[3].t()) @ wide[4].t()
-    tolerance = 64 * torch.finfo(dtype).eps
-    scale = max(want.abs().max().item(), 1) if want.numel() else 1
-    torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance * scale * 4)
 
 
 @pytest.mark.parametrize("batched", ["x", "weights", "both"])
