@@ -1,10 +1,13 @@
 """From an op to the engine that computes it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES, Engine, engines_for
-from slope_fx.kernels.selection import choose
+from slope_fx.kernels.engine import Engine
+from slope_fx.kernels.engines import ENGINES, engines_for
+from slope_fx.kernels.selection import Request
 
 
 def engine(tensor: Tensor) -> Engine:
@@ -12,65 +15,27 @@ def engine(tensor: Tensor) -> Engine:
     return ENGINES[engines_for(tensor.device, tensor.dtype, products=False)[0]]
 
 
-def takes_wider_values(name: str) -> bool:
-    return name in TAKE_WIDER_VALUES
+def request_of(
+    tokens_of: Tensor, size: tuple[int, int], n: int, m: int, groups: int = 1, **more: Any
+) -> Request:
+    """The request for the products of a layer, from tensors, real or fake.
+
+    Args:
+        tokens_of: (..., features): the input, or the gradient of the output.
+        size: shape of the values of one weight, (d_out, d_in * N / M).
+        n, m: the pattern.
+        groups: number of weights that share the tokens.
+        more: attributes of :class:`Request` that differ from those of ``tokens_of``.
+    """
+    tokens = 1
+    for length in tokens_of.shape[:-1]:
+        tokens *= _hint(length)
+    d_out, kept = _hint(size[0]), _hint(size[1])
+    about = {"dtype": tokens_of.dtype, "device": tokens_of.device, **more}
+    return Request(-(-tokens // groups), d_out, kept * m // n, n, m, **about)
 
 
-class engine_named:
-    def __init__(self, name):
-        self.name, self.e = name, ENGINES[name]
-
-    def _n(self, values, like):
-        wide = values.dtype == like.dtype or self.name in TAKE_WIDER_VALUES
-        return values if wide else values.to(like.dtype)
-
-    def forward(self, x, values, mask, bias, n, m, training):
-        more = (training,) if self.name in KEEP_OPERANDS else ()
-        return self.e.sparse_linear(x, self._n(values, x), mask, bias, n, m, *more)
-
-    def input_grad(self, grad, values, f, b, n, m):
-        return self.e.sparse_input_grad(grad, self._n(values, grad), f, b, n, m)
-
-    def weight_grad(self, grad, x, f, n, m, dtype):
-        if dtype in (None, grad.dtype):
-            return self.e.sparse_weight_grad(grad, x, f, n, m)
-        if self.name in TAKE_WIDER_VALUES:
-            return self.e.sparse_weight_grad(grad, x, f, n, m, dtype)
-        return self.e.sparse_weight_grad(grad, x, f, n, m).to(dtype)
-
-
-class Product:
-    def __init__(self, *a):
-        self.a = a
-
-    @classmethod
-    def of(
-        cls,
-        rows,
-        size,
-        n,
-        m,
-        groups=1,
-        *,
-        dtype=None,
-        values_dtype=None,
-        trains=True,
-        engines="auto",
-    ):
-        tokens = 1
-        for length in rows.shape[:-1]:
-            tokens *= hint(length)
-        tokens = -(-tokens // groups)
-        shape = (hint(size[0]), hint(size[1]))
-        return cls(
-            tokens, shape, n, m, dtype or rows.dtype, rows.device, engines, values_dtype, trains
-        )
-
-    def engine(self, op):
-        return choose(op, *self.a)
-
-
-def hint(size: int | torch.SymInt) -> int:
+def _hint(size: int | torch.SymInt) -> int:
     """A size as a number, without tying the graph to it if it is dynamic."""
     if isinstance(size, int):
         return size
