@@ -17,7 +17,7 @@ from slope_fx.kernels.cpu import Cpu
 from slope_fx.kernels.cusparselt import Cusparselt
 from slope_fx.kernels.dense import Dense
 from slope_fx.kernels.engine import Engine
-from slope_fx.kernels.errors import EngineError, EngineWarning
+from slope_fx.kernels.errors import ArgumentError, EngineWarning
 from slope_fx.kernels.reference import Reference
 from slope_fx.kernels.triton import Triton
 from slope_fx.kernels.vendor import VendorProducts
@@ -47,7 +47,7 @@ def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
         engines: "auto", or names separated by commas. Names override ``SLOPE_FX_ENGINES``.
 
     Raises:
-        EngineError: a name is unknown, or no engine is left.
+        ArgumentError: a name is unknown, or no engine is left.
     """
     source, text = "engine", engines
     if engines == AUTO:
@@ -56,7 +56,7 @@ def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
     known = ", ".join(ENGINES)
     for name in names:
         if name.removeprefix("-") not in ENGINES:
-            raise EngineError(
+            raise ArgumentError(
                 f"{source}={text!r}: {name!r} is not an engine. The engines are {known}. "
                 "Separate names by commas; -name forbids an engine."
             )
@@ -64,7 +64,7 @@ def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
     competing = [name for name, engine in ENGINES.items() if engine.competes]
     left = tuple(name for name in named or competing if f"-{name}" not in names)
     if not left:
-        raise EngineError(f"{source}={text!r} leaves no engine. The engines are {known}.")
+        raise ArgumentError(f"{source}={text!r} leaves no engine. The engines are {known}.")
     return left
 
 

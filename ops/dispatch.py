@@ -16,22 +16,24 @@ def engine(tensor: Tensor) -> Engine:
 
 
 def request_of(
-    tokens_of: Tensor, size: tuple[int, int], n: int, m: int, groups: int = 1, **more: Any
+    tokens_of: Tensor, values: Tensor, n: int, m: int, groups: int = 1, **more: Any
 ) -> Request:
-    """The request for the products of a layer, from tensors, real or fake.
+    """What the choice of engines depends on, from tensors, real or fake.
 
     Args:
         tokens_of: (..., features): the input, or the gradient of the output.
-        size: shape of the values of one weight, (d_out, d_in * N / M).
+        values: (groups * d_out, d_in * N / M).
         n, m: the pattern.
         groups: number of weights that share the tokens.
-        more: attributes of :class:`Request` that differ from those of ``tokens_of``.
+        more: attributes of :class:`Request` that don't follow from the tensors.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:
         tokens *= _hint(length)
-    d_out, kept = _hint(size[0]), _hint(size[1])
-    about = {"dtype": tokens_of.dtype, "device": tokens_of.device, **more}
+    d_out, kept = _hint(values.shape[0]) // groups, _hint(values.shape[1])
+    about = {
+        "dtype": tokens_of.dtype, "device": tokens_of.device, "values_dtype": values.dtype, **more
+    }  # fmt: skip
     return Request(-(-tokens // groups), d_out, kept * m // n, n, m, **about)
 
 

@@ -1,5 +1,6 @@
 """The groups of a grouped product: which rows of the input belong to which weight of a stack."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -58,7 +59,8 @@ def map_rows(
     """
     result = x.new_zeros(*x.shape[:-1], features)
     for group, rows in each(groups, offsets, x):
-        result[rows] = product(x[rows], lambda t, g=group: of_stack(t, g, groups))
+        part = functools.partial(of_stack, group=group, groups=groups)
+        result[rows] = product(x[rows], part)
     return result
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import AUTO
+from slope_fx.kernels.engines import AUTO, ENGINES
+from slope_fx.kernels.selection import choose
 from slope_fx.ops import groups as grouped
 from slope_fx.ops.autocast import cast, register_autocast
-from slope_fx.ops.dispatch import Product, engine_named, takes_wider_values
+from slope_fx.ops.dispatch import request_of
 
 
 @torch.library.custom_op("slope_fx::sparse_linear", mutates_args=())
@@ -55,14 +56,15 @@ def sparse_linear(
     Returns:
         (..., d_out), (groups, tokens, d_out) or (tokens, d_out).
     """
-    product = engine_named(engine or _choice("sparse_linear", x, values, n, m, groups, engines))
+    product = ENGINES[engine or _choice("sparse_linear", x, values, n, m, groups, engines)]
+    values = product.values_for(values, x.dtype)
     # A graph that trains names the engines of its gradients too.
     training = bool(input_engine or weight_engine)
     if grouped.is_plain(groups, offsets):
-        return product.forward(x, values, forward_mask, bias, n, m, training)
+        return product.sparse_linear(x, values, forward_mask, bias, n, m, training)
 
     def one(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
-        return product.forward(rows, of(values), of(forward_mask), None, n, m, training)
+        return product.sparse_linear(rows, of(values), of(forward_mask), None, n, m, training)
 
     return grouped.map_rows(one, x, values.shape[0] // groups, groups, offsets)
 
@@ -109,13 +111,14 @@ def sparse_input_grad(
     engine: str = "",
 ) -> Tensor:
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
-    product = engine_named(engine or _choice("sparse_input_grad", grad, values, n, m, groups, AUTO))
+    product = ENGINES[engine or _choice("sparse_input_grad", grad, values, n, m, groups, AUTO)]
+    values = product.values_for(values, grad.dtype)
     if grouped.is_plain(groups, offsets):
-        return product.input_grad(grad, values, forward_mask, backward_mask, n, m)
+        return product.sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
 
     def one(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
         masks = of(forward_mask), of(backward_mask)
-        return product.input_grad(rows, of(values), *masks, n, m)
+        return product.sparse_input_grad(rows, of(values), *masks, n, m)
 
     return grouped.map_rows(one, grad, values.shape[1] * m // n, groups, offsets)
 
@@ -153,16 +156,14 @@ def sparse_weight_grad(
     beside 16-bit inputs: an engine that takes such values does not round the sums to 16 bits.
     """
     d_out, kept = grad.shape[-1], x.shape[-1] * n // m
-    if not engine:
-        wanted = Product.of(grad, (d_out, kept), n, m, groups)
-        engine = wanted.engine("sparse_weight_grad")
-    product = engine_named(engine)
+    dw = grad.new_empty(groups * d_out, kept, dtype=dtype or grad.dtype)
+    product = ENGINES[engine or _choice("sparse_weight_grad", grad, dw, n, m, groups, AUTO)]
     if grouped.is_plain(groups, offsets):
-        return product.weight_grad(grad, x, forward_mask, n, m, dtype)
-    dw = grad.new_zeros(groups * d_out, kept, dtype=dtype or grad.dtype)
+        return product.sparse_weight_grad(grad, x, forward_mask, n, m, dtype)
+    dw.zero_()
     for group, rows in grouped.each(groups, offsets, grad):
         mask = grouped.of_stack(forward_mask, group, groups)
-        part = product.weight_grad(grad[rows], x[rows], mask, n, m, dtype)
+        part = product.sparse_weight_grad(grad[rows], x[rows], mask, n, m, dtype)
         grouped.of_stack(dw, group, groups).copy_(part)
     return dw
 
@@ -186,9 +187,7 @@ def _(
 def _choice(
     op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, groups: int, engines: str
 ) -> str:
-    size = (values.shape[0] // groups, values.shape[1])
-    wanted = Product.of(tokens_of, size, n, m, groups, values_dtype=values.dtype, engines=engines)
-    return wanted.engine(op)
+    return choose(op, request_of(tokens_of, values, n, m, groups, engines=engines))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -241,9 +240,9 @@ def _autocast(
     # Chosen here at the latest, for the dtype that the product now has. The tracer of
     # torch.compile passes here too, so that this choice is the one in the graph.
     engine = engine or _choice("sparse_linear", x, values, n, m, groups, engines)
-    if not (takes_wider_values(engine) and values.dtype == torch.float32):
+    if values.dtype != torch.float64:
         # Here rather than in the op, so that forward and backward share the cast values.
-        values = cast(values, dtype)
+        values = ENGINES[engine].values_for(values, dtype)
     names = engine, input_engine, weight_engine, engines
     return x, values, forward_mask, backward_mask, bias, n, m, groups, offsets, *names
 

@@ -4,16 +4,16 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch.fx import GraphModule, Node
 
-from slope_fx.ops.dispatch import Product
+from slope_fx.kernels.selection import Request
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, SPARSE_LINEAR
 from slope_fx.passes.context import Context
 from slope_fx.passes.find_writes import find_writes
 from slope_fx.passes.graph import arguments, graphs_of, nested_calls
 from slope_fx.passes.registry import PASSES, Pass
-from slope_fx.passes.sparsify_linears import wanted_by
+from slope_fx.passes.sparsify_linears import request_for
 from slope_fx.passes.views import is_view, source_of
 
 log = logging.getLogger(__name__)
@@ -71,13 +71,13 @@ class SparseCall:
     Attributes:
         gm: the graph that holds it.
         mask: the node of the layer's packed forward mask, which tells the layer.
-        wanted: what the choice of its engines depended on.
+        request: what the choice of its engines depended on.
         products: the products that the graph computes or differentiates, by name of the op.
     """
 
     gm: GraphModule
     mask: Node
-    wanted: Product
+    request: Request
     products: tuple[str, ...]
 
 
@@ -189,10 +189,10 @@ def _nodes(gm: GraphModule) -> int:
 def _calls(gm: GraphModule, context: Context) -> list[SparseCall]:
     found = []
     for node in gm.graph.find_nodes(op="call_function", target=SPARSE_LINEAR):
-        call, wanted = arguments(node), wanted_by(node, context)
-        if wanted is not None:
+        call, request = arguments(node), request_for(node, context)
+        if request is not None:
             products = tuple(op for op, name in ENGINE_OF.items() if call[name])
-            found.append(SparseCall(gm, source_of(call["values"]), wanted, products))
+            found.append(SparseCall(gm, source_of(call["forward_mask"]), request, products))
     return found
 
 
@@ -200,8 +200,8 @@ def _writes(gm: GraphModule) -> list[Leftover]:
     found: dict[Node, list[str]] = {}
     for marker, name in find_writes(gm):
         expanded = marker if marker.target is EXPAND else arguments(marker)["weight"]
-        found.setdefault(arguments(expanded)["values"], []).append(name)
-    return [Leftover(gm, values, tuple(names)) for values, names in found.items()]
+        found.setdefault(arguments(expanded)["forward_mask"], []).append(name)
+    return [Leftover(gm, mask, tuple(names)) for mask, names in found.items()]
 
 
 def _leftovers(gm: GraphModule) -> list[Leftover]:
@@ -209,7 +209,7 @@ def _leftovers(gm: GraphModule) -> list[Leftover]:
     for node in gm.graph.find_nodes(op="call_function", target=EXPAND):
         names = {getattr(u.target, "__name__", str(u.target)) for u in _readers(node)}
         if names:
-            found.append(Leftover(gm, arguments(node)["values"], tuple(sorted(names))))
+            found.append(Leftover(gm, arguments(node)["forward_mask"], tuple(sorted(names))))
     return found
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.kernels.engines import without_operands
-from slope_fx.ops.dispatch import Product
+from slope_fx.kernels.selection import Request, choose
+from slope_fx.ops.dispatch import request_of
 from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.context import Context
 from slope_fx.passes.graph import arguments, emit, rank_of, replace, value_of
@@ -81,33 +82,42 @@ def _name_engines(gm: GraphModule, context: Context) -> None:
             node.kwargs = {**node.kwargs, **_engines_of(node, context)}
 
 
-def wanted_by(node: Node, context: Context) -> Product | None:
-    """What the choice of engines depends on, for a sparse linear; None if values aren't known."""
+def request_for(node: Node, context: Context) -> Request | None:
+    """What the choice of engines depends on, for a sparse linear; None if its values are unknown.
+
+    Args:
+        node: the sparse linear.
+        context: the circumstances of its graph.
+    """
     call = arguments(node)
     x, values = (value_of(call[name]) for name in ("x", "values"))
     if not isinstance(x, Tensor) or not isinstance(values, Tensor):
         return None
-    groups, here = call["groups"], context.at(node)
-    return Product.of(
-        x, (values.shape[0] // groups, values.shape[1]), call["n"], call["m"], groups,
-        dtype=here.dtype_of(x.device, x.dtype), values_dtype=values.dtype,
-        trains=(here.training and values.requires_grad) or here.replays, engines=call["engines"],
+    here = context.at(node)
+    trains = (here.training and values.requires_grad) or here.replays
+    return request_of(
+        x, values, call["n"], call["m"], call["groups"], trains=trains, engines=call["engines"],
+        dtype=here.dtype_of(x.device, x.dtype),
     )  # fmt: skip
 
 
 def _engines_of(node: Node, context: Context) -> dict[str, str]:
     """The engines of a sparse linear and of its gradients, by argument of the op."""
-    wanted = wanted_by(node, context)
-    if wanted is None:
+    request = request_for(node, context)
+    if request is None:
         return {}
     call = arguments(node)
     x, values = (value_of(call[name]) for name in ("x", "values"))
-    chosen = {"engine": wanted.engine("sparse_linear")}
-    if context.training and getattr(values, "requires_grad", False):
-        chosen["weight_engine"] = wanted.engine("sparse_weight_grad")
-    if context.training and getattr(x, "requires_grad", False):
-        chosen["input_engine"] = wanted.engine("sparse_input_grad")
-    return chosen
+    wanted = {
+        "engine": ("sparse_linear", True),
+        "weight_engine": ("sparse_weight_grad", getattr(values, "requires_grad", False)),
+        "input_engine": ("sparse_input_grad", getattr(x, "requires_grad", False)),
+    }
+    return {
+        name: choose(op, request)
+        for name, (op, needed) in wanted.items()
+        if needed and (context.training or op == "sparse_linear")
+    }
 
 
 def _length(vector: Node) -> int | None:

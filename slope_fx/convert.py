@@ -1,10 +1,8 @@
 """Between a dense model on disk, a sparse checkpoint and a PEFT adapter."""
 
-import importlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,12 +11,13 @@ from torch import Tensor, nn
 
 from slope_fx.checkpoints import load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
-from slope_fx.compiler import check_choice, compile
-from slope_fx.densify import densify, export_peft
-from slope_fx.errors import ArgumentError, UnsupportedError, ArgumentWarning, first_line
+from slope_fx.compiler import compile
+from slope_fx.densify import densify
+from slope_fx.errors import ArgumentError, ArgumentWarning, UnsupportedError, first_line
 from slope_fx.hub import class_of, config_of, transformers
-from slope_fx.planning.patterns import Pattern
-from slope_fx.planning.plan import AdapterRank
+from slope_fx.integrations import peft
+from slope_fx.integrations.peft import export_peft
+from slope_fx.planning.config import AdapterRank, Sparsity, check_choice
 
 Kind = Literal["sparse", "dense", "peft"]
 
@@ -28,7 +27,7 @@ def convert(
     target: str | os.PathLike[str],
     to: Kind,
     *,
-    sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
+    sparsity: Sparsity = "2:4",
     adapter_rank: AdapterRank = None,
     adapter_init: str = "zero",
     adapters: Literal["merge", "drop"] = "merge",
@@ -102,7 +101,7 @@ def _kind_of(source: Path) -> Kind:
 def _compiled(
     source: Path,
     kind: Kind,
-    sparsity: str | Pattern | Mapping[str, str | Pattern | None],
+    sparsity: Sparsity,
     rank: AdapterRank,
     init: Any,
 ) -> nn.Module:
@@ -166,10 +165,7 @@ def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _adapted(source: Path) -> Any:
-    try:
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ArgumentError(f"PEFT can't be imported: {error}. `pip install peft`.") from error
+    library = peft.library()
     try:
         told = json.loads((source / "adapter_config.json").read_text())
     except ValueError as error:
@@ -183,7 +179,7 @@ def _adapted(source: Path) -> Any:
         )
     base_model = _dense(base)
     try:
-        return peft.PeftModel.from_pretrained(base_model, source)
+        return library.PeftModel.from_pretrained(base_model, source)
     except Exception as error:
         raise ArgumentError(f"{source} can't be loaded by PEFT: {first_line(error)}") from error
 

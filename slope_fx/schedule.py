@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from slope_fx.compiler import compilation_of, sparse_weights
-from slope_fx.errors import ArgumentWarning, ArgumentError, TrainingWarning
+from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
+from slope_fx.record import record_of, sparse_weights
+from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.weight import whole
 
 log = logging.getLogger(__name__)
 
-Phase = Literal["sparse", "adapter"]
+PhaseName = Literal["sparse", "adapter"]
 _DEFAULT_START = 0.99
 
 
@@ -64,7 +65,7 @@ class Schedule:
             None keeps the first one.
 
     Raises:
-        ArgumentError: steps, fraction or interval out of range.
+        ArgumentError: steps, fraction or interval are out of range.
         StateError: ``model`` isn't compiled.
     """
 
@@ -82,7 +83,7 @@ class Schedule:
         self._has_adapters = any(weight.rank for weight in self._weights)
         if adapter_start is None:
             # Adapters that hold what was pruned are part of the model that training starts from.
-            at_work = compilation_of(model).adapter_init != "zero"
+            at_work = record_of(model).config.adapter_init != "zero"
             adapter_start = 0.0 if at_work else _DEFAULT_START
             usual = True
         else:
@@ -99,7 +100,8 @@ class Schedule:
         self._progress = _Progress(total_steps, self.adapter_step, self._has_adapters)
         self._resumed = False
         weakref.finalize(self, _Progress.tell_if_early, self._progress)
-        self._logged: Phase | None = None
+        self._phase = self._take_phase()
+        self._logged: PhaseName | None = None
         if not usual and not self._has_adapters:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
@@ -115,15 +117,15 @@ class Schedule:
         return self._progress.step
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> PhaseName:
         """ "sparse", or "adapter" once the adapters take part."""
-        return "adapter" if self._has_adapters and self.last_step >= self.adapter_step else "sparse"
+        return "adapter" if self._has_adapters and self._phase.active else "sparse"
 
     def step(self) -> None:
         """Count one optimizer step: refresh masks and begin the adapter phase when due.
 
         Raises:
-            ArgumentError: all ``total_steps`` have been taken.
+            StateError: all ``total_steps`` have been taken.
         """
         if self.last_step >= self.total_steps:
             raise StateError(
@@ -155,7 +157,8 @@ class Schedule:
         """Go on from where ``state`` was saved; sets the model's phase too.
 
         Raises:
-            ArgumentError: ``state`` is of a run with other steps, or isn't a Schedule's.
+            StateError: ``state`` is of a run with other steps.
+            ArgumentError: it isn't the state of a Schedule.
         """
         mine = self.state_dict()
         if not isinstance(state, Mapping) or set(state) != set(mine):
@@ -174,14 +177,19 @@ class Schedule:
         self._resumed = True
         self._apply_phase()
 
+    def _take_phase(self) -> Phase:
+        """The phase of the model's weights; for a copy of a model, a phase of its own."""
+        phases = {id(weight.phase): weight.phase for weight in self._weights}
+        phase = next(iter(phases.values()))
+        if len(phases) > 1 or any(weight.is_copy for weight in self._weights):
+            phase = Phase(phase.active)
+            for weight in self._weights:
+                weight.phase, weight.is_copy = phase, False
+        phase.scheduled = True
+        return phase
+
     def _apply_phase(self) -> None:
-        active = self.phase == "adapter"
-        for weight in self._weights:
-            weight.follows = False
-            if active:
-                weight.begin_adapter()
-            else:
-                weight.adapter_active = False
+        self._phase.active = self._has_adapters and self.last_step >= self.adapter_step
         if self.phase != self._logged:
             log.info("step %d: %s phase", self.last_step, self.phase)
             self._logged = self.phase

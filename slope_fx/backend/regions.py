@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import nn
 
 from slope_fx.backend.rewriting import backend_of
@@ -13,9 +14,7 @@ from slope_fx.hub import cache_by_default, takes_cache
 from slope_fx.planning.regions import Regions
 
 
-def compile_regions(
-    model: nn.Module, settings: Settings, regions: Regions, kind: Hashable
-) -> None:
+def compile_regions(model: nn.Module, settings: Settings, regions: Regions, kind: Hashable) -> None:
     """Have the regions of ``model`` compiled when they are called; nothing without a backend.
 
     Args:

@@ -18,7 +18,6 @@ from slope_fx.dynamo import BackendFunction, CompiledFunction
 from slope_fx.errors import (
     ArgumentError,
     EngineWarning,
-    ExpandedWeightError,
     SlopeError,
     StateError,
     UnsupportedError,
@@ -94,11 +93,13 @@ class RewritingBackend:
         """Note the engines of a graph's products on its weights, and return them by weight."""
         found: Sizes = {}
         for call in rewrites.calls:
-            chosen = {}
-            for op in call.products:
-                problem, choice = call.wanted.chosen(op)
-                chosen[problem] = choice
-            found.setdefault(call.wanted.weight, {}).update(chosen)
+            request = call.request
+            chosen = {
+                selection.Problem.of(op, request): selection.chosen(op, request)
+                for op in call.products
+            }
+            size = (request.d_out, request.d_in, request.n, request.m)
+            found.setdefault(size, {}).update(chosen)
             for weight in owners.of(call.gm, call.mask):
                 weight.choices.update(chosen)
         return found

@@ -89,12 +89,13 @@ class Settings:
             resolve(backend)
         check_engine(given.get("engine", AUTO))
         _check_mode(backend, mode, options)
-        settings = cls(**{
+        checked: dict[str, Any] = {
             **given,
             "options": tuple(sorted((options or {}).items())),
             "passes": _checked_passes(given.get("passes", ())),
             "disable_passes": _checked_names(given.get("disable_passes", ())),
-        })  # fmt: skip
+        }
+        settings = cls(**checked)
         check_choice("region", settings.region, get_args(Region))
         check_choice("on_fallback", settings.on_fallback, get_args(OnFallback))
         check_choice("dynamic", settings.dynamic, (True, False, None))
@@ -102,9 +103,7 @@ class Settings:
         try:
             hash(settings)
         except TypeError as error:
-            raise ArgumentError(
-                f"backend, options and passes must be hashable: {error}."
-            ) from None
+            raise ArgumentError(f"backend, options and passes must be hashable: {error}.") from None
         return settings
 
     def without_effect(self) -> list[str]:

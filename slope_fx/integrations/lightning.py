@@ -4,8 +4,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from slope_fx.compiler import compiled_models, sparse_weights, sparsity_of
-from slope_fx.errors import ArgumentError, StateError
+from slope_fx.errors import ArgumentError, StateError, UnsupportedError
+from slope_fx.record import compiled_models, sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 
 # The same library has two names, and a Trainer of one wants callbacks of the same.

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from slope_fx.checkpoints import describe_checkpoint
-from slope_fx.compiler import sparse_weights, sparsity_of
-from slope_fx.errors import ArgumentError, ArgumentWarning
+from slope_fx.errors import ArgumentError, ArgumentWarning, StateError
+from slope_fx.record import sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)

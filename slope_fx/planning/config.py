@@ -33,6 +33,7 @@ class ConfigOptions(TypedDict, total=False):
     skip_first: bool
     skip_head: bool
     skip_router: bool
+    storage: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class SlopeConfig:
         skip_head: leave dense the linear that makes the output.
         skip_router: leave dense the linears whose outputs are ranked to choose something, as the
             router of a mixture chooses experts. They are small and decide much.
+        storage: how weights are kept between optimizer steps: "values", the kept values alone.
 
     Raises:
         ArgumentError: a field has a value that isn't allowed.
@@ -72,6 +74,7 @@ class SlopeConfig:
     skip_first: bool = True
     skip_head: bool = True
     skip_router: bool = True
+    storage: str = "values"
 
     def __post_init__(self) -> None:
         rules = PatternRules(self.sparsity)

@@ -2,7 +2,7 @@
 
 A method is a function in this registry. It gets the dense weight, the pattern, and the calibration
 inputs if it needs them. It returns scores, whose N largest of each M are kept; or, where that isn't
-how it chooses, the mask itself and the weight that it has updated.
+how it chooses, a :class:`Chosen`: the mask itself, and the weight if it updates that.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ class Chosen:
 
     Attributes:
         bits: the packed forward mask, uint8 (stack * d_out, ceil(d_in / 8)).
-        weight: the weight that the values are taken from, (stack * d_out, d_in); a method may
-            update it.
+        weight: the weight that the values are taken from, of the shape of the given weight, by a
+            method that updates it; None for the weight as it was.
     """
 
     bits: Tensor
-    weight: Tensor
+    weight: Tensor | None = None
 
 
 Method = Callable[[Tensor, Pattern, Activations | None], Tensor | Chosen]
@@ -107,7 +107,7 @@ def choose_mask(
     """
     flat = weight.reshape(-1, weight.shape[-1])
     if callable(mask):
-        return Chosen(_given(mask, name, weight, pattern), flat)
+        return Chosen(_given(mask, name, weight, pattern))
     if mask not in MASK_METHODS:  # "callable", of a configuration that was read from JSON
         raise ArgumentError(
             f"mask={mask!r} stands for a function of the run that made the configuration. Pass "
@@ -116,7 +116,7 @@ def choose_mask(
     found = MASK_METHODS[mask].choose(weight.view(-1, *weight.shape[-2:]), pattern, inputs)
     if isinstance(found, Chosen):
         return found
-    return Chosen(ops.magnitude_mask(found.view(flat.shape), pattern.n, pattern.m), flat)
+    return Chosen(ops.magnitude_mask(found.reshape(flat.shape), pattern.n, pattern.m))
 
 
 def _given(

@@ -2,35 +2,30 @@
 
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from typing_extensions import Unpack
 
 from slope_fx.checkpoints.manifest import MANIFEST, Manifest, read_manifest
-from slope_fx.errors import (
-    ArgumentError,
-    ArgumentWarning,
-    NoEligibleLinearError,
-    first_line,
-)
-from slope_fx.report.explain import Explanation, LinearReport, ProductReport, products_of, report_linear
+from slope_fx.errors import ArgumentError, ArgumentWarning, NoEligibleLinearError, first_line
 from slope_fx.hub import class_of, config_of
-from slope_fx.kernels import selection
-from slope_fx.planning.patterns import Pattern, PatternRules
+from slope_fx.kernels.selection import PRODUCTS, Problem, Request, chosen
+from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity, parse_dtype
+from slope_fx.planning.patterns import PatternRules
 from slope_fx.planning.plan import (
-    AdapterRank,
-    LinearPlan,
-    Skips,
-    check_adapter_rank,
+    DensePlan,
+    SparsePlan,
     layer_rank,
-    parse_dtype,
     plan_linears,
+    sparse_plans,
+    values_name,
 )
 from slope_fx.planning.trace import trace
-from slope_fx.sparse.weight import values_name
+from slope_fx.report.explain import product_reports, report_dense, report_sparse
+from slope_fx.report.tables import Explanation, LinearReport, ProductReport
 
 MOST_WIDTH = 2048
 """Products are measured on weights of at most this width: what is gained hardly changes beyond,
@@ -39,25 +34,22 @@ and takes seconds to measure."""
 
 def preview(
     source: str | os.PathLike[str],
-    sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
+    sparsity: Sparsity | SlopeConfig = "2:4",
     *,
-    adapter_rank: AdapterRank = None,
-    skip_first: bool = True,
-    skip_head: bool = True,
-    skip_router: bool = True,
     dtype: str | torch.dtype | None = None,
     tokens: int = 1024,
     measure: bool = True,
+    **options: Unpack[ConfigOptions],
 ) -> Explanation:
     """What ``compile`` would make of a model of transformers, without its weights.
 
     The model is made on the meta device, which takes no memory, and traced as ``compile`` would.
-    Of a checkpoint of slope_fx it tells what it holds.
+    Of a checkpoint of slope_fx it reports what the checkpoint holds.
 
     Args:
         source: a ``config.json``, a folder that has one, a name on the hub, or a checkpoint
             that ``save_pretrained`` wrote.
-        sparsity, adapter_rank, skip_first, skip_head, skip_router: as of :func:`slope_fx.compile`.
+        sparsity, options: what to prune, as for :func:`slope_fx.compile`.
         dtype: of the weights; None for the configuration's, or float32.
         tokens: in a step, for which the products are measured.
         measure: time the products on this machine, to tell which layers gain.
@@ -68,36 +60,39 @@ def preview(
     """
     if not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
+    if unknown := [name for name in options if name not in ConfigOptions.__annotations__]:
+        raise ArgumentError(
+            f"there is no argument {unknown[0]!r}; there are "
+            f"{', '.join(ConfigOptions.__annotations__)}."
+        )
     if (Path(source) / MANIFEST).is_file():
-        ignored = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
-                   "dtype": dtype is not None}  # fmt: skip
-        for argument in (name for name, given in ignored.items() if given):
+        ignored = {"sparsity": sparsity != "2:4", "dtype": dtype is not None, **options}
+        for argument in (name for name, given in ignored.items() if given not in (None, False)):
             warnings.warn(
-                f"{argument} has no effect: {source} is a sparse checkpoint, of which it is told "
-                "what it holds.",
+                f"{argument} has no effect: {source} is a sparse checkpoint, and what it holds is "
+                "reported.",
                 ArgumentWarning,
                 stacklevel=2,
             )
         return _of_checkpoint(Path(source), tokens if measure else None)
-    rules, rank = PatternRules(sparsity), check_adapter_rank(adapter_rank)
+    config = SlopeConfig.of(sparsity, options)
+    rules = PatternRules(config.sparsity)
     model = _meta_model(source, parse_dtype(dtype))
     traced = trace(model, None)
-    plans = plan_linears(model, traced, rules, Skips(skip_first, skip_head, skip_router))
-    sparse = [plan for plan in plans if plan.pattern is not None]
+    plans = plan_linears(model, traced, config, rules)
+    sparse = sparse_plans(plans)
     if not sparse:
-        raise NoEligibleLinearError(f"No linear of {source} can be made {sparsity}.")
-    size = next(model.parameters()).element_size()
-    kind = next(model.parameters()).dtype
-    products = _measured(sparse, kind, tokens) if measure else {}
-    reports = tuple(
-        report_linear(
-            plan,
-            layer_rank(rank, plan) if plan.pattern else None,
-            size,
-            products=products.get(plan.name, ()),
-        )
-        for plan in plans
-    )
+        raise NoEligibleLinearError(f"No linear of {source} can be made {config.sparsity}.")
+    first = next(model.parameters())
+    products = _measured(sparse, first.dtype, tokens) if measure else {}
+    reports: list[LinearReport] = []
+    for plan in plans:
+        if isinstance(plan, SparsePlan):
+            rank, met = layer_rank(config, plan), products.get(plan.name, ())
+            size = first.element_size()
+            reports.append(report_sparse(plan, config.storage, rank, size, products=met))
+        elif isinstance(plan, DensePlan):
+            reports.append(report_dense(plan))
     notes = []
     if traced.untraced_because:
         notes.append(f"The model was not traced ({traced.untraced_because}).")
@@ -105,27 +100,26 @@ def preview(
         notes.append(_gains(reports, tokens))
     for key in rules.unmatched():
         notes.append(f"sparsity[{key!r}] matches no linear that an earlier key doesn't match.")
-    return Explanation(reports, "\n".join(notes))
+    return Explanation(tuple(reports), "\n".join(notes))
 
 
 def _of_checkpoint(folder: Path, tokens: int | None) -> Explanation:
     manifest = read_manifest(folder)
+    sparse = sparse_plans(manifest.plans)
+    dtype = _dtype_of(folder, manifest)
+    products = {} if tokens is None else _measured(sparse, dtype, tokens)
     reports: list[LinearReport] = []
-    sparse = [plan for plan in manifest.plans if plan.name in manifest.sparse]
-    products = {} if tokens is None else _measured(sparse, _dtype_of(folder, manifest), tokens)
     for plan in manifest.plans:
-        entry = manifest.sparse.get(plan.name)
-        count = max(1, torch.Size(plan.shape).numel())
-        reports.append(
-            report_linear(
-                plan, None if entry is None else entry.rank, plan.bytes_dense // count,
-                products=products.get(plan.name, ()),
-            )
-        )  # fmt: skip
+        if isinstance(plan, SparsePlan):
+            rank, met = manifest.sparse[plan.name].rank, products.get(plan.name, ())
+            size = plan.bytes_dense // max(1, torch.Size(plan.shape).numel())
+            reports.append(report_sparse(plan, manifest.config.storage, rank, size, products=met))
+        elif isinstance(plan, DensePlan):
+            reports.append(report_dense(plan))
     active = sum(entry.adapter_active for entry in manifest.sparse.values())
     note = f"A sparse checkpoint; adapters take part in {active} of its layers."
     if tokens is not None:
-        note += f"\n{_gains(tuple(reports), tokens)}"
+        note += f"\n{_gains(reports, tokens)}"
     return Explanation(tuple(reports), note)
 
 
@@ -155,21 +149,17 @@ def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn
 
 
 def _measured(
-    plans: list[LinearPlan], dtype: torch.dtype, tokens: int
+    plans: list[SparsePlan], dtype: torch.dtype, tokens: int
 ) -> dict[str, tuple[ProductReport, ...]]:
     """What computes the products of each sparse linear here, and how much faster than dense."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for plan in plans:
-        assert plan.pattern is not None
         n, m = plan.pattern.n, plan.pattern.m
-        size = (_capped(max(plan.rows), m), _capped(plan.shape[-1], m))
-        for op in selection.PRODUCTS:
-            values = (size[0], size[1] * n // m)
-            selection.choose(op, tokens, values, n, m, dtype, device)
-        met = products_of([size], plan.pattern)
-        kind = str(dtype).removeprefix("torch.")
-        found[plan.name] = tuple(p for p in met if p.dtype == kind)
+        d_out, d_in = _capped(max(plan.rows), m), _capped(plan.shape[-1], m)
+        request = Request(tokens, d_out, d_in, n, m, dtype, device)
+        pairs = [(Problem.of(op, request), chosen(op, request)) for op in PRODUCTS]
+        found[plan.name] = product_reports(pairs)
     return found
 
 
@@ -177,7 +167,7 @@ def _capped(width: int, m: int) -> int:
     return width if width <= MOST_WIDTH else MOST_WIDTH // m * m
 
 
-def _gains(reports: tuple[LinearReport, ...], tokens: int) -> str:
+def _gains(reports: list[LinearReport], tokens: int) -> str:
     gaining = [r for r in reports if r.products and _speedup(r) > 1]
     sparse = sum(r.kind == "sparse" for r in reports)
     return (

@@ -6,9 +6,9 @@ reuses one compiled graph only for modules of one class.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,25 +189,49 @@ def install(
 
     shared = Shared(storage, Phase(), {})
     replaced: list[Tensor] = []
-    for plan in plans:
-        dense = model.get_parameter(plan.parameter_name)
-        with torch.no_grad():
-            parts = make_parts(plan, dense.detach())
-        places = locations[id(dense)]
-        fallback = Fallback(plan.name, on_fallback)
-        values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
-        # A shared weight stays shared: the same values and masks at each of its places.
-        sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
-        for module, name in places:
-            undo.callback(restore, module, type(module), dict(module.__dict__))
-            module.__dict__["_parameters"] = dict(module._parameters)
-            module.__dict__["_modules"] = dict(module._modules)
-            del module._parameters[name]
-            module.register_parameter(values_name(name), values)
-            module.add_module(sparse_name(name), sparse)
-            set_kind(module, (name,))
-        replaced.append(dense)
+    with _plain_modes():
+        for plan in plans:
+            dense = model.get_parameter(plan.parameter_name)
+            places = locations[id(dense)]
+            _replace(
+                plan, dense, places, make_parts, shared, Fallback(plan.name, on_fallback), undo
+            )
+            replaced.append(dense)
     return replaced
+
+
+def _replace(
+    plan: SparsePlan,
+    dense: nn.Parameter,
+    places: list[tuple[nn.Module, str]],
+    make_parts: Callable[[SparsePlan, Tensor], Parts],
+    shared: Shared,
+    fallback: Fallback,
+    undo: ExitStack,
+) -> None:
+    """Replace one dense parameter wherever a module has it: a shared weight stays shared."""
+    with torch.no_grad():
+        parts = make_parts(plan, dense.detach())
+    values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
+    sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
+    for module, name in places:
+        undo.callback(restore, module, type(module), dict(module.__dict__))
+        module.__dict__["_parameters"] = dict(module._parameters)
+        module.__dict__["_modules"] = dict(module._modules)
+        del module._parameters[name]
+        module.register_parameter(values_name(name), values)
+        module.add_module(sparse_name(name), sparse)
+        set_kind(module, (name,))
+
+
+@contextmanager
+def _plain_modes() -> Iterator[None]:
+    """Whatever mode the caller is in, parameters are to train, and to be as they are computed."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        for device in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
+            modes.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> None:
@@ -223,12 +247,10 @@ def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> N
         if kind is None:
             continue
         for attribute in kind.attributes:
-            sparse = module._modules[sparse_name(attribute)]
-            values = module._parameters[values_name(attribute)]
-            assert isinstance(sparse, SparseWeight)
-            assert values is not None
+            sparse = cast(SparseWeight, module._modules[sparse_name(attribute)])
             if sparse not in made:
-                made[sparse] = nn.Parameter(dense_of(sparse), requires_grad=values.requires_grad)
+                trains = sparse.values.requires_grad
+                made[sparse] = nn.Parameter(dense_of(sparse), requires_grad=trains)
             del module._modules[sparse_name(attribute)], module._parameters[values_name(attribute)]
             # Ahead of the bias, where torch's own layers have it.
             module.__dict__["_parameters"] = {attribute: made[sparse], **module._parameters}

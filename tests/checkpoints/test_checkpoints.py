@@ -89,7 +89,7 @@ def test_comes_back_bit_for_bit(data, tmp_path_factory):
     assert not loaded.training
     assert [p.shape for p in loaded.parameters()] == [p.shape for p in model.parameters()]
     assert str(slope_fx.explain(loaded)) == str(slope_fx.explain(model))
-    assert slope_fx.verify(path).patterns == {str(weight.pattern): len(
+    assert slope_fx.checkpoints.verify(path).patterns == {str(weight.pattern): len(
         slope_fx.sparse_weights(model))}  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def test_what_is_not_whole_is_refused(damage, saved, tmp_path):
         slope_fx.load_pretrained(path, **BACKEND)
     if "place" not in words and "have" not in words:  # that takes a model to tell
         with pytest.raises(slope_fx.errors.CheckpointError, match=words):
-            slope_fx.verify(path)
+            slope_fx.checkpoints.verify(path)
 
 
 def test_shards_and_files(saved):
@@ -463,7 +463,7 @@ def test_writers_do_not_disturb_each_other(tmp_path):
     while any(writer.is_alive() for writer in writers):
         assert (path / MANIFEST).exists()
     assert not failures
-    slope_fx.verify(path)
+    slope_fx.checkpoints.verify(path)
     assert os.listdir(tmp_path) == ["c"]
 
 

@@ -108,7 +108,9 @@ def test_a_run_that_ends_before_its_adapters_begin_is_told():
     step(model, optimizer, schedule)
     holding = [schedule]
     del schedule
-    with pytest.warns(slope_fx.errors.TrainingWarning, match=r"ended at step 1 of total_steps=1000.*990"):
+    with pytest.warns(
+        slope_fx.errors.TrainingWarning, match=r"ended at step 1 of total_steps=1000.*990"
+    ):
         holding.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -155,7 +157,10 @@ MASKED = {
 def test_arithmetic_on_masks_is_refused(how):
     model = compiled(rank=None)
     bits = {n: w.forward_bits.clone() for n, w in slope_fx.sparse_weights(model).items()}
-    with torch.no_grad(), pytest.raises(slope_fx.errors.ArgumentError, match=r"if p\.requires_grad"):
+    with (
+        torch.no_grad(),
+        pytest.raises(slope_fx.errors.ArgumentError, match=r"if p\.requires_grad"),
+    ):
         MASKED[how](model)
     for name, weight in slope_fx.sparse_weights(model).items():
         assert torch.equal(weight.forward_bits, bits[name])
@@ -213,7 +218,10 @@ def test_quantize_dynamic():
     from torch.ao.quantization import quantize_dynamic
 
     model = compiled(rank=None).eval()
-    with pytest.warns(match="deprecated"), pytest.raises(slope_fx.errors.UnsupportedError, match="densify"):
+    with (
+        pytest.warns(match="deprecated"),
+        pytest.raises(slope_fx.errors.UnsupportedError, match="densify"),
+    ):
         quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     dense = slope_fx.densify(model)
     with pytest.warns(match="deprecated"):

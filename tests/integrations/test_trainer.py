@@ -86,7 +86,7 @@ def test_a_checkpoint_of_the_trainer_is_one_of_slope_fx(tmp_path):
     trainer = trainer_of(compiled("llama"), tmp_path)
     trainer.train()
     folder = tmp_path / f"checkpoint-{STEPS}"
-    report = slope_fx.verify(folder)
+    report = slope_fx.checkpoints.verify(folder)
     assert report.adapters_active == report.adapters > 0
     loaded = slope_fx.load_pretrained(folder, backend="eager")
     ids = batch(7)

@@ -159,7 +159,9 @@ def test_the_weights_that_low_rank_recipes_look_for_are_refused():
     """``module.weight`` is no parameter of a sparse layer, and no optimizer takes it for one."""
     model, _ = net()
     chosen = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    with pytest.raises(slope_fx.errors.UnsupportedError, match=r"an optimizer can't train it.*parameters"):
+    with pytest.raises(
+        slope_fx.errors.UnsupportedError, match=r"an optimizer can't train it.*parameters"
+    ):
         torch.optim.AdamW(chosen)
 
 

@@ -161,7 +161,9 @@ def test_nan_and_infinity_show(engine):
 def test_patterns_that_are_not_contained_are_refused_aloud(engine, pattern):
     assert "more than two of four" in engine.why_not_pattern(pattern.n, pattern.m)
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.errors.EngineWarning, match=f"cusparselt engine is not used for {pattern}"):
+    with pytest.warns(
+        slope_fx.errors.EngineWarning, match=f"cusparselt engine is not used for {pattern}"
+    ):
         name = selection.choose(
             "sparse_linear", 8, (16, 16 * pattern.n // pattern.m), pattern.n, pattern.m, B16, CPU
         )
@@ -723,7 +725,7 @@ def test_operands_are_counted_and_go_with_the_weights(engine):
     want = [2 * 2 * a * b * 9 // 16 for a, b in sizes]
     assert [r.operand_bytes for r in report.sparse] == want
     assert "of operands that they made of the weights" in str(report)
-    assert slope_fx.Explanation.from_dict(report.to_dict()) == report
+    assert slope_fx.report.Explanation.from_dict(report.to_dict()) == report
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(engine.operands.nbytes()))
@@ -764,7 +766,9 @@ def test_inference_tensors_are_not_kept_and_that_is_said(engine):
     with torch.inference_mode():
         values, forward, _ = layer(Pattern(2, 4), 16, 16, 0)
         x = normal((3, 16), 1, B16)
-        with pytest.warns(slope_fx.errors.EngineWarning, match="no effect on weights that are inference"):
+        with pytest.warns(
+            slope_fx.errors.EngineWarning, match="no effect on weights that are inference"
+        ):
             engine.sparse_linear(x, values, forward, None, 2, 4)
         values.neg_()
         y = engine.sparse_linear(x, values, forward, None, 2, 4)
@@ -923,7 +927,9 @@ def test_what_the_library_refuses_is_not_chosen_and_that_is_said(race, monkeypat
 
     monkeypatch.setattr(library, "multiply", refuse)
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.errors.EngineWarning, match="is not used for sparse_linear of 32x32, 8 to"):
+    with pytest.warns(
+        slope_fx.errors.EngineWarning, match="is not used for sparse_linear of 32x32, 8 to"
+    ):
         assert selection.choose("sparse_linear", 8, (32, 16), 2, 4, B16, CPU) == "cpu-dense"
 
 

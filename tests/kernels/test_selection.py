@@ -176,7 +176,9 @@ def test_the_environment_forces_and_forbids(fresh, monkeypatch, limit, allowed):
 @pytest.mark.parametrize("limit", ["gpu", "cpu;dense", "dense,-dense", "cpu,-cpu"])
 def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
     monkeypatch.setenv("SLOPE_FX_ENGINES", limit)
-    with pytest.raises(slope_fx.errors.ArgumentError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, triton"):
+    with pytest.raises(
+        slope_fx.errors.ArgumentError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, triton"
+    ):
         engines.allowed_engines()
     model = models.gpt2()
     before = dict(model.named_parameters())
@@ -202,7 +204,9 @@ def test_engine_without_a_backend_has_no_effect():
 
 def test_tensors_that_an_engine_cannot_serve(fresh):
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.errors.EngineWarning, match=r"cpu engine .* no kernels for torch.float64"):
+    with pytest.warns(
+        slope_fx.errors.EngineWarning, match=r"cpu engine .* no kernels for torch.float64"
+    ):
         assert chosen(engines="cpu", dtype=torch.float64) == "dense"
     assert chosen(dtype=torch.float64) == "dense"  # nobody asked: nothing to say
 

@@ -483,7 +483,9 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
     assert "NVIDIA GPUs, not on cpu" in why_not(torch.device("cpu"), torch.float32)
     if not ON_GPU:
         assert triton.unavailable() == "there is no CUDA device"
-        with pytest.raises(slope_fx.errors.ArgumentError, match=r"engine='triton' can't be had: there is"):
+        with pytest.raises(
+            slope_fx.errors.ArgumentError, match=r"engine='triton' can't be had: there is"
+        ):
             slope_fx.compile(models.gpt2(), engine="triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert triton.unavailable() == "triton isn't installed"

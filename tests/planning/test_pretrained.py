@@ -14,10 +14,12 @@ import slope_fx
 from forms import EXPERTS, FORMS, WIDTH, Experts, Written
 from formulas import top_n_mask
 from models import batch
-from slope_fx import activations
+from slope_fx.errors import ArgumentError
 from slope_fx.planning.adapters import low_rank
+from slope_fx.planning.calibration import observe
+from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.patterns import PatternRules
-from slope_fx.planning.plan import Skips, plan_linears
+from slope_fx.planning.plan import plan_linears, sparse_plans
 from slope_fx.planning.trace import trace
 from strategies import normal, seeds
 
@@ -27,12 +29,10 @@ BATCHES = [{"input_ids": batch(seed, rows=3)} for seed in range(3)]
 
 def observed(model, calibration, example_inputs=None, **skips):
     """The sums over the calibration inputs, by layer; the model stays dense."""
-    plans = plan_linears(
-        model, trace(model, example_inputs), PatternRules("2:4"),
-        Skips(**skips),
-    )  # fmt: skip
-    sparse = [plan for plan in plans if plan.pattern]
-    return activations.observe(model, sparse, calibration, grams=True)
+    config = SlopeConfig(**{f"skip_{part}": skip for part, skip in skips.items()})
+    traced = trace(model, example_inputs)
+    plans = plan_linears(model, traced, config, PatternRules(config.sparsity))
+    return observe(model, sparse_plans(plans), calibration, grams=True)
 
 
 def hooked(model, names):
@@ -243,38 +243,38 @@ class Never(nn.Module):
 
 
 MISTAKES = {
-    "no calibration": ({"mask": "wanda"}, slope_fx.errors.ArgumentError, 'mask="wanda" needs'),
+    "no calibration": ({"mask": "wanda"}, ArgumentError, 'mask="wanda" needs'),
     "a lone batch": (
-        {"mask": "wanda", "calibration": torch.ones(2, 16)}, slope_fx.errors.ArgumentError,
+        {"mask": "wanda", "calibration": torch.ones(2, 16)}, ArgumentError,
         "calibration is a Tensor",
     ),
-    "no batch": ({"mask": "wanda", "calibration": []}, slope_fx.errors.ArgumentError, "no batch"),
+    "no batch": ({"mask": "wanda", "calibration": []}, ArgumentError, "no batch"),
     "not inputs": (
-        {"mask": "wanda", "calibration": [3]}, slope_fx.errors.ArgumentError, "batch 0 is a int",
+        {"mask": "wanda", "calibration": [3]}, ArgumentError, "batch 0 is a int",
     ),
     "wrong inputs": (
-        {"mask": "wanda", "calibration": [torch.ones(2, 3)]}, slope_fx.errors.ArgumentError,
+        {"mask": "wanda", "calibration": [torch.ones(2, 3)]}, ArgumentError,
         "fails on batch 0",
     ),
     "NaN": (
         {"mask": "wanda", "calibration": [torch.full((2, 16), torch.nan)]},
-        slope_fx.errors.ArgumentError, "NaN",
+        ArgumentError, "NaN",
     ),
     "unseen": (
         {"mask": "wanda", "calibration": [(torch.ones(2, 16), False)]},
-        slope_fx.errors.ArgumentError, "no input of b",
+        ArgumentError, "no input of b",
     ),
-    "no rank": ({"adapter_init": "svd"}, slope_fx.errors.ArgumentError, "adapter_rank is None"),
-    "no such": ({"adapter_init": "pca", "adapter_rank": 2}, slope_fx.errors.ArgumentError, "allowed are"),
+    "no rank": ({"adapter_init": "svd"}, ArgumentError, "adapter_rank is None"),
+    "no such": ({"adapter_init": "pca", "adapter_rank": 2}, ArgumentError, "allowed are"),
     "wrong factors": (
-        {"adapter_init": lambda *a: 3, "adapter_rank": 2}, slope_fx.errors.ArgumentError,
+        {"adapter_init": lambda *a: 3, "adapter_rank": 2}, ArgumentError,
         "returned int",
     ),
     "wrong shapes": (
         {"adapter_init": lambda n, w, m, r: (w, w), "adapter_rank": 2},
-        slope_fx.errors.ArgumentError, "returned shapes",
+        ArgumentError, "returned shapes",
     ),
-    "no mask of that name": ({"mask": "Wanda"}, slope_fx.errors.ArgumentError, '"wanda"'),
+    "no mask of that name": ({"mask": "Wanda"}, ArgumentError, '"wanda"'),
 }  # fmt: skip
 
 

@@ -210,7 +210,9 @@ def test_what_peft_refuses_in_a_model_is_refused_by_us(tmp_path):
         lambda: slope_fx.densify(model, "peft"),
         lambda: slope_fx.export_peft(model, tmp_path / "adapter"),
     ):
-        with pytest.raises(slope_fx.errors.UnsupportedError, match=r"out_proj.*densify\(model, 'merge'\)"):
+        with pytest.raises(
+            slope_fx.errors.UnsupportedError, match=r"out_proj.*densify\(model, 'merge'\)"
+        ):
             attempt()
     assert not (tmp_path / "adapter").exists()
 
@@ -233,7 +235,9 @@ def test_what_peft_cannot_have_is_refused(tmp_path):
     )  # fmt: skip
     for call in (lambda: slope_fx.export_peft(model, tmp_path / "a"),
                  lambda: slope_fx.densify(model, "peft", inplace=True)):  # fmt: skip
-        with pytest.raises(slope_fx.errors.UnsupportedError, match="w is not the weight of a linear module"):
+        with pytest.raises(
+            slope_fx.errors.UnsupportedError, match="w is not the weight of a linear module"
+        ):
             call()
     assert slope_fx.sparse_weights(model)
     assert not (tmp_path / "a").exists()
