@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from slope_fx.kernels import cpu
+from slope_fx.kernels import ENGINES
 from slope_fx.kernels.cpu import build
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc") or shutil.which("gcc")
+cpu = ENGINES["cpu"]
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 
 PRODUCT = """
 import torch
-from slope_fx.kernels import cpu
+from slope_fx.kernels import ENGINES
+cpu = ENGINES["cpu"]
 mask = cpu.magnitude_mask(torch.rand(64, 64), 2, 4)
 y = cpu.sparse_linear(torch.rand(40, 64), torch.rand(64, 32), mask, None, 2, 4)
 """
