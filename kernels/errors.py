@@ -1,6 +1,7 @@
-"""The base of all errors and warnings of slope_fx, and those that engines and ops raise.
+"""The base of all errors and warnings of slope_fx, and those of engines and ops.
 
-They live here because kernels import nothing from above; ``slope_fx.errors`` has the rest.
+They are defined here because kernels/ imports nothing from the other folders. ``slope_fx.errors``
+has all errors.
 """
 
 
@@ -9,7 +10,7 @@ class SlopeError(Exception):
 
 
 class EngineError(SlopeError, ValueError):
-    """An engine was named, by argument or environment, that doesn't exist."""
+    """An argument or an environment variable names an unknown engine or has another wrong value."""
 
 
 class SlopeWarning(UserWarning):
@@ -17,12 +18,12 @@ class SlopeWarning(UserWarning):
 
 
 class EngineWarning(SlopeWarning):
-    """An engine can't serve here, or not these tensors; another one does."""
+    """An engine cannot run here, or does not support the tensors. Another engine is used."""
 
 
 class ExportError(SlopeError, ValueError):
-    """A model can't be written in another format."""
+    """A model cannot be exported to another format."""
 
 
 class DoubleBackwardError(SlopeError, RuntimeError):
-    """A gradient of a gradient (``create_graph=True``) was asked of a sparse linear."""
+    """The code computes a second derivative (``create_graph=True``) of a sparse linear."""

@@ -336,3 +336,33 @@ def test_a_dynamic_number_of_tokens_is_chosen_for_its_hint(fresh, timings):
     for tokens in (5, 40, 41, 42):
         model(torch.rand(tokens, 16)).sum().backward()
     assert {p.tokens for p in timings.problems} == {8, 64}
+
+
+def test_a_gain_is_that_of_the_pairs_alone():
+    """The best number of tokens counts, with the times of a weight that trains."""
+
+    def pair(op, tokens, ours, **more):
+        problem = Problem(op, tokens, 16, 16, 2, 4, "float32", 1, **more)
+        return problem, Choice("cpu", {"cpu": ours, "plain": 2.0})
+
+    forward, grad = pair("sparse_linear", 8, 1.0), pair("sparse_weight_grad", 8, 3.0)
+    assert selection.gain([], training=True) is None
+    assert selection.gain([forward], training=True) is None
+    assert selection.gain([forward], training=False) == (2.0, 8)
+    assert selection.gain([forward, grad], training=True) == (1.0, 8)
+    assert selection.gain([forward, pair("sparse_linear", 64, 0.5)], training=False) == (4.0, 64)
+    trains = pair("sparse_linear", 8, 4.0, makes_operand=True)
+    for pairs in ([forward, trains], [trains, forward]):
+        assert selection.gain(pairs, training=False) == (0.5, 8)
+    unmeasured = (forward[0], Choice("cpu", {}))
+    assert selection.gain([unmeasured], training=False) is None
+
+
+def test_a_request_gives_the_problem_and_the_choice(fresh, timings):
+    request = Request(33, 16, 16, 2, 4, F32, CPU, values_dtype=torch.float64)
+    problem = Problem.of("sparse_linear", request)
+    assert problem == Problem("sparse_linear", 64, 16, 16, 2, 4, "float32", 1, "float64")
+    choice = selection.chosen("sparse_linear", request)
+    assert choice is selection.chosen("sparse_linear", request)
+    assert (choice.engine, choice.speedup) == ("cpu", 3.0)
+    assert selection.choices(16, 16, 2, 4) == [(problem, choice)]
