@@ -35,7 +35,7 @@ ENGINES: dict[str, Engine] = {
         Reference(),
     )
 }
-"""All engines by name. The first of several candidates is the one that is used unmeasured."""
+"""All engines by name. Where no measurement is possible, the first candidate is used."""
 
 AUTO = "auto"
 

@@ -72,8 +72,8 @@ def load_codes(
 
     Args:
         bits: pointer to uint8.
-        bits_stride: bytes of a row. It is an argument of the kernel, so that Triton knows what it
-            is a multiple of, and loads several bytes at once before their use.
+        bits_stride: bytes of a row. It is an argument of the kernel, so that Triton knows its
+            divisors, and loads several bytes at once before their use.
         row: (rows, 1): number of each row.
         first_group: number of the tile's first group, a multiple of G.
         rows_within: (rows, 1): which rows exist.

@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, graphs, several devices, measured choices, the sanitizer.
 
-``make gpu`` runs these, with ``test_triton_engine.py`` on the GPU, and then the benchmarks.
+``make gpu`` runs these, with ``test_triton_*.py`` on the GPU, and then the benchmarks.
 """
 
 import os
