@@ -28,7 +28,7 @@ cold L2 cache; above 1 the sparse side is faster, and where it is slower the tab
 def page(result: dict[str, Any]) -> str:
     """The whole page."""
     sections = [
-        device(result), kernels(result), decoding(result), adapters(result), products(result),
+        device(result), kernels(result), decoding(result), products(result),
         blocks(result),
     ]  # fmt: skip
     if result["wrong"]:
@@ -80,13 +80,6 @@ def decoding(result: dict[str, Any]) -> str:
         "## Decoding products by batch", "",
         "The Triton engine against cuBLAS; in brackets what half of the pairs lie between.", "",
         table(rows, ("width", *(f"{t} rows" for t in tokens))),
-    ])  # fmt: skip
-
-
-def adapters(result: dict[str, Any]) -> str:
-    rows = [(e["case"], width(e), e["tokens"], e["rank"], speedup(e)) for e in result["adapters"]]
-    return "\n".join([
-        "## Adapters", "", table(rows, ("", "width", "tokens", "rank", "times faster")),
     ])  # fmt: skip
 
 
