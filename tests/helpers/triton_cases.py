@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slope_fx.kernels import ENGINES
 from slope_fx.kernels.triton import tuning
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import patterns, weights
 
 triton = ENGINES["triton"]

@@ -18,10 +18,11 @@ from operand_models import (
     layer,
 )
 from oracle import DenseOracle, assert_within_rounding
+from slope_fx.errors import ArgumentError, EngineWarning
 from slope_fx.kernels import ENGINES, engines, racing, reference, selection
 from slope_fx.kernels.cusparselt import Cusparselt, library
 from slope_fx.kernels.selection import Request
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import normal, seeds
 
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_patterns_that_are_not_contained_are_refused_aloud(engine, pattern):
     assert "more than two of four" in engine.why_not_pattern(pattern.n, pattern.m)
     engines.say_once.cache_clear()
     request = Request(8, 16, 16, pattern.n, pattern.m, B16, CPU)
-    with pytest.warns(slope_fx.EngineWarning, match=f"not use the cusparselt engine for {pattern}"):
+    with pytest.warns(EngineWarning, match=f"not use the cusparselt engine for {pattern}"):
         name = selection.choose("sparse_linear", request)
     assert name == "dense"
 
@@ -145,7 +146,7 @@ def test_contained_patterns_truly_are():
 
 def test_other_dtypes_are_refused_aloud(engine):
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.EngineWarning, match="bf16 and fp16, not torch.float32"):
+    with pytest.warns(EngineWarning, match="bf16 and fp16, not torch.float32"):
         assert (
             selection.choose("sparse_linear", Request(8, 16, 16, 2, 4, torch.float32, CPU))
             == "dense"
@@ -156,7 +157,7 @@ def test_the_library_is_not_there_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "built without cuSPARSELt" in library.unavailable() or "no CUDA" in library.unavailable()
-    with pytest.raises(slope_fx.ArgumentError, match="engine='cusparselt' can't be had"):
+    with pytest.raises(ArgumentError, match="engine='cusparselt' can't be had"):
         slope_fx.compile(models.gpt2(), engine="cusparselt")
 
 

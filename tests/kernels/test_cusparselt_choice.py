@@ -68,7 +68,7 @@ def test_what_the_library_refuses_is_not_chosen_and_that_is_said(race, monkeypat
     monkeypatch.setattr(library, "multiply", refuse)
     engines.say_once.cache_clear()
     with pytest.warns(
-        slope_fx.EngineWarning, match="cusparselt engine for sparse_linear of 32x32, 8 to"
+        slope_fx.errors.EngineWarning, match="cusparselt engine for sparse_linear of 32x32, 8 to"
     ):
         assert selection.choose("sparse_linear", REQUEST) == "cpu-dense"
 

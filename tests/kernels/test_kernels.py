@@ -11,7 +11,7 @@ import formulas
 from oracle import assert_same, assert_within_rounding
 from slope_fx.kernels import ENGINES, packing, reference
 from slope_fx.kernels.engine import Engine
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
 
 engines = st.sampled_from(["cpu", "cpu-dense", "dense"]).map(ENGINES.get)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import slope_fx
+from slope_fx.errors import EngineWarning
 from slope_fx.kernels import ENGINES, Engine, racing, selection
 from slope_fx.kernels.engines import allowed_engines, say_once
 from slope_fx.kernels.selection import Request, choose
@@ -87,7 +88,7 @@ def test_a_new_engine_competes(mine, monkeypatch, seconds, winner):
 def test_the_reason_of_a_new_engine_is_told(mine):
     say_once.cache_clear()
     request = Request(8, 32, 16, 2, 4, torch.bfloat16, CPU, engines="mine")
-    with pytest.warns(slope_fx.EngineWarning, match=r"mine engine: it has no kernels for torch\.b"):
+    with pytest.warns(EngineWarning, match=r"mine engine: it has no kernels for torch\.b"):
         assert choose("sparse_linear", request) == "dense"
 
 

@@ -25,8 +25,9 @@ from operand_models import (
     train_step,
 )
 from oracle import DenseOracle
+from slope_fx.errors import ArgumentError, EngineWarning
 from slope_fx.kernels import operands, racing, reference
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import normal
 
 
@@ -100,7 +101,7 @@ def test_the_environment_overrules(engine, monkeypatch, value, kept):
         assert_fresh(net)
     assert (engine.operands.nbytes() > 0) == kept
     monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", "yes")
-    with pytest.raises(slope_fx.EngineError, match=r"KEEP_OPERANDS='yes'; allowed are 1"):
+    with pytest.raises(ArgumentError, match=r"KEEP_OPERANDS='yes'; allowed are 1"):
         engine.sparse_linear(torch.zeros(1, 16, dtype=B16), *layer(Pattern(2, 4), 16, 16, 0)[:2],
                              None, 2, 4)  # fmt: skip
 
@@ -184,7 +185,7 @@ def test_operands_are_counted_and_go_with_the_weights(engine):
     want = [2 * 2 * a * b * 9 // 16 for a, b in sizes]
     assert [r.operand_bytes for r in report.sparse] == want
     assert "of operands that they made of the weights" in str(report)
-    assert slope_fx.Explanation.from_dict(report.to_dict()) == report
+    assert slope_fx.report.Explanation.from_dict(report.to_dict()) == report
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(engine.operands.nbytes()))
@@ -214,7 +215,7 @@ def test_inference_tensors_are_not_kept_and_that_is_said(engine):
     with torch.inference_mode():
         values, forward, _ = layer(Pattern(2, 4), 16, 16, 0)
         x = normal((3, 16), 1, B16)
-        with pytest.warns(slope_fx.EngineWarning, match="no effect on weights that are inference"):
+        with pytest.warns(EngineWarning, match="no effect on weights that are inference"):
             engine.sparse_linear(x, values, forward, None, 2, 4)
         values.neg_()
         y = engine.sparse_linear(x, values, forward, None, 2, 4)

@@ -11,9 +11,10 @@ import models
 import slope_fx
 from oracle import assert_within_rounding
 from slope_fx import ops
+from slope_fx.errors import ArgumentError
 from slope_fx.kernels import ENGINES, reference
 from slope_fx.kernels.triton import configs, traffic, tuning
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import normal
 from triton_cases import (
     DEVICE,
@@ -197,7 +198,7 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
     assert "NVIDIA GPUs, not on cpu" in triton.why_not(torch.device("cpu"), torch.float32)
     if not ON_GPU:
         assert triton.unavailable() == "there is no CUDA device"
-        with pytest.raises(slope_fx.ArgumentError, match=r"engine='triton' can't be had: there is"):
+        with pytest.raises(ArgumentError, match=r"engine='triton' can't be had: there is"):
             slope_fx.compile(models.gpt2(), engine="triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert triton.unavailable() == "triton is not installed"
