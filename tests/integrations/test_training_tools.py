@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler as rates
 from torch.optim import swa_utils
 
 import slope_fx
-from slope_fx.sparse.weight import mask_problem
+from slope_fx.planning.masks import mask_problem
 
 STEPS, HALF = 8, 4
 X = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))

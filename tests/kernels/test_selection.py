@@ -12,6 +12,7 @@ import slope_fx
 from slope_fx.kernels import engines, racing, selection
 from slope_fx.kernels.selection import Choice, Problem, Request, choose
 from slope_fx.ops.targets import SPARSE_LINEAR
+from slope_fx.passes.graph import arguments
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -248,12 +249,7 @@ def compiled(graphs, **options):
 def engines_in(graph):
     products = (SPARSE_LINEAR, torch.ops.slope_fx.sparse_input_grad.default,
                 torch.ops.slope_fx.sparse_weight_grad.default)  # fmt: skip
-    places = {products[0]: 7, products[1]: 6, products[2]: 5}  # of the argument "engine"
-    return [
-        node.args[places[node.target]] if len(node.args) > places[node.target] else ""
-        for node in graph.graph.nodes
-        if node.target in products
-    ]
+    return [arguments(node)["engine"] for node in graph.graph.nodes if node.target in products]
 
 
 @pytest.mark.parametrize("autocast", [False, True])

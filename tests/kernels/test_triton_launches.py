@@ -175,7 +175,8 @@ def test_autocast_neither_copies_the_values_nor_rounds_their_gradient(monkeypatc
         )  # fmt: skip
         leaf = values.clone().requires_grad_()
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-            y = ops.sparse_linear(x, leaf, forward, backward, None, n, m, *[engine] * 3)
+            names = dict.fromkeys(("engine", "input_engine", "weight_engine"), engine)
+            y = ops.sparse_linear(x, leaf, forward, backward, None, n, m, **names)
         assert y.dtype == torch.bfloat16
         y.sum().backward()
         assert leaf.grad.dtype == torch.float32

@@ -153,7 +153,7 @@ def test_an_average_that_changes_the_masks_is_an_error_not_a_wrong_model(width):
                 with pytest.raises(slope_fx.errors.UnsupportedError, match="of a mask"):
                     average.copy_(0.9 * average + 0.1 * parameter)
             average.copy_(0.9 * average.data + 0.1 * parameter.data)
-    with pytest.raises(ValueError, match="a forward mask isn't 2:4 any more"):
+    with pytest.raises(ValueError, match="A forward mask is no longer 2:4"):
         averaged(x)
     trained = [p for p in averaged.parameters() if p.requires_grad]
     assert len(trained) == 8
