@@ -52,19 +52,25 @@ def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
     source, text = "engine", engines
     if engines == AUTO:
         source, text = "SLOPE_FX_ENGINES", os.environ.get("SLOPE_FX_ENGINES", "")
-    names = _split(text)
-    known = ", ".join(ENGINES)
+    return _parse(source, text, tuple(ENGINES.values()))
+
+
+@functools.cache
+def _parse(source: str, text: str, engines: tuple[Engine, ...]) -> tuple[str, ...]:
+    """The names of the engines that a text allows; ``source`` is its name in errors."""
+    names, known = _split(text), [engine.name for engine in engines]
+    listed = f"The engines are {', '.join(known)}."
     for name in names:
-        if name.removeprefix("-") not in ENGINES:
+        if name.removeprefix("-") not in known:
             raise ArgumentError(
-                f"{source}={text!r}: {name!r} is not an engine. The engines are {known}. "
+                f"{source}={text!r}: {name!r} is not an engine. {listed} "
                 "Separate names by commas; -name forbids an engine."
             )
-    named = [name for name in ENGINES if name in names]
-    competing = [name for name, engine in ENGINES.items() if engine.competes]
+    named = [name for name in known if name in names]
+    competing = [engine.name for engine in engines if engine.competes]
     left = tuple(name for name in named or competing if f"-{name}" not in names)
     if not left:
-        raise ArgumentError(f"{source}={text!r} leaves no engine. The engines are {known}.")
+        raise ArgumentError(f"{source}={text!r} leaves no engine. {listed}")
     return left
 
 
@@ -86,12 +92,14 @@ def without_operands(engines: str) -> str:
     return ",".join([*named, *(f"-{name}" for name in keeping)]) or AUTO
 
 
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+@functools.cache
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _is_named(name: str, engines: str) -> bool:
-    return name in _split(os.environ.get("SLOPE_FX_ENGINES", "") if engines == AUTO else engines)
+def _named(engines: str) -> tuple[str, ...]:
+    """The names in ``engines``, or in the environment; "auto" names no engine."""
+    return _split(os.environ.get("SLOPE_FX_ENGINES", "") if engines == AUTO else engines)
 
 
 def engines_for(
@@ -107,24 +115,23 @@ def engines_for(
         engines: the allowed engines, as in :func:`allowed_engines`.
         products: whether the tensors are those of products, or of masks, expand and compress.
     """
-    allowed = allowed_engines(engines)
+    allowed, named = allowed_engines(engines), _named(engines)
     able: list[str] = []
     for name in allowed:
-        engine, named = ENGINES[name], _is_named(name, engines)
+        engine = ENGINES[name]
         at_home = engine.devices is None or device.type in engine.devices
-        if not at_home and not named:
+        if not at_home and name not in named:
             continue
         reason = _why_not(engine, device, dtype, products)
         if not reason:
             able.append(name)
         # A dtype without products, as that of a mask in expand, is no reason for a warning.
-        elif dtype.is_floating_point and engine.warns(allowed, named):
+        elif dtype.is_floating_point and engine.warns(allowed, name in named):
             _warn(name, reason, len(allowed) == 1, at_home and dtype in _USUAL_DTYPES)
     candidates = tuple(
         name
         for name in able
-        if _is_named(name, engines)
-        or not any(ENGINES[name].yields_to(ENGINES[other]) for other in able)
+        if name in named or not any(ENGINES[name].yields_to(ENGINES[other]) for other in able)
     )
     return candidates or ("dense",)
 

@@ -93,6 +93,11 @@ def test_the_reason_of_a_new_engine_is_told(mine):
 
 
 def test_a_new_engine_can_stay_out_of_the_competition(mine, monkeypatch):
-    monkeypatch.setattr(mine, "competes", False)
+    assert "mine" in allowed_engines()
+
+    class Quiet(Mine):
+        competes = False
+
+    monkeypatch.setitem(ENGINES, "mine", Quiet())
     assert "mine" not in allowed_engines()
     assert allowed_engines("mine") == ("mine",)
