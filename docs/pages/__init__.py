@@ -1,4 +1,4 @@
-"""The parts of the documentation that are made from results files; ``docs/generate.py`` writes them.
+"""The parts of the documentation that come from results files; ``docs/generate.py`` writes them.
 
 ``common.py`` reads results and sets tables; ``measured.py`` has the README's figures and
 ``results.md``, ``compiling.py`` parts of ``passes.md``, ``checkpoints.md`` and ``pretrained.md``,

@@ -28,9 +28,9 @@ INSPECTION = """\
 
 FORMS = """\
 slope_fx finds linears written as `F.linear`, `@`, `matmul`, `mm`, `mv`, `addmm`, `bmm`, `baddbmm`,
-`inner`, `tensordot`, `einsum` of two operands, convolutions with a 1x1 kernel, grouped products, and
-torch's own attention, including its fused evaluation. The weight may be on either side. It may pass
-through transposes, views, casts, and slices of whole rows.
+`inner`, `tensordot`, `einsum` of two operands, convolutions with a 1x1 kernel, grouped products,
+and torch's own attention, including its fused evaluation. The weight may be on either side. It may
+pass through transposes, views, casts, and slices of whole rows.
 
 A linear stays dense, with a reason, if it uses some columns of a weight, if its weight is computed
 from a parameter, or if other code uses the weight too. Experts stay dense if a Python loop calls

@@ -21,22 +21,22 @@ that file (`tests/helpers/consistency.py`). `pytest` runs a part of it each time
 
 You can compile a model by blocks or as one graph, with Inductor or another backend, on any engine.
 You can save and load it, merge its adapters into a dense model, or export it to PEFT. All of these
-*roads* must compute the same. Each small random model below takes each road, in the sparse phase and
-in the adapter phase. In the adapter phase the product of the adapters is as large as the weight.
+*roads* must compute the same. Each small random model below takes each road, in the sparse phase
+and in the adapter phase. There the product of the adapters is as large as the weight.
 """
 
 COMPARED = """\
 The reference is the method's formulas in float64, on the eager dense model. The formulas share no
 code with slope_fx (`tests/helpers/formulas.py`). The comparison covers the loss, the logits and the
 gradient of every parameter. An error is the largest difference, relative to the largest number of
-the same tensor. Some gradients are close to zero, for example that of a key's bias. Their errors are
-relative to a hundredth of the largest gradient. In 16 bits the norms of gradients are compared.
+the same tensor. Some gradients are close to zero, for example that of a key's bias. Their errors
+are relative to a hundredth of the largest gradient. In 16 bits the norms of gradients are compared.
 
 - *train*, *eval*: forward and backward; forward under `no_grad`. *One token*: one sequence of
   length one, so shapes are dynamic too. *Accumulation*: the gradients of two micro-batches.
 - *Checkpoint*: activation checkpointing as transformers turns it on, in a model that is compiled as
-  one graph. *Around*: activation checkpointing around each compiled block, called by an eager model.
-  Both run reentrant and non-reentrant.
+  one graph. *Around*: activation checkpointing around each compiled block, called by an eager
+  model. Both run reentrant and non-reentrant.
 - *Steps*: two steps of AdamW. Backward masks are refreshed after each step. The formulas take the
   same steps in float64 and choose their own masks. The comparison covers losses, logits, gradients,
   masks, and how far each weight moved. The bound for the last is ten times as large.

@@ -1,7 +1,17 @@
 """docs/gpu.md and docs/paper.md: what a GPU measured, what a roofline allows, what is in memory."""
 
 from .common import (
-    Result, mib, page, pivot, ratio, read, read_if_there, section, speedup, table, taken,
+    Result,
+    mib,
+    page,
+    pivot,
+    ratio,
+    read,
+    read_if_there,
+    section,
+    speedup,
+    table,
+    taken,
 )  # fmt: skip
 
 PRODUCTS = {
@@ -196,8 +206,8 @@ def paper_limits(dry: Result, reported: Result) -> str:
     return section(
         "Upper bounds",
         f"Operations and bytes of whole models, {arguments['batch'] * arguments['context']} tokens "
-        f"a step, under ceilings of {arguments['tflops']:g} TFLOP/s and {arguments['gbps']:g} GB/s, "
-        "those of an A100-40GB. The engine is ideal and sparse tensor cores are twice as fast as "
+        f"a step, under ceilings of {arguments['tflops']:g} TFLOP/s and {arguments['gbps']:g} "
+        "GB/s, those of an A100-40GB. The engine is ideal. Sparse tensor cores are twice as fast as "
         "dense ones. A sparse product is then at most 2 times faster. A step with two sparse "
         "products of three is at most 1.5 times faster. The paper's figures are in brackets. "
         "`python benchmarks/paper.py --dry-run --tflops T --gbps B` computes the table for another "
@@ -233,7 +243,8 @@ def paper_state(result: Result, dry: Result, reported: Result) -> str:
         "The same for whole models, computed from their sizes, embeddings and head included. "
         "Kept cuSPARSELt operands take more: two operands of 9/16 of the dense 16-bit weight "
         "between two steps under gradient accumulation, one operand at inference with "
-        "`SLOPE_FX_KEEP_OPERANDS=1`. The paper's figures are of its own peak, activations included.",
+        "`SLOPE_FX_KEEP_OPERANDS=1`. The paper's figures are of its own peak, with "
+        "activations.",
         table(rows, (
             "model", *kinds, "bf16, operands kept", "paper, training",
             "bf16 inference", "operands kept", "paper, inference")),

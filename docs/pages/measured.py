@@ -4,9 +4,20 @@ import statistics
 
 from slope_fx.explain import Explanation
 
-from .common import ROOT, Result, filled, mib, page, pivot, ratio, read, section, speedup
-from .common import table as set_table
-from .common import taken
+from .common import (
+    ROOT,
+    Result,
+    filled,
+    mib,
+    page,
+    pivot,
+    ratio,
+    read,
+    section,
+    speedup,
+    table,
+    taken,
+)
 
 PRODUCTS = ("forward", "input gradient", "weight gradient")
 SHOWN_LINEARS = 5
@@ -67,9 +78,9 @@ def figures_block(step: Result, decoding: Result, memory: Result) -> str:
         ),
     ]  # fmt: skip
     return (
-        set_table(rows, ("2:4, fp32", "dense", "SLoPe", ""))
-        + f"\n\n{step['device']}, {step['threads']} threads, torch {step['versions']['torch']}; the "
-        "dense model runs under `torch.compile`."
+        table(rows, ("2:4, fp32", "dense", "SLoPe", ""))
+        + f"\n\n{step['device']}, {step['threads']} threads, torch {step['versions']['torch']}; "
+        "the dense model runs under `torch.compile`."
     )
 
 
@@ -99,7 +110,7 @@ def products_section(result: Result) -> str:
         "Products",
         f"{result['arguments']['tokens']} tokens. The input gradient includes the refresh of the "
         f"compressed transpose. {taken(result)}",
-        set_table([(*case, *cells) for case, cells in rows.items()],
+        table([(*case, *cells) for case, cells in rows.items()],
                   ("dtype", "N:M", "width", *columns)),
         "![Speed of the products against dense](products.png)",
     )  # fmt: skip
@@ -121,10 +132,10 @@ def step_section(result: Result) -> str:
         f"GPT-2 of {size['layers']} layers, width {size['width']}, vocabulary "
         f"{size['vocab_size']}, {size['rows']} x {size['context']} tokens, AdamW, fp32 "
         f"weights. {taken(result)}",
-        set_table(steps, ("dtype", "N:M", "dense s", "sparse s", "times faster")),
+        table(steps, ("dtype", "N:M", "dense s", "sparse s", "times faster")),
         "The parts of one profiled step, in seconds. In the sparse models the dense products are "
         "the head and the first block's QKV:",
-        set_table(parts, ("dtype", "model", *names)),
+        table(parts, ("dtype", "model", *names)),
         "![The parts of a step](training_step.png)",
     )
 
@@ -142,7 +153,7 @@ def decoding_section(result: Result) -> str:
         f"`generate`, one sequence, GPT-2 of {result['parameters'] / 1e6:.0f} M parameters at "
         f"2:4, {result['arguments']['tokens']} tokens after a prompt of "
         f"{result['arguments']['prompt']}. {taken(result)}",
-        set_table(rows, ("dtype", "dense tokens/s", "sparse tokens/s", "times faster")),
+        table(rows, ("dtype", "dense tokens/s", "sparse tokens/s", "times faster")),
     )
 
 
@@ -156,7 +167,7 @@ def memory_section(result: Result) -> str:
         f"The training step above at {result['arguments']['sparsity']}, fp32, MiB. The peak also "
         "holds activations, logits and the libraries, which SLoPe leaves as they are. "
         f"{taken(result)}",
-        set_table(rows, ("", "dense", "sparse", "ratio")),
+        table(rows, ("", "dense", "sparse", "ratio")),
     )
 
 
@@ -174,9 +185,7 @@ def run_section(sparse: Result, dense: Result) -> str:
         "A short training run",
         f"A small GPT-2 on Shakespeare, {steps} steps. Each run was made once, at one learning "
         "rate. The runs show that both models learn. They do not show which model is better.",
-        set_table(rows, ("", "trained parameters", "held-out perplexity before", "after",
+        table(rows, ("", "trained parameters", "held-out perplexity before", "after",
                          "a step, s")),
         "![Loss of both runs](loss.png)",
     )  # fmt: skip
-
-

@@ -15,7 +15,7 @@ from .common import DOCS, ROOT, Result, read, read_if_there
 from .measured import PRODUCTS
 
 sys.path.insert(0, str(ROOT / "examples"))
-from plot_run import plot as plot_run  # noqa: E402
+from plot_run import plot as plot_run
 
 GAP = 0.27
 
