@@ -207,8 +207,8 @@ def paper_limits(dry: Result, reported: Result) -> str:
         "Upper bounds",
         f"Operations and bytes of whole models, {arguments['batch'] * arguments['context']} tokens "
         f"a step, under ceilings of {arguments['tflops']:g} TFLOP/s and {arguments['gbps']:g} "
-        "GB/s, those of an A100-40GB. The engine is ideal. Sparse tensor cores are twice as fast as "
-        "dense ones. A sparse product is then at most 2 times faster. A step with two sparse "
+        "GB/s, those of an A100-40GB. The engine is ideal. Sparse tensor cores are twice as fast "
+        "as dense ones. A sparse product is then at most 2 times faster. A step with two sparse "
         "products of three is at most 1.5 times faster. The paper's figures are in brackets. "
         "`python benchmarks/paper.py --dry-run --tflops T --gbps B` computes the table for another "
         "device.",
