@@ -40,6 +40,7 @@ class Page:
 
 PAGES = {
     "readme": Page(ROOT / "README.md", measured.readme),
+    "index": Page(DOCS / "index.md", measured.index),
     "results": Page(
         DOCS / "results.md", measured.results, ("products", "training_step", "loss")
     ),

@@ -5,6 +5,7 @@ import statistics
 from slope_fx.explain import Explanation
 
 from .common import (
+    DOCS,
     ROOT,
     Result,
     filled,
@@ -38,13 +39,16 @@ brackets holds half of the paired ratios.
 """
 
 
-# --- README.md -----------------------------------------------------------------------------
+# --- README.md, docs/index.md -------------------------------------------------------------
 
 
 def readme() -> str:
-    step, decoding, memory = read("training_step"), read("decoding"), read("memory")
-    blocks = {"figures": figures_block(step, decoding, memory), "explain": explain_block(step)}
+    blocks = {"figures": figures_block(), "explain": explain_block(read("training_step"))}
     return filled((ROOT / "README.md").read_text(), blocks)
+
+
+def index() -> str:
+    return filled((DOCS / "index.md").read_text(), {"figures": figures_block()})
 
 
 def explain_block(step: Result) -> str:
@@ -54,8 +58,9 @@ def explain_block(step: Result) -> str:
     return "\n".join(["```text", *lines[: 2 + SHOWN_LINEARS], "...", *lines[end:], "```"])
 
 
-def figures_block(step: Result, decoding: Result, memory: Result) -> str:
+def figures_block() -> str:
     """Three figures, each from one results file."""
+    step, decoding, memory = read("training_step"), read("decoding"), read("memory")
     size, training = step["arguments"], step["runs"]["float32"]["steps"]["2:4"]
     written, linears = decoding["decoding"]["float32"], MEMORY["pruned_linears"]
     linear_bytes = {side: memory["bytes"][side]["pruned_linears"] for side in ("dense", "sparse")}

@@ -106,6 +106,7 @@ def test_links_lead_somewhere():
 
 PAGES_MADE = (
     "readme",
+    "index",
     "results",
     "gpu",
     "paper",
@@ -130,7 +131,7 @@ def test_an_unknown_page_is_told(generate, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", "paper", "nowhere"])
     with pytest.raises(SystemExit):
         generate.main()
-    assert "no page nowhere; there are readme, results" in capsys.readouterr().err
+    assert "no page nowhere; there are readme, index" in capsys.readouterr().err
 
 
 def test_the_api_page_has_every_public_name():
@@ -140,5 +141,7 @@ def test_the_api_page_has_every_public_name():
 
 
 def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r"^ +- ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    listed = set(
+        re.findall(r"^ +- (?:\w+: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    )
     assert listed == {page.name for page in PAGES}

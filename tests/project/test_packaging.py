@@ -49,7 +49,7 @@ def test_kernels_under_its_bare_name_is_an_empty_shell():
 def run(*command, cwd, **environment):
     done = subprocess.run(
         [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": "", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -124,14 +124,13 @@ def snippet_runs_in(environment, tmp_path):
     program = "import slope_fx; print(slope_fx.__file__)\n" + readme_snippet()
     cache = str(tmp_path / "cache")  # so that its own C sources are compiled
     printed = run(
-        environment / "bin" / "python", "-c", program, cwd=tmp_path,
-        SLOPE_FX_CACHE_DIR=cache, PYTHONPATH="",
-    )  # fmt: skip
+        environment / "bin" / "python", "-c", program, cwd=tmp_path, SLOPE_FX_CACHE_DIR=cache
+    )
     assert printed.startswith(str(environment))
     assert "linears are sparse" in printed
     assert "cpu" in printed
     assert list((tmp_path / "cache").iterdir())
-    run(environment / "bin" / "slope-fx", "--help", cwd=tmp_path, PYTHONPATH="")
+    run(environment / "bin" / "slope-fx", "--help", cwd=tmp_path)
 
 
 @pytest.mark.inductor
