@@ -1,184 +1,177 @@
-"""The engines, and which of them may compute what.
+"""The list of engines, and which of them are allowed and able to compute a product.
 
-``SLOPE_FX_ENGINES`` limits the choice: names separated by commas are the engines allowed,
-names after a minus are forbidden (``cpu``; ``cpu,dense``; ``-cpu``). With one engine left
-there is nothing to measure. ``dense`` does what ``cpu-dense`` does, slower, and ``reference``
-slower still: unless it is named, the one takes part only where the other can't, the other
-not at all.
+``SLOPE_FX_ENGINES`` limits the engines. Names separated by commas are the allowed engines; a name
+after a minus is forbidden (``cpu``; ``cpu,dense``; ``-cpu``). If one engine is left, nothing is
+measured. ``dense`` is a candidate only where it is named or ``cpu-dense`` cannot run, which does
+the same faster. ``reference`` is a candidate only where it is named.
 """
 
 import functools
 import os
 import warnings
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from slope_fx.kernels import cpu, dense, reference, triton
+from slope_fx.kernels.cpu import Cpu
 from slope_fx.kernels.cusparselt import Cusparselt
-from slope_fx.kernels.errors import EngineError, EngineWarning
-from slope_fx.kernels.operands import Operands
+from slope_fx.kernels.dense import Dense
+from slope_fx.kernels.engine import Engine
+from slope_fx.kernels.errors import ArgumentError, EngineWarning
+from slope_fx.kernels.reference import Reference
+from slope_fx.kernels.triton import Triton
 from slope_fx.kernels.vendor import VendorProducts
 
-Engine = ModuleType | VendorProducts
-
+_cpu, _triton = Cpu(), Triton()
 ENGINES: dict[str, Engine] = {
-    "cpu": cpu,
-    "cpu-dense": VendorProducts(cpu),
-    "triton": triton,
-    "triton-dense": VendorProducts(triton),
-    "cusparselt": Cusparselt(triton),
-    "dense": dense,
-    "reference": reference,
+    engine.name: engine
+    for engine in (
+        _cpu,
+        VendorProducts(_cpu),
+        _triton,
+        VendorProducts(_triton),
+        Cusparselt(_triton),
+        Dense(),
+        Reference(),
+    )
 }
-COMPETING = ("cpu", "cpu-dense", "triton", "triton-dense", "cusparselt", "dense")
+"""All engines by name. The first of several candidates is the one that is used unmeasured."""
+
 AUTO = "auto"
-TAKE_WIDER_VALUES = ("triton", "cusparselt")
-"""Those whose products take fp32 values beside 16-bit inputs, and round them themselves."""
-KEEP_OPERANDS = ("cusparselt",)
-"""Those that make an operand of a weight, and may keep it; they are told which graphs train."""
 
 
 def allowed_engines(engines: str = AUTO) -> tuple[str, ...]:
-    """The engines that ``engines`` and the environment allow, best first.
+    """The names of the engines that ``engines`` and the environment allow, in the listed order.
 
     Args:
-        engines: "auto", or names separated by commas. Anything but "auto" overrides
-            ``SLOPE_FX_ENGINES``.
+        engines: "auto", or names separated by commas. Names override ``SLOPE_FX_ENGINES``.
 
     Raises:
-        EngineError: a name is not an engine's, or none is left.
+        ArgumentError: a name is unknown, or no engine is left.
     """
     source, text = "engine", engines
     if engines == AUTO:
         source, text = "SLOPE_FX_ENGINES", os.environ.get("SLOPE_FX_ENGINES", "")
-    return _parse(source, text)
+    names = _split(text)
+    known = ", ".join(ENGINES)
+    for name in names:
+        if name.removeprefix("-") not in ENGINES:
+            raise ArgumentError(
+                f"{source}={text!r}: {name!r} is not an engine. The engines are {known}. "
+                "Separate names by commas; -name forbids an engine."
+            )
+    named = [name for name in ENGINES if name in names]
+    competing = [name for name, engine in ENGINES.items() if engine.competes]
+    left = tuple(name for name in named or competing if f"-{name}" not in names)
+    if not left:
+        raise ArgumentError(f"{source}={text!r} leaves no engine. The engines are {known}.")
+    return left
 
 
 def limited(engines: str) -> str:
-    """``engines`` with what the environment says in the place of "auto".
+    """``engines``, with the value of ``SLOPE_FX_ENGINES`` in the place of "auto".
 
-    So a graph that has it is a graph of that environment, in torch.compile's caches too.
+    A graph with this value depends on the environment, also in the caches of torch.compile.
     """
     return (os.environ.get("SLOPE_FX_ENGINES", "").strip() or AUTO) if engines == AUTO else engines
 
 
 def without_operands(engines: str) -> str:
-    """``engines`` without those that keep what they make of a weight."""
+    """``engines`` without those that keep operands."""
     allowed = allowed_engines(engines)
-    if set(allowed) <= set(KEEP_OPERANDS):
+    keeping = [name for name in allowed if ENGINES[name].keeps_operands]
+    if len(keeping) == len(allowed):
         return "dense"
-    keeping = [name for name in KEEP_OPERANDS if name in allowed]
     named = [] if engines == AUTO else [engines]
     return ",".join([*named, *(f"-{name}" for name in keeping)]) or AUTO
 
 
-@functools.cache
-def _parse(source: str, text: str) -> tuple[str, ...]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name.removeprefix("-") not in ENGINES]
-    if unknown:
-        raise EngineError(
-            f"{source}={text!r}: {unknown[0]!r} is not an engine; there are "
-            f"{', '.join(ENGINES)}. Allowed are names separated by commas, or -name to forbid one."
-        )
-    named = tuple(name for name in ENGINES if name in names)
-    left = tuple(name for name in named or COMPETING if f"-{name}" not in names)
-    if not left:
-        raise EngineError(f"{source}={text!r} leaves no engine; there are {', '.join(ENGINES)}.")
-    return left
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _is_named(name: str, engines: str) -> bool:
+    return name in _split(os.environ.get("SLOPE_FX_ENGINES", "") if engines == AUTO else engines)
 
 
 def engines_for(
     device: torch.device, dtype: torch.dtype, engines: str = AUTO, products: bool = True
 ) -> tuple[str, ...]:
-    """Those of the allowed engines that can serve such tensors; ``dense`` if none can.
+    """The names of the allowed engines that support a device and a dtype; ``dense`` if none does.
 
-    What can't serve on its own kind of device, or was named alone, is said once with the reason.
-    Without ``products`` it is about masks, expand and compress.
+    An :class:`EngineWarning` gives the reason, once, if an engine cannot run on a device that it
+    is made for, or if the only named engine cannot run.
+
+    Args:
+        device, dtype: of the tensors.
+        engines: the allowed engines, as in :func:`allowed_engines`.
+        products: whether the tensors are those of products, or of masks, expand and compress.
     """
-    names = allowed_engines(engines)
+    allowed = allowed_engines(engines)
     able: list[str] = []
-    for name in names:
-        homes = ENGINES[name].DEVICES
-        at_home = homes is None or device.type in homes
-        if not at_home and not _is_named(name, engines):
+    for name in allowed:
+        engine, named = ENGINES[name], _is_named(name, engines)
+        at_home = engine.devices is None or device.type in engine.devices
+        if not at_home and not named:
             continue
-        reason = _why_not(name, device, dtype, products)
+        reason = _why_not(engine, device, dtype, products)
         if not reason:
             able.append(name)
-        elif name.endswith("-dense") and name.removesuffix("-dense") in names:
-            continue  # for the same reason
-        elif not dtype.is_floating_point:
-            continue  # a mask on its way through expand; no product
-        elif (
-            isinstance(ENGINES[name], Cusparselt)
-            and not ENGINES[name].unavailable()
-            and not _is_named(name, engines)
-        ):
-            continue  # it never takes that dtype, or such a GPU
-        elif at_home and dtype in (torch.float32, torch.bfloat16, torch.float16):
-            say_once(f"slope_fx's {name} engine is not used: {reason}.")
-        elif len(names) == 1:
-            say_once(f"slope_fx's {name} engine was asked for, but {reason}; dense serves.")
-    rebuilders = [name for name in able if name.endswith("-dense")]
-    if rebuilders and "dense" in able and not _is_named("dense", engines):
-        able.remove("dense")  # it does the same, slower
-    return tuple(able) or ("dense",)
+        # A dtype without products, as that of a mask in expand, is no reason for a warning.
+        elif dtype.is_floating_point and engine.warns(allowed, named):
+            _warn(name, reason, len(allowed) == 1, at_home and dtype in _USUAL_DTYPES)
+    candidates = tuple(
+        name
+        for name in able
+        if _is_named(name, engines)
+        or not any(ENGINES[name].yields_to(ENGINES[other]) for other in able)
+    )
+    return candidates or ("dense",)
 
 
-def _is_named(name: str, engines: str) -> bool:
-    text = os.environ.get("SLOPE_FX_ENGINES", "") if engines == AUTO else engines
-    return name in [part.strip() for part in text.split(",")]
+_USUAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _warn(name: str, reason: str, alone: bool, unexpected: bool) -> None:
+    if unexpected:
+        say_once(f"slope_fx does not use the {name} engine: {reason}.")
+    elif alone:
+        say_once(f"slope_fx uses the dense engine in the place of {name}: {reason}.")
 
 
 @functools.cache
-def _why_not(name: str, device: torch.device, dtype: torch.dtype, products: bool) -> str:
-    engine = ENGINES[name]
-    if not products and isinstance(engine, VendorProducts):
+def _why_not(engine: Engine, device: torch.device, dtype: torch.dtype, products: bool) -> str:
+    if not products and engine.around is not None:
         engine = engine.around
-    reason: str = engine.why_not(device, dtype)
-    return reason
+    return engine.why_not(device, dtype)
 
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Issue an :class:`EngineWarning`, once for each message."""
     warnings.warn(message, EngineWarning, stacklevel=2)
 
 
 def engines_taking(op: str, n: int, m: int, candidates: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the candidates that take such a product; ``dense`` if none does."""
+    """The candidates that compute the product ``op`` for an N:M pattern; ``dense`` if none does."""
     able: list[str] = []
     for name in candidates:
         engine = ENGINES[name]
-        if isinstance(engine, Cusparselt):
-            if reason := engine.why_not_pattern(n, m):
-                say_once(f"slope_fx's {name} engine is not used for {n}:{m}: {reason}.")
-                continue
-            if op == "sparse_weight_grad" and any(_twins(engine, other) for other in candidates):
-                continue  # it would compute the same
-        able.append(name)
+        if reason := engine.why_not_pattern(n, m):
+            say_once(f"slope_fx does not use the {name} engine for {n}:{m}: {reason}.")
+        elif not any(engine.repeats(ENGINES[other], op) for other in candidates):
+            able.append(name)
     return tuple(able) or ("dense",)
 
 
-def _twins(engine: VendorProducts, name: str) -> bool:
-    """Whether the engine of that name has the same dense products, and nothing else."""
-    other = ENGINES[name]
-    return type(other) is VendorProducts and other.around is engine.around
-
-
 def kept_bytes(values: Tensor) -> int:
-    """Bytes of what engines keep that they made of a weight's values."""
-    return sum(made.nbytes(values) for made in _all_operands())
+    """The bytes of all operands that engines keep for the values of a weight."""
+    kept = (engine.operands for engine in ENGINES.values())
+    return sum(operands.nbytes(values) for operands in kept if operands is not None)
 
 
 def forget_operands(values: Tensor) -> None:
-    """Let engines forget what they made of a weight's values."""
-    for made in _all_operands():
-        made.forget(values)
-
-
-def _all_operands() -> list[Operands]:
-    own = [engine.operands for engine in ENGINES.values() if isinstance(engine, Cusparselt)]
-    return [cpu.operands, *own]
+    """Remove all operands that engines keep for the values of a weight."""
+    for engine in ENGINES.values():
+        if engine.operands is not None:
+            engine.operands.forget(values)

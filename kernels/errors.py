@@ -8,8 +8,12 @@ class SlopeError(Exception):
     """Base of all errors that slope_fx raises."""
 
 
-class EngineError(SlopeError, ValueError):
-    """An engine was named, by argument or environment, that doesn't exist."""
+class ArgumentError(SlopeError, ValueError):
+    """An argument, or an environment variable, has a value that isn't allowed: change the call."""
+
+
+class UnsupportedError(SlopeError, RuntimeError):
+    """Sparse weights can't do this: make the model, or the layer, dense for it."""
 
 
 class SlopeWarning(UserWarning):
@@ -17,12 +21,4 @@ class SlopeWarning(UserWarning):
 
 
 class EngineWarning(SlopeWarning):
-    """An engine can't serve here, or not these tensors; another one does."""
-
-
-class ExportError(SlopeError, ValueError):
-    """A model can't be written in another format."""
-
-
-class DoubleBackwardError(SlopeError, RuntimeError):
-    """A gradient of a gradient (``create_graph=True``) was asked of a sparse linear."""
+    """An engine can't serve here, or gains nothing: look at the speed."""

@@ -41,7 +41,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from slope_fx.kernels.errors import EngineError, EngineWarning
+from slope_fx.kernels.errors import ArgumentError, EngineWarning
 
 Operand = Tensor | tuple[Tensor, ...]
 Made = TypeVar("Made", bound=Operand)
@@ -51,11 +51,11 @@ def policy() -> Literal["", "0", "1"]:
     """What ``SLOPE_FX_KEEP_OPERANDS`` says: "1" keep all, "0" none, "" those that are used again.
 
     Raises:
-        EngineError: it says something else.
+        ArgumentError: it says something else.
     """
     value = os.environ.get("SLOPE_FX_KEEP_OPERANDS", "").strip()
     if value not in ("", "0", "1"):
-        raise EngineError(
+        raise ArgumentError(
             f"SLOPE_FX_KEEP_OPERANDS={value!r}; allowed are 1 (keep all operands: faster "
             "inference, more memory), 0 (keep none), or nothing (those used again between two "
             "optimizer steps)."

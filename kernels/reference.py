@@ -1,11 +1,10 @@
-"""The oracle: METHOD's formulas, written the plain way.
+"""The oracle: METHOD's formulas in their plain form, for any device and floating dtype.
 
-Slow, obviously right, for any device and floating dtype. Nothing here shares code
-with another engine, its bit unpacking included. Masks reach the functions packed,
-as the ops hold them; :func:`unpack_bits` shows the layout.
+The functions are slow and simple. Nothing here shares code with another engine, not even the
+unpacking of bits. The masks are packed, as in the ops; :func:`unpack_bits` shows the layout.
 
-Source: SLoPe, arXiv 2405.16325. ``W^R`` is the weight pruned N:M along its inputs,
-``W^{R,C}`` is ``W^R`` pruned again N:M along its outputs.
+Source: SLoPe, arXiv 2405.16325. ``W^R`` is the weight pruned N:M along its inputs, ``W^{R,C}`` is
+``W^R`` pruned again N:M along its outputs.
 """
 
 import math
@@ -13,18 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-DEVICES = None
-"""It serves everywhere."""
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """What keeps this engine from serving such tensors: nothing does."""
-    return ""
-
-
-def unavailable() -> str:
-    """What keeps this engine from serving at all on this machine: nothing does."""
-    return ""
+from slope_fx.kernels.engine import Engine
 
 
 def unpack_bits(bits: Tensor, columns: int) -> Tensor:
@@ -47,9 +35,9 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def keep_top(scores: Tensor, n: int, m: int) -> Tensor:
-    """The ``n`` largest of each ``m`` consecutive scores of a row, as a bool mask.
+    """A bool mask of the ``n`` largest of each ``m`` consecutive scores of a row.
 
-    Exactly ``n`` a group; ties go to the lower index; NaN counts as infinity.
+    Each group has exactly ``n``. Ties go to the lower index. NaN counts as infinity.
     """
     scores = torch.nan_to_num(scores, nan=math.inf, posinf=math.inf, neginf=-math.inf)
     groups = scores.reshape(scores.shape[0], -1, m)
@@ -58,7 +46,7 @@ def keep_top(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def extra_zeros(n: int, m: int) -> float:
-    """Zeros the second pruning adds to a random mask, as a fraction (lemma 4.3.1)."""
+    """The fraction of zeros that the second pruning adds to a random mask (lemma 4.3.1)."""
     s = n / m
     return sum(
         math.comb(m, j) * s**j * (1 - s) ** (m - j) * (j - n) / m for j in range(n + 1, m + 1)
@@ -66,14 +54,14 @@ def extra_zeros(n: int, m: int) -> float:
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """Packed forward mask of ``weight`` (d_out, d_in): the top N magnitudes a group."""
+    """Packed forward mask of ``weight`` (d_out, d_in): the N top magnitudes of each group."""
     return pack_bits(keep_top(weight.abs(), n, m))
 
 
 def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """Packed backward mask, one bit a value: N:M along d_out, a subset of the values."""
+    """Packed backward mask, one bit per value: N:M along d_out, a subset of the values."""
     kept = unpack_bits(forward_mask, values.shape[1] * m // n)
-    # Pruned elements score below any kept one, a kept zero included.
+    # The score of a pruned element is lower than that of any kept element, zero included.
     scores = torch.full(kept.shape, -1.0, dtype=values.dtype, device=values.device)
     scores[kept] = values.abs().reshape(-1)
     both = keep_top(scores.t(), n, m).t() & kept
@@ -111,7 +99,7 @@ def sparse_input_grad(
 
 
 def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed."""
+    """``grad_W = grad_Y^T X`` at the kept positions, compressed."""
     dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return compress(dense, forward_mask, n, m)
 
@@ -121,18 +109,71 @@ def transpose(
 ) -> tuple[Tensor, Tensor]:
     """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask.
 
-    A group with fewer than N kept is filled up with zeros, at its lowest free places.
+    A group with fewer than N kept values gets zeros at its lowest free places.
     """
     kept = unpack_bits(forward_mask, values.shape[1] * m // n)
     twice = torch.zeros_like(kept)
     twice[kept] = unpack_bits(backward_mask, values.shape[1]).reshape(-1)
     dense = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
     dense[kept] = values.reshape(-1)
-    # What is kept comes first, then what is free, each from the lowest index on.
+    # Kept places come first, then free places, each from the lowest index on.
     full = keep_top(twice.t().double(), n, m)
     return torch.where(twice, dense, 0).t()[full].view(dense.shape[1], -1), pack_bits(full)
 
 
-def low_rank_update(y: Tensor, down: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``Y + scale * down B^T``, where ``down`` is ``X A^T``."""
-    return y + scale * (down @ lora_b.t())
+class Reference(Engine):
+    """The functions of this module as an engine."""
+
+    name = "reference"
+    competes = False
+
+    def magnitude_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
+        return magnitude_mask(weight, n, m)
+
+    def backward_mask(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return backward_mask(values, forward_mask, n, m)
+
+    def expand(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return expand(values, forward_mask, n, m)
+
+    def expand_twice_pruned(
+        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    ) -> Tensor:
+        return expand(*transpose(values, forward_mask, backward_mask, n, m), n, m).t()
+
+    def compress(self, dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return compress(dense, forward_mask, n, m)
+
+    def sparse_linear(
+        self,
+        x: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+        training: bool = False,
+    ) -> Tensor:
+        return sparse_linear(x, values, forward_mask, bias, n, m)
+
+    def sparse_input_grad(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        backward_mask: Tensor,
+        n: int,
+        m: int,
+    ) -> Tensor:
+        return sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
+
+    def sparse_weight_grad(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        forward_mask: Tensor,
+        n: int,
+        m: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return sparse_weight_grad(grad, x, forward_mask, n, m).to(dtype or grad.dtype)

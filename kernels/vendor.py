@@ -1,53 +1,52 @@
-"""The vendor's dense product on a weight that an engine's own kernels rebuild.
+"""The vendor's dense product with a weight that the kernels of an engine expand.
 
-For devices on which that is faster than N/M of the work done otherwise, as with matrix units: it
-costs what a dense layer does and the writing of one weight.
+It is the fastest where a dense product is faster than a sparse one with N/M of the work, for
+example on matrix units. It takes the time of a dense layer and of the expansion of one weight.
 """
-
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from slope_fx.kernels.engine import Engine
 
-class VendorProducts:
-    """An engine: ``around``'s masks, expand and compress, with dense products between them.
+
+class VendorProducts(Engine):
+    """Dense products with the masks and conversions of another engine.
 
     Args:
-        around: an engine that also has ``expand_twice_pruned`` (values, forward mask, backward
-            mask, n, m), which gives the dense ``W^{R,C}``.
+        around: the engine that computes masks and conversions.
     """
 
-    def __init__(self, around: ModuleType) -> None:
-        self.around = around
+    expands_weights = True
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.around, name)
+    def __init__(self, around: Engine) -> None:
+        self.name = f"{around.name}-dense"
+        self.devices = around.devices
+        self.around: Engine = around
 
-    def sparse_linear(
-        self, x: Tensor, values: Tensor, forward_mask: Tensor, bias: Tensor | None, n: int, m: int
+    def unavailable(self) -> str:
+        return self.around.unavailable()
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str:
+        return self.around.why_not(device, dtype)
+
+    def warns(self, allowed: tuple[str, ...], named: bool) -> bool:
+        """The engine around it gives the same reason."""
+        return self.around.name not in allowed
+
+    def magnitude_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
+        return self.around.magnitude_mask(weight, n, m)
+
+    def backward_mask(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return self.around.backward_mask(values, forward_mask, n, m)
+
+    def expand(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return self.around.expand(values, forward_mask, n, m)
+
+    def expand_twice_pruned(
+        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
     ) -> Tensor:
-        """``Y = X (W^R)^T + b``."""
-        return torch.nn.functional.linear(x, self.expand(values, forward_mask, n, m), bias)
+        return self.around.expand_twice_pruned(values, forward_mask, backward_mask, n, m)
 
-    def sparse_input_grad(
-        self,
-        grad: Tensor,
-        values: Tensor,
-        forward_mask: Tensor,
-        backward_mask: Tensor,
-        n: int,
-        m: int,
-    ) -> Tensor:
-        """``grad_X = grad_Y W^{R,C}``."""
-        weight = self.expand_twice_pruned(values, forward_mask, backward_mask, n, m)
-        return torch.nn.functional.linear(grad, weight.t())
-
-    def sparse_weight_grad(
-        self, grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int
-    ) -> Tensor:
-        """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed."""
-        dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        values: Tensor = self.compress(dense, forward_mask, n, m)
-        return values
+    def compress(self, dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return self.around.compress(dense, forward_mask, n, m)

@@ -4,13 +4,8 @@
     the markers: what a model's ``weight`` reads as. Right for any code that uses a
     weight, and what the passes look for (``weights.py``, ``adapter.py``).
 ``sparse_linear``, ``sparse_input_grad``, ``sparse_weight_grad``
-    the three products of METHOD, the last two as the gradient of the first
-    (``sparse_linear.py``).
-``sparse_parallel_linear``, and its two gradients; ``sparse_adapted_linear``
-    several weights on one input, a weight and its adapter: what passes fuse
-    (``parallel_linear.py``, ``adapted_linear.py``).
-``sparse_grouped_linear``, and its two gradients
-    the same for a stack of weights, each with its own rows of the input (``grouped_linear.py``).
+    the three products of METHOD, of one weight or of a stack of weights; the last two are the
+    gradient of the first (``sparse_linear.py``, ``groups.py``).
 ``compress``, ``magnitude_mask``, ``backward_mask``
     dense to compressed, and the choice of masks (``weights.py``, ``masks.py``).
 
@@ -22,19 +17,8 @@ if __name__ != "slope_fx.ops":
     # A second import under another name would register every op twice.
     raise ImportError(f"import this package as slope_fx.ops, not as {__name__!r}")
 
-from slope_fx.ops.adapted_linear import sparse_adapted_linear
 from slope_fx.ops.adapter import add_adapter
-from slope_fx.ops.grouped_linear import (
-    sparse_grouped_input_grad,
-    sparse_grouped_linear,
-    sparse_grouped_weight_grad,
-)
 from slope_fx.ops.masks import backward_mask, magnitude_mask
-from slope_fx.ops.parallel_linear import (
-    sparse_parallel_input_grad,
-    sparse_parallel_linear,
-    sparse_parallel_weight_grad,
-)
 from slope_fx.ops.sparse_linear import sparse_input_grad, sparse_linear, sparse_weight_grad
 from slope_fx.ops.weights import compress, expand, expand_grad
 
@@ -49,14 +33,7 @@ __all__ = [
     "expand",
     "expand_grad",
     "magnitude_mask",
-    "sparse_adapted_linear",
-    "sparse_grouped_input_grad",
-    "sparse_grouped_linear",
-    "sparse_grouped_weight_grad",
     "sparse_input_grad",
     "sparse_linear",
-    "sparse_parallel_input_grad",
-    "sparse_parallel_linear",
-    "sparse_parallel_weight_grad",
     "sparse_weight_grad",
 ]

@@ -1,10 +1,13 @@
 """From an op to the engine that computes it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import ENGINES, Engine, engines_for
-from slope_fx.kernels.selection import choose
+from slope_fx.kernels.engine import Engine
+from slope_fx.kernels.engines import ENGINES, engines_for
+from slope_fx.kernels.selection import Request
 
 
 def engine(tensor: Tensor) -> Engine:
@@ -12,40 +15,26 @@ def engine(tensor: Tensor) -> Engine:
     return ENGINES[engines_for(tensor.device, tensor.dtype, products=False)[0]]
 
 
-def choose_engine(
-    op: str,
-    tokens_of: Tensor,
-    values_shape: tuple[int, int],
-    n: int,
-    m: int,
-    engines: str,
-    dtype: torch.dtype | None = None,
-    values_dtype: torch.dtype | None = None,
-    trains: bool = True,
-    groups: int = 1,
-) -> str:
-    """The engine of a product, as it goes into the graph.
+def request_of(
+    tokens_of: Tensor, values: Tensor, n: int, m: int, groups: int = 1, **more: Any
+) -> Request:
+    """What the choice of engines depends on, from tensors, real or fake.
 
     Args:
-        op: "sparse_linear", "sparse_input_grad" or "sparse_weight_grad".
-        tokens_of: (..., features): the input or the output's gradient, real or fake.
-        values_shape: (d_out, d_in * N / M), of one weight.
+        tokens_of: (..., features): the input, or the gradient of the output.
+        values: (groups * d_out, d_in * N / M).
         n, m: the pattern.
-        engines: who may compute it: "auto", or names separated by commas.
-        dtype: of the product, if it will not be that of ``tokens_of``.
-        values_dtype: of the values, if not that of the product.
-        trains: whether the values change between one use and the next.
-        groups: how many weights share the tokens.
+        groups: number of weights that share the tokens.
+        more: attributes of :class:`Request` that don't follow from the tensors.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:
         tokens *= _hint(length)
-    tokens = -(-tokens // groups)
-    shape = (_hint(values_shape[0]), _hint(values_shape[1]))
-    return choose(
-        op, tokens, shape, n, m, dtype or tokens_of.dtype, tokens_of.device, engines,
-        values_dtype, trains,
-    )  # fmt: skip
+    d_out, kept = _hint(values.shape[0]) // groups, _hint(values.shape[1])
+    about = {
+        "dtype": tokens_of.dtype, "device": tokens_of.device, "values_dtype": values.dtype, **more
+    }  # fmt: skip
+    return Request(-(-tokens // groups), d_out, kept * m // n, n, m, **about)
 
 
 def _hint(size: int | torch.SymInt) -> int:

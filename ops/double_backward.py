@@ -5,16 +5,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.errors import DoubleBackwardError
+from slope_fx.kernels.errors import UnsupportedError
 
-_GRADIENTS = (
-    "expand_grad", "sparse_input_grad", "sparse_weight_grad", "sparse_grouped_input_grad",
-    "sparse_grouped_weight_grad", "sparse_parallel_input_grad", "sparse_parallel_weight_grad",
-)  # fmt: skip
+_GRADIENTS = ("expand_grad", "sparse_input_grad", "sparse_weight_grad")
 
 
 def _refuse(ctx: Any, grad: Tensor) -> NoReturn:
-    raise DoubleBackwardError(
+    raise UnsupportedError(
         f"slope_fx::{ctx.op}: sparse linears have no second derivatives, as gradient penalties and "
         "Hessians (create_graph=True) want. Keep the layers that they go through dense, with "
         "sparsity={...: None}, or take them of slope_fx.densify(model)."

@@ -1,4 +1,8 @@
-"""The linear of a pruned weight, with the double-pruned gradient (METHOD, "The three products")."""
+"""The linear of a pruned weight, with the double-pruned gradient (METHOD, "The three products").
+
+One op serves a plain weight and a stack of weights, as the experts of a mixture are: each weight
+of a stack is (d_out, d_in) and is pruned by itself; values and masks lie one below the other.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.engines import AUTO, ENGINES, KEEP_OPERANDS, TAKE_WIDER_VALUES
+from slope_fx.kernels.engines import AUTO, ENGINES
+from slope_fx.kernels.selection import choose
+from slope_fx.ops import groups as grouped
 from slope_fx.ops.autocast import cast, register_autocast
-from slope_fx.ops.dispatch import choose_engine
+from slope_fx.ops.dispatch import request_of
 
 
 @torch.library.custom_op("slope_fx::sparse_linear", mutates_args=())
@@ -20,6 +26,8 @@ def sparse_linear(
     bias: Tensor | None,
     n: int,
     m: int,
+    groups: int = 1,
+    offsets: Tensor | None = None,
     engine: str = "",
     input_engine: str = "",
     weight_engine: str = "",
@@ -30,53 +38,35 @@ def sparse_linear(
     Source: SLoPe, arXiv 2405.16325, equations 4 to 6.
 
     Args:
-        x: (..., d_in).
-        values: (d_out, d_in * N / M), the dtype of ``x``, or fp32 beside 16-bit ``x``; under
-            autocast, any floating dtype.
-        forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
-        backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)).
-        bias: (d_out,) or None.
+        x: (..., d_in). Of a stack: (groups, tokens, d_in), or (tokens, d_in), sorted by group,
+            with ``offsets``.
+        values: (groups * d_out, d_in * N / M), the dtype of ``x``, or fp32 beside 16-bit ``x``;
+            under autocast, any floating dtype.
+        forward_mask: packed, uint8 (groups * d_out, ceil(d_in / 8)).
+        backward_mask: packed, uint8 (groups * d_out, ceil(d_in * N / M / 8)).
+        bias: (d_out,) or None. None for a stack.
         n, m: the pattern.
-        engine, input_engine, weight_engine: what computes it, its input gradient and its
-            weight gradient, by name; "" for whatever of ``engines`` proves fastest.
+        groups: number of weights; 1 for a plain one.
+        offsets: integers (groups,), where the rows of each group of ``x`` end. Rows after the last
+            belong to no group and give zeros. They are read on the host.
+        engine, input_engine, weight_engine: names of the engines that compute the product, its
+            input gradient and its weight gradient; "" for the fastest of ``engines``.
         engines: "auto", or names separated by commas.
 
     Returns:
-        (..., d_out).
+        (..., d_out), (groups, tokens, d_out) or (tokens, d_out).
     """
-    engine = engine or choose("sparse_linear", x, values, n, m, engines)
+    product = ENGINES[engine or _choice("sparse_linear", x, values, n, m, groups, engines)]
+    values = product.values_for(values, x.dtype)
     # A graph that trains names the engines of its gradients too.
     training = bool(input_engine or weight_engine)
-    return product(x, values, forward_mask, bias, n, m, engine, training)
+    if grouped.is_plain(groups, offsets):
+        return product.sparse_linear(x, values, forward_mask, bias, n, m, training)
 
+    def one(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        return product.sparse_linear(rows, of(values), of(forward_mask), None, n, m, training)
 
-def product(
-    x: Tensor,
-    values: Tensor,
-    forward_mask: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    engine: str,
-    training: bool,
-) -> Tensor:
-    """``X (W^R)^T + b`` by an engine."""
-    values = _narrowed(values, x, engine)
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_linear
-    if engine in KEEP_OPERANDS:
-        return operation(x, values, forward_mask, bias, n, m, training)
-    return operation(x, values, forward_mask, bias, n, m)
-
-
-def _narrowed(values: Tensor, like: Tensor, engine: str) -> Tensor:
-    """fp32 values beside 16-bit inputs in the dtype of these, for an engine that needs that."""
-    wide = values.dtype == like.dtype or engine in TAKE_WIDER_VALUES
-    return values if wide else values.to(like.dtype)
-
-
-def choose(op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, engines: str) -> str:
-    size = (values.shape[0], values.shape[1])
-    return choose_engine(op, tokens_of, size, n, m, engines, values_dtype=values.dtype)
+    return grouped.map_rows(one, x, values.shape[0] // groups, groups, offsets)
 
 
 @sparse_linear.register_fake
@@ -88,10 +78,9 @@ def _(
     bias: Tensor | None,
     n: int,
     m: int,
-    engine: str = "",
-    input_engine: str = "",
-    weight_engine: str = "",
-    engines: str = AUTO,
+    groups: int = 1,
+    offsets: Tensor | None = None,
+    *engines: str,
 ) -> Tensor:
     d_in = values.shape[1] * m // n
     torch._check(
@@ -102,7 +91,11 @@ def _(
         x.dtype == values.dtype or (values.dtype == torch.float32 and x.dtype.itemsize == 2),
         lambda: f"slope_fx::sparse_linear: x is {x.dtype}, the weight {values.dtype}",
     )
-    return x.new_empty((*x.shape[:-1], values.shape[0]))
+    torch._check(
+        bias is None or grouped.is_plain(groups, offsets),
+        lambda: "slope_fx::sparse_linear: a stack of weights takes no bias",
+    )
+    return x.new_empty((*x.shape[:-1], values.shape[0] // groups))
 
 
 @torch.library.custom_op("slope_fx::sparse_input_grad", mutates_args=())
@@ -113,26 +106,21 @@ def sparse_input_grad(
     backward_mask: Tensor,
     n: int,
     m: int,
+    groups: int = 1,
+    offsets: Tensor | None = None,
     engine: str = "",
 ) -> Tensor:
     """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
-    engine = engine or choose("sparse_input_grad", grad, values, n, m, AUTO)
-    return input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
+    product = ENGINES[engine or _choice("sparse_input_grad", grad, values, n, m, groups, AUTO)]
+    values = product.values_for(values, grad.dtype)
+    if grouped.is_plain(groups, offsets):
+        return product.sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
 
+    def one(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        masks = of(forward_mask), of(backward_mask)
+        return product.sparse_input_grad(rows, of(values), *masks, n, m)
 
-def input_grad(
-    grad: Tensor,
-    values: Tensor,
-    forward_mask: Tensor,
-    backward_mask: Tensor,
-    n: int,
-    m: int,
-    engine: str,
-) -> Tensor:
-    """``grad_Y W^{R,C}`` by an engine."""
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_input_grad
-    values = _narrowed(values, grad, engine)
-    return operation(grad, values, forward_mask, backward_mask, n, m)
+    return grouped.map_rows(one, grad, values.shape[1] * m // n, groups, offsets)
 
 
 @sparse_input_grad.register_fake
@@ -143,6 +131,8 @@ def _(
     backward_mask: Tensor,
     n: int,
     m: int,
+    groups: int = 1,
+    offsets: Tensor | None = None,
     engine: str = "",
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], values.shape[1] * m // n))
@@ -155,35 +145,27 @@ def sparse_weight_grad(
     forward_mask: Tensor,
     n: int,
     m: int,
+    groups: int = 1,
+    offsets: Tensor | None = None,
     engine: str = "",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``grad_W = grad_Y^T X`` at the forward mask's positions: (d_out, d_in * N / M).
+    """``grad_W = grad_Y^T X`` at the forward mask's positions: (groups * d_out, d_in * N / M).
 
-    ``dtype`` is that of the result if it isn't that of ``grad``: of fp32 values, whose gradient
-    an engine that takes them doesn't round to 16 bits in between.
+    ``dtype`` is the dtype of the result if it isn't that of ``grad``. It is fp32 for fp32 values
+    beside 16-bit inputs: an engine that takes such values does not round the sums to 16 bits.
     """
-    size = (grad.shape[-1], x.shape[-1] * n // m)
-    engine = engine or choose_engine("sparse_weight_grad", grad, size, n, m, AUTO)
-    return weight_grad(grad, x, forward_mask, n, m, engine, dtype)
-
-
-def weight_grad(
-    grad: Tensor,
-    x: Tensor,
-    forward_mask: Tensor,
-    n: int,
-    m: int,
-    engine: str,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """``grad_Y^T X`` where kept, by an engine, in ``dtype`` if that isn't the gradient's."""
-    operation: Callable[..., Tensor] = ENGINES[engine].sparse_weight_grad
-    if dtype in (None, grad.dtype):
-        return operation(grad, x, forward_mask, n, m)
-    if engine in TAKE_WIDER_VALUES:
-        return operation(grad, x, forward_mask, n, m, dtype)
-    return operation(grad, x, forward_mask, n, m).to(dtype)
+    d_out, kept = grad.shape[-1], x.shape[-1] * n // m
+    dw = grad.new_empty(groups * d_out, kept, dtype=dtype or grad.dtype)
+    product = ENGINES[engine or _choice("sparse_weight_grad", grad, dw, n, m, groups, AUTO)]
+    if grouped.is_plain(groups, offsets):
+        return product.sparse_weight_grad(grad, x, forward_mask, n, m, dtype)
+    dw.zero_()
+    for group, rows in grouped.each(groups, offsets, grad):
+        mask = grouped.of_stack(forward_mask, group, groups)
+        part = product.sparse_weight_grad(grad[rows], x[rows], mask, n, m, dtype)
+        grouped.of_stack(dw, group, groups).copy_(part)
+    return dw
 
 
 @sparse_weight_grad.register_fake
@@ -193,35 +175,45 @@ def _(
     forward_mask: Tensor,
     n: int,
     m: int,
+    groups: int = 1,
+    offsets: Tensor | None = None,
     engine: str = "",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    return grad.new_empty((grad.shape[-1], x.shape[-1] * n // m), dtype=dtype or grad.dtype)
+    shape = (groups * grad.shape[-1], x.shape[-1] * n // m)
+    return grad.new_empty(shape, dtype=dtype or grad.dtype)
+
+
+def _choice(
+    op: str, tokens_of: Tensor, values: Tensor, n: int, m: int, groups: int, engines: str
+) -> str:
+    return choose(op, request_of(tokens_of, values, n, m, groups, engines=engines))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, forward_mask, backward_mask, _, ctx.n, ctx.m, _, *ctx.engines = inputs
-    ctx.save_for_backward(x, values, forward_mask, backward_mask)
+    ctx.numbers, offsets, ctx.engines = inputs[5:8], inputs[8], inputs[10:]
+    ctx.save_for_backward(*inputs[:4], offsets)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, values, forward_mask, backward_mask = ctx.saved_tensors
-    needs_x, needs_values, _, _, needs_bias, *_ = ctx.needs_input_grad
-    n, m = ctx.n, ctx.m
+    x, values, forward_mask, backward_mask, offsets = ctx.saved_tensors
+    needs_x, needs_values, _, _, needs_bias, *others = ctx.needs_input_grad
+    n, m, groups = ctx.numbers
     input_engine, weight_engine, engines = ctx.engines
     dx = dvalues = dbias = None
-    # Under torch.compile this runs while the backward graph is traced, so that what isn't
-    # chosen yet is chosen then, and the graph has its name.
+    # Under torch.compile this runs while the backward graph is traced. An engine that isn't named
+    # yet is chosen then, and the graph has its name.
     if needs_x:
-        engine = input_engine or choose("sparse_input_grad", grad, values, n, m, engines)
-        dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)
+        name = input_engine or _choice("sparse_input_grad", grad, values, n, m, groups, engines)
+        masks = forward_mask, backward_mask
+        dx = sparse_input_grad(grad, values, *masks, n, m, groups, offsets, name)
     if needs_values:
-        engine = weight_engine or choose("sparse_weight_grad", grad, values, n, m, engines)
+        name = weight_engine or _choice("sparse_weight_grad", grad, values, n, m, groups, engines)
         dtype = None if values.dtype == grad.dtype else values.dtype
-        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, dtype)
+        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, groups, offsets, name, dtype)
     if needs_bias:
         dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return dx, dvalues, None, None, dbias, *[None] * 6
+    return dx, dvalues, None, None, dbias, *[None] * len(others)
 
 
 sparse_linear.register_autograd(_backward, setup_context=_save)
@@ -236,6 +228,8 @@ def _autocast(
     bias: Tensor | None,
     n: int,
     m: int,
+    groups: int = 1,
+    offsets: Tensor | None = None,
     engine: str = "",
     input_engine: str = "",
     weight_engine: str = "",
@@ -245,20 +239,12 @@ def _autocast(
     bias = None if bias is None else cast(bias, dtype)
     # Chosen here at the latest, for the dtype that the product now has. The tracer of
     # torch.compile passes here too, so that this choice is the one in the graph.
-    engine = engine or choose("sparse_linear", x, values, n, m, engines)
-    values = autocast_values(values, dtype, engine)
-    return (
-        x, values, forward_mask, backward_mask, bias, n, m,
-        engine, input_engine, weight_engine, engines,
-    )  # fmt: skip
-
-
-def autocast_values(values: Tensor, dtype: torch.dtype, engine: str) -> Tensor:
-    """The values as autocast hands them to an engine."""
-    if engine in TAKE_WIDER_VALUES and values.dtype == torch.float32:
-        return values
-    # Here rather than in the op, so that forward and backward share the cast values.
-    return cast(values, dtype)
+    engine = engine or _choice("sparse_linear", x, values, n, m, groups, engines)
+    if values.dtype != torch.float64:
+        # Here rather than in the op, so that forward and backward share the cast values.
+        values = ENGINES[engine].values_for(values, dtype)
+    names = engine, input_engine, weight_engine, engines
+    return x, values, forward_mask, backward_mask, bias, n, m, groups, offsets, *names
 
 
 register_autocast(torch.ops.slope_fx.sparse_linear.default, _autocast)

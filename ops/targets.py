@@ -3,16 +3,10 @@
 import torch
 
 # Importing their files is what registers them.
-from slope_fx.ops import adapted_linear as adapted_linear
 from slope_fx.ops import adapter as adapter
-from slope_fx.ops import grouped_linear as grouped_linear
-from slope_fx.ops import parallel_linear as parallel_linear
 from slope_fx.ops import sparse_linear as sparse_linear
 from slope_fx.ops import weights as weights
 
 EXPAND = torch.ops.slope_fx.expand.default
 ADD_ADAPTER = torch.ops.slope_fx.add_adapter.default
 SPARSE_LINEAR = torch.ops.slope_fx.sparse_linear.default
-SPARSE_ADAPTED_LINEAR = torch.ops.slope_fx.sparse_adapted_linear.default
-SPARSE_PARALLEL_LINEAR = torch.ops.slope_fx.sparse_parallel_linear.default
-SPARSE_GROUPED_LINEAR = torch.ops.slope_fx.sparse_grouped_linear.default

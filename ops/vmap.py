@@ -1,24 +1,34 @@
-"""``torch.func.vmap`` of the ops: a batch of inputs is more rows, anything else a loop."""
+"""``torch.func.vmap`` of the ops: a batch of inputs is more rows; anything else is a loop."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slope_fx.ops.groups import batched_stack, is_plain, unbatched_stack
+
 _OPS = torch.ops.slope_fx
 
 
-def _register(name: str, rows: int | None) -> None:
-    """Register the rule of an op, whose argument at place ``rows`` has rows of any shape."""
+def _register(name: str, *, rows: bool = False) -> None:
+    """Register the rule of an op.
+
+    Args:
+        name: of the op.
+        rows: whether the first argument has rows of features, of any shape.
+    """
     op = getattr(_OPS, name).default
+    names = [argument.name for argument in op._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         batched = [i for i, dim in enumerate(in_dims) if dim is not None]
-        if batched == [rows]:
-            assert rows is not None
-            moved = args[rows].movedim(in_dims[rows], 0)
-            return op(*args[:rows], moved, *args[rows + 1 :]), 0
+        given = dict(zip(names, args, strict=False))
+        offsets, groups = given.get("offsets"), given.get("groups", 1)
+        if rows and batched == [0] and offsets is None:
+            moved = args[0].movedim(in_dims[0], 0)
+            if is_plain(groups, offsets):
+                return op(moved, *args[1:]), 0
+            return unbatched_stack(op(batched_stack(moved, groups), *args[1:]), info.batch_size), 0
         results = [op(*_at(args, in_dims, i)) for i in range(info.batch_size)]
         return torch.stack(results), 0
 
@@ -26,13 +36,13 @@ def _register(name: str, rows: int | None) -> None:
 
 
 def _at(args: tuple[Any, ...], in_dims: tuple[Any, ...], index: int) -> list[Any]:
-    pick: Callable[[Any, Any], Any] = lambda arg, dim: (  # noqa: E731
+    return [
         arg if dim is None or not isinstance(arg, Tensor) else arg.select(dim, index)
-    )
-    return [pick(arg, dim) for arg, dim in zip(args, in_dims, strict=False)]
+        for arg, dim in zip(args, in_dims, strict=False)
+    ]
 
 
 for _name in ("expand", "expand_grad", "add_adapter", "compress", "sparse_weight_grad"):
-    _register(_name, None)
-for _name in ("sparse_linear", "sparse_input_grad", "sparse_adapted_linear"):
-    _register(_name, 0)
+    _register(_name)
+for _name in ("sparse_linear", "sparse_input_grad"):
+    _register(_name, rows=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.errors import ExportError
+from slope_fx.kernels.errors import UnsupportedError
 from slope_fx.ops.dispatch import engine
 
 
@@ -57,7 +57,7 @@ def expand(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, 
 def _(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         # Here, where each of the ways in which torch.onnx tries to trace a model comes by.
-        raise ExportError(
+        raise UnsupportedError(
             "The model has sparse weights, for which ONNX has no op. Export a dense copy: "
             "slope_fx.densify(model)."
         )

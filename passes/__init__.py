@@ -13,21 +13,19 @@ if __name__ != "slope_fx.passes":
 from slope_fx.passes.context import Context
 from slope_fx.passes.graph_kinds import graph_kinds
 from slope_fx.passes.linears import find_linears
-from slope_fx.passes.record import PassReport, Recorder
-from slope_fx.passes.registry import NAMES, OFF, PASSES, Pass
-from slope_fx.passes.run import Leftover, Rewrites, run_passes
+from slope_fx.passes.registry import NAMES, PASSES, Pass
+from slope_fx.passes.run import Leftover, PassReport, Rewrites, SparseCall, run_passes
 from slope_fx.passes.weight_roles import WeightRole, weight_roles
 
 __all__ = [
     "NAMES",
-    "OFF",
     "PASSES",
     "Context",
     "Leftover",
     "Pass",
     "PassReport",
-    "Recorder",
     "Rewrites",
+    "SparseCall",
     "WeightRole",
     "find_linears",
     "graph_kinds",

@@ -1,11 +1,13 @@
 """What passes know of the world around a graph."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch._inductor import config as inductor_config
+from torch.fx import Node
 
 from slope_fx.kernels.engines import AUTO, limited
 from slope_fx.kernels.modes import undisturbed
@@ -45,6 +47,24 @@ class Context:
             for device, dtype in self.autocast:
                 modes.enter_context(torch.autocast(device, dtype))
             yield
+
+    def at(self, node: Node) -> "Context":
+        """The circumstances at a node: within the autocast regions that its graph has opened."""
+        opened: dict[Node, tuple[str, torch.dtype | None, bool]] = {}
+        for before in node.graph.nodes:
+            if before is node:
+                break
+            if before.target is torch.amp.autocast_mode._enter_autocast:
+                opened[before] = before.args[:3]
+            elif before.target is torch.amp.autocast_mode._exit_autocast:
+                opened.pop(before.args[0], None)
+        autocast = dict(self.autocast)
+        for device, dtype, enabled in opened.values():
+            if enabled:
+                autocast[device] = dtype or torch.get_autocast_dtype(device)
+            else:
+                autocast.pop(device, None)
+        return dataclasses.replace(self, autocast=tuple(autocast.items()))
 
     def dtype_of(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
         """What a tensor of that dtype is in a product."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from slope_fx.passes.context import Context
 from slope_fx.passes.graph import argument, emit, erase_unused, rank_of, replace, value_of
 from slope_fx.passes.markers import is_marked
 
@@ -42,13 +43,16 @@ _BY_KEY = 1
 """What the fused ops call a mask of (B, S); others broadcast to (B, heads, L, S)."""
 
 
-def decompose_attention(gm: GraphModule, opens: Callable[[object], bool] = is_marked) -> int:
+def decompose_attention(
+    gm: GraphModule, context: Context, opens: Callable[[object], bool] = is_marked
+) -> int:
     """Torch's attention over compressed weights to linears and what is between them.
 
     Works on ``gm`` alone, nested graphs aside. Returns the number of calls opened.
 
     Args:
         gm: a Dynamo graph.
+        context: not used.
         opens: whether an operand is a weight for whose sake a call is opened.
     """
     matches = 0

@@ -162,6 +162,18 @@ def _is_pure(node: Node) -> bool:
 _IN_PLACE = {"setitem", *(name for name in dir(operator) if name.startswith("i"))} - {"is", "index"}
 
 
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an op, by the names of the op's schema, defaults included."""
+    target: Any = node.target
+    given = {**dict(zip(_names(target), node.args, strict=False)), **node.kwargs}
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    return {**defaults, **given}
+
+
+def _names(op: Any) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
+
+
 def argument(node: Node, position: int, *names: str) -> Any:
     """An argument of a call by its place, or by any of its names; None if it isn't given."""
     if position < len(node.args):

@@ -5,16 +5,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from slope_fx.ops.targets import ADD_ADAPTER
-from slope_fx.passes.graph import emit, rank_of, replace, value_of
+from slope_fx.passes.context import Context
+from slope_fx.passes.graph import arguments, emit, rank_of, replace, value_of
 from slope_fx.passes.linears import LinearCall, find_linears
 from slope_fx.passes.markers import marked_read, rows
 from slope_fx.passes.views import Read, View
 
 
-def insert_adapters(gm: GraphModule) -> int:
+def insert_adapters(gm: GraphModule, context: Context) -> int:
     """``linear(x, add_adapter(W, A, B, s), b)`` to ``linear(x, W, b) + (s x A^T) B^T``.
 
     The scale is a factor of its own, on the narrow product: as ``alpha`` of an addition Inductor
@@ -31,10 +32,11 @@ def insert_adapters(gm: GraphModule) -> int:
         part = _part(*found)
         if part is None:
             continue
-        weight, lora_a, lora_b, scale = found[0].source.args
+        marker = arguments(found[0].source)
+        factors = marker["lora_a"], marker["lora_b"], marker["scale"]
         build = _branch(call, found[0], found[1], part)
         # The scale too: Dynamo makes an input of it where layers that share code differ in it.
-        operands = (call.x, weight, lora_a, lora_b, scale, call.bias, call.offsets)
+        operands = (call.x, marker["weight"], *factors, call.bias, call.offsets)
         replace(call.node, emit(call.node, build, *operands))
         matches += 1
     return matches
@@ -56,8 +58,8 @@ class _Part:
 
 
 def _part(view: View, read: Read) -> _Part | None:
-    _, lora_a, lora_b, _ = view.source.args
-    a, b = (value_of(n) for n in (lora_a, lora_b) if isinstance(n, Node))
+    marker = arguments(view.source)
+    a, b = value_of(marker["lora_a"]), value_of(marker["lora_b"])
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
     stack = a.shape[0] // b.shape[1]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
+from slope_fx.passes.context import Context
 from slope_fx.passes.graph import emit, replace
 from slope_fx.passes.linears import LinearCall, find_linears
 from slope_fx.passes.markers import marked_read
@@ -11,7 +12,9 @@ from slope_fx.passes.views import Read, View
 
 
 def normalize_linears(
-    gm: GraphModule, reads: Callable[[LinearCall], tuple[View, Read] | None] = marked_read
+    gm: GraphModule,
+    context: Context,
+    reads: Callable[[LinearCall], tuple[View, Read] | None] = marked_read,
 ) -> int:
     """``x @ W.T``, ``addmm``, ``einsum``, a convolution of one pixel and so on to ``F.linear``.
 
@@ -20,6 +23,7 @@ def normalize_linears(
 
     Args:
         gm: a Dynamo graph.
+        context: not used.
         reads: tells what a linear reads of its weight, and is None for those to leave alone.
     """
     matches = 0

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from slope_fx.passes.context import Context
 from slope_fx.passes.decompose_attention import decompose_attention
 from slope_fx.passes.graph import graphs_of, rank_of, value_of
 from slope_fx.passes.linears import LinearCall, find_linears
@@ -30,11 +31,11 @@ def observe_linears(gm: GraphModule, observer: Observer) -> int:
         observer: gets the input, (..., d_in), of one matrix; (groups, rows, d_in) of a stack, or
             (rows, d_in) if its matrices all get the same.
     """
-    found = 0
+    found, context = 0, Context.here()
     for graph_module in graphs_of(gm):
         graph = graph_module.graph
-        decompose_attention(graph_module, opens=_is_parameter)
-        normalize_linears(graph_module, reads=_read_to_normalize)
+        decompose_attention(graph_module, context, opens=_is_parameter)
+        normalize_linears(graph_module, context, reads=_read_to_normalize)
         for call in find_linears(graph_module):
             seen = _parameter_read(call)
             if seen is None or (call.build is not None and not _is_broadcast(call, seen[1])):

@@ -2,11 +2,12 @@
 
 from torch.fx import GraphModule, Node
 
+from slope_fx.passes.context import Context
 from slope_fx.passes.graph import erase_unused
 from slope_fx.passes.markers import is_marked, markers
 
 
-def prune_expands(gm: GraphModule) -> int:
+def prune_expands(gm: GraphModule, context: Context) -> int:
     """Merge the markers of ``gm`` that compute the same, and drop those that nothing reads.
 
     Works on ``gm`` alone, nested graphs aside. Returns the number of markers taken away.

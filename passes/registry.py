@@ -9,11 +9,8 @@ from torch.fx import GraphModule
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.passes.context import Context
 from slope_fx.passes.decompose_attention import decompose_attention, is_attention
-from slope_fx.passes.fuse_adapters import fuse_adapters
-from slope_fx.passes.fuse_bias import fuse_bias
 from slope_fx.passes.insert_adapters import insert_adapters
 from slope_fx.passes.markers import is_marked, markers
-from slope_fx.passes.merge_linears import merge_linears
 from slope_fx.passes.normalize_linears import normalize_linears
 from slope_fx.passes.prune_expands import prune_expands
 from slope_fx.passes.sparsify_linears import sparsify_linears
@@ -31,7 +28,6 @@ class Pass:
         does: what it rewrites to what.
         here: why it runs where it does.
         expects: what it should match of a graph, at least once if this isn't 0.
-        off_because: why it runs only where ``enable_passes`` names it; "" where it always does.
     """
 
     name: str
@@ -39,7 +35,6 @@ class Pass:
     does: str
     here: str
     expects: Callable[[GraphModule], int] = lambda gm: 0
-    off_because: str = ""
 
 
 def _attention_calls(gm: GraphModule) -> int:
@@ -54,26 +49,26 @@ def _marked(target: Any) -> Callable[[GraphModule], int]:
 PASSES: tuple[Pass, ...] = (
     Pass(
         "prune_expands",
-        lambda gm, context: prune_expands(gm),
+        prune_expands,
         "merges equal markers, drops those that nothing reads",
         "first, so that what comes after looks at each weight once",
     ),
     Pass(
         "decompose_attention",
-        lambda gm, context: decompose_attention(gm),
+        decompose_attention,
         "opens torch's own attention, plain and fused, into linears and what is between them",
         "before any pass that looks for linears: these are hidden in one call",
         _attention_calls,
     ),
     Pass(
         "normalize_linears",
-        lambda gm, context: normalize_linears(gm),
+        normalize_linears,
         "writes matmul, addmm, einsum, convolutions of one pixel and so on as F.linear or bmm",
         "before those that know only these forms",
     ),
     Pass(
         "insert_adapters",
-        lambda gm, context: insert_adapters(gm),
+        insert_adapters,
         "puts the low-rank branch beside the product, in the adapter phase",
         "takes the adapter out of the weight, so that what is left is an expanded weight",
         _marked(ADD_ADAPTER),
@@ -85,27 +80,5 @@ PASSES: tuple[Pass, ...] = (
         "when all linears over expanded weights are in plain form, in either phase",
         _marked(EXPAND),
     ),
-    Pass(
-        "fuse_bias",
-        lambda gm, context: fuse_bias(gm),
-        "lets a sparse product add the bias that is added to it",
-        "after the products are there; a bias that F.linear had is theirs already",
-        off_because="Inductor adds it on the way to what comes next, at no cost",
-    ),
-    Pass(
-        "fuse_adapters",
-        fuse_adapters,
-        "makes one op of a product and its low-rank branch, where no gradients are needed",
-        "before products are merged, which hides them",
-        off_because="on a CPU it gains nothing, and loses with one token",
-    ),
-    Pass(
-        "merge_linears",
-        lambda gm, context: merge_linears(gm),
-        "makes one op of the sparse linears that read the same input",
-        "last, when each has its bias",
-    ),
 )
 NAMES = tuple(p.name for p in PASSES)
-OFF = tuple(p.name for p in PASSES if p.off_because)
-"""Those that were measured to gain nothing, and wait for an engine or a device where they do."""

@@ -7,21 +7,23 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from slope_fx.kernels.engines import without_operands
-from slope_fx.ops.dispatch import choose_engine
-from slope_fx.ops.targets import EXPAND, SPARSE_GROUPED_LINEAR, SPARSE_LINEAR
+from slope_fx.kernels.selection import Request, choose
+from slope_fx.ops.dispatch import request_of
+from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.context import Context
-from slope_fx.passes.graph import emit, rank_of, replace, value_of
+from slope_fx.passes.graph import arguments, emit, rank_of, replace, value_of
 from slope_fx.passes.linears import LinearCall, find_linears
 from slope_fx.passes.markers import marked_read, rows
-from slope_fx.passes.views import Read
+from slope_fx.passes.views import Read, View
 
 
 def sparsify_linears(gm: GraphModule, context: Context) -> int:
     """``linear(x, expand(values, masks), b)`` to ``sparse_linear(x, values, masks, b)``.
 
-    Also of some rows of the weight, of a cast of it, and of a stack of weights. The engine that
-    computes it is chosen here and named in the graph. Works on ``gm`` alone, nested graphs
-    aside. Returns the number of linears rewritten.
+    The linear may read some rows of the weight, a cast of it, or a stack of weights. The engines
+    are chosen here and named in the graph, because torch.compile may take the traced graph from
+    its cache, whose key is this graph. Works on ``gm`` alone, nested graphs aside. Returns the
+    number of linears rewritten.
     """
     matches = 0
     for call in find_linears(gm):
@@ -31,87 +33,91 @@ def sparsify_linears(gm: GraphModule, context: Context) -> int:
         view, read = found
         if view.source.target is not EXPAND or not _whole_groups(view.source, read):
             continue
-        build = _sparse(call, view.source, read, view.dtype, context)
-        operands = (call.x, *view.source.args[:3], call.bias, call.offsets)
-        replace(call.node, emit(call.node, build, *operands))
+        marker = arguments(view.source)
+        masks = marker["forward_mask"], marker["backward_mask"]
+        operands = (call.x, marker["values"], *masks, call.bias, call.offsets)
+        replace(call.node, emit(call.node, _sparse(call, view, read, context), *operands))
         matches += 1
+    if matches:
+        _name_engines(gm, context)
     return matches
 
 
 def _whole_groups(marker: Node, read: Read) -> bool:
-    """Whether the rows read are whole groups of the backward mask's."""
-    m: Any = marker.args[4]
+    """Whether the rows read are whole groups of the backward mask."""
+    m: int = arguments(marker)["m"]
     return not (read.start % m or (read.stop - read.start) // read.groups % m)
 
 
-def _sparse(
-    call: LinearCall, marker: Node, read: Read, dtype: torch.dtype | None, context: Context
-) -> Any:
-    n, m = marker.args[3:]
-    whole = value_of(marker)
+def _sparse(call: LinearCall, view: View, read: Read, context: Context) -> Any:
+    marker, whole = arguments(view.source), value_of(view.source)
     assert isinstance(whole, Tensor)
-    total = whole.shape[0]
+    total, pattern = whole.shape[0], (marker["n"], marker["m"])
     stacked = rank_of(call.weight) == 3
     fused = call.bias is None or (
         rank_of(call.bias) == 1 and not stacked and _length(call.bias) != 1
     )
     engines = context.engines
     if stacked or (read.start, read.stop) != (0, total):
-        # What is made of a slice of the values can't be kept: it is another tensor at each use.
+        # An operand made from a slice of the values can't be kept: each use makes a new slice.
         engines = without_operands(engines)
-    chosen = _choices(call, marker, read, dtype, engines, context)
-    chosen["engines"] = engines
 
     def build(x: Any, values: Any, forward: Any, backward: Any, bias: Any, offsets: Any) -> Any:
         values, forward, backward = (
             rows(t, read.start, read.stop, total) for t in (values, forward, backward)
         )
-        values = values if dtype is None else values.to(dtype)
-        if stacked:
-            return SPARSE_GROUPED_LINEAR(
-                x, values, forward, backward, offsets, read.groups, n, m, **chosen
-            )
-        y = SPARSE_LINEAR(x, values, forward, backward, bias if fused else None, n, m, **chosen)
+        values = values if view.dtype is None else values.to(view.dtype)
+        masks, added = (forward, backward), bias if fused else None
+        groups = (read.groups, offsets) if stacked else ()
+        y = SPARSE_LINEAR(x, values, *masks, added, *pattern, *groups, engines=engines)
         return y if fused else torch.add(y, bias)
 
     return build
 
 
-def _choices(
-    call: LinearCall, marker: Node, read: Read, dtype: torch.dtype | None, engines: str,
-    context: Context,
-) -> dict[str, str]:  # fmt: skip
-    """The engines of a product and of its gradients, as arguments of the op.
+def _name_engines(gm: GraphModule, context: Context) -> None:
+    """Name the engines of the sparse linears that have none yet."""
+    for node in gm.graph.find_nodes(op="call_function", target=SPARSE_LINEAR):
+        if not arguments(node)["engine"]:
+            node.kwargs = {**node.kwargs, **_engines_of(node, context)}
 
-    They are chosen here rather than when the op is traced, because torch.compile may take
-    the traced graph from its cache, whose key is this graph. Left out is what the graph
-    doesn't tell: with autocast inside of it the op chooses when it has cast.
+
+def request_for(node: Node, context: Context) -> Request | None:
+    """What the choice of engines depends on, for a sparse linear; None if its values are unknown.
+
+    Args:
+        node: the sparse linear.
+        context: the circumstances of its graph.
     """
-    values: Any = marker.args[0]
-    n: Any = marker.args[3]
-    m: Any = marker.args[4]
-    x, weight = value_of(call.x), value_of(values)
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
-        return {}
-    if call.x.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
-        return {}
-    groups = read.groups
-    size = ((read.stop - read.start) // groups, weight.shape[1])
-    product = context.dtype_of(x.device, x.dtype)
-    trains = context.training and weight.requires_grad
+    call = arguments(node)
+    x, values = (value_of(call[name]) for name in ("x", "values"))
+    if not isinstance(x, Tensor) or not isinstance(values, Tensor):
+        return None
+    here = context.at(node)
+    trains = (here.training and values.requires_grad) or here.replays
+    return request_of(
+        x, values, call["n"], call["m"], call["groups"], trains=trains, engines=call["engines"],
+        dtype=here.dtype_of(x.device, x.dtype),
+    )  # fmt: skip
 
-    def choose(op: str) -> str:
-        return choose_engine(
-            op, x, size, n, m, engines, product, dtype or weight.dtype,
-            trains or context.replays, groups,
-        )  # fmt: skip
 
-    chosen = {"engine": choose("sparse_linear")}
-    if trains:
-        chosen["weight_engine"] = choose("sparse_weight_grad")
-    if context.training and x.requires_grad:
-        chosen["input_engine"] = choose("sparse_input_grad")
-    return chosen
+def _engines_of(node: Node, context: Context) -> dict[str, str]:
+    """The engines of a sparse linear and of its gradients, by argument of the op."""
+    request = request_for(node, context)
+    if request is None:
+        return {}
+    call = arguments(node)
+    x, values = (value_of(call[name]) for name in ("x", "values"))
+    wanted = {
+        "engine": ("sparse_linear", True),
+        "weight_engine": ("sparse_weight_grad", getattr(values, "requires_grad", False)),
+        "input_engine": ("sparse_input_grad", getattr(x, "requires_grad", False)),
+    }
+    return {
+        name: choose(op, request)
+        for name, (op, needed) in wanted.items()
+        if needed and (context.training or op == "sparse_linear")
+    }
 
 
 def _length(vector: Node) -> int | None:

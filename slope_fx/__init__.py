@@ -4,93 +4,27 @@
 learning-rate scheduler, and everything else stays as it was.
 """
 
-from slope_fx import averaging, debug, ops
+from slope_fx import debug, errors, ops
 from slope_fx.backend import rewriting_backend
-from slope_fx.checkpoints import (
-    CheckpointReport,
-    describe_checkpoint,
-    load_pretrained,
-    load_training,
-    save_pretrained,
-    verify,
-)
-from slope_fx.compiler import compile, sparse_weights, weights_changed
-from slope_fx.densify import densify, export_peft
-from slope_fx.errors import (
-    AdapterInitError,
-    AdapterRankError,
-    AlreadyCompiledError,
-    ArgumentError,
-    CalibrationError,
-    CalibrationWarning,
-    CheckpointError,
-    DoubleBackwardError,
-    EngineError,
-    EngineWarning,
-    ExampleInputsError,
-    ExpandedWeightError,
-    ExpandedWeightWarning,
-    ExportError,
-    IgnoredArgumentWarning,
-    MaskError,
-    NoEligibleLinearError,
-    NotCompiledError,
-    PatternError,
-    ScheduleError,
-    ScheduleWarning,
-    SlopeError,
-    SlopeWarning,
-    StaleOptimizerWarning,
-    UntracedModelWarning,
-    WeightWriteError,
-)
-from slope_fx.explain import Explanation, LinearReport, ProductReport, explain
-from slope_fx.patterns import Pattern
-from slope_fx.preview import preview
+from slope_fx.checkpoints import load_pretrained, load_training, save_pretrained
+from slope_fx.compiler import compile
+from slope_fx.densify import densify
+from slope_fx.integrations.peft import export_peft
+from slope_fx.planning import SlopeConfig
+from slope_fx.record import sparse_weights
+from slope_fx.report import explain, preview
 from slope_fx.schedule import Schedule
+from slope_fx.sparse import averaging as averaging
 from slope_fx.version import __version__
-from slope_fx.weights import SparseWeight
 
 __all__ = [
-    "AdapterInitError",
-    "AdapterRankError",
-    "AlreadyCompiledError",
-    "ArgumentError",
-    "CalibrationError",
-    "CalibrationWarning",
-    "CheckpointError",
-    "CheckpointReport",
-    "DoubleBackwardError",
-    "EngineError",
-    "EngineWarning",
-    "ExampleInputsError",
-    "ExpandedWeightError",
-    "ExpandedWeightWarning",
-    "Explanation",
-    "ExportError",
-    "IgnoredArgumentWarning",
-    "LinearReport",
-    "MaskError",
-    "NoEligibleLinearError",
-    "NotCompiledError",
-    "Pattern",
-    "PatternError",
-    "ProductReport",
     "Schedule",
-    "ScheduleError",
-    "ScheduleWarning",
-    "SlopeError",
-    "SlopeWarning",
-    "SparseWeight",
-    "StaleOptimizerWarning",
-    "UntracedModelWarning",
-    "WeightWriteError",
+    "SlopeConfig",
     "__version__",
-    "averaging",
     "compile",
     "debug",
     "densify",
-    "describe_checkpoint",
+    "errors",
     "explain",
     "export_peft",
     "load_pretrained",
@@ -100,6 +34,8 @@ __all__ = [
     "rewriting_backend",
     "save_pretrained",
     "sparse_weights",
-    "verify",
-    "weights_changed",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -124,7 +124,7 @@ def _pattern_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from slope_fx.preview import preview
+    from slope_fx.report import preview
 
     explanation = preview(
         options.source, _sparsity(options.sparsity), adapter_rank=options.adapter_rank,

@@ -1,10 +1,8 @@
 """Between a dense model on disk, a sparse checkpoint and a PEFT adapter."""
 
-import importlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,12 +11,13 @@ from torch import Tensor, nn
 
 from slope_fx.checkpoints import load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
-from slope_fx.compiler import check_choice, compile
-from slope_fx.densify import densify, export_peft
-from slope_fx.errors import ArgumentError, ExportError, IgnoredArgumentWarning, first_line
+from slope_fx.compiler import compile
+from slope_fx.densify import densify
+from slope_fx.errors import ArgumentError, ArgumentWarning, UnsupportedError, first_line
 from slope_fx.hub import class_of, config_of, transformers
-from slope_fx.patterns import Pattern
-from slope_fx.plan import AdapterRank
+from slope_fx.integrations import peft
+from slope_fx.integrations.peft import export_peft
+from slope_fx.planning.config import AdapterRank, Sparsity, check_choice
 
 Kind = Literal["sparse", "dense", "peft"]
 
@@ -28,7 +27,7 @@ def convert(
     target: str | os.PathLike[str],
     to: Kind,
     *,
-    sparsity: str | Pattern | Mapping[str, str | Pattern | None] = "2:4",
+    sparsity: Sparsity = "2:4",
     adapter_rank: AdapterRank = None,
     adapter_init: str = "zero",
     adapters: Literal["merge", "drop"] = "merge",
@@ -72,7 +71,7 @@ def convert(
     for argument in (name for name, is_given in given.items() if is_given and name not in used):
         warnings.warn(
             f"{argument} has no effect on the way from {kind} to {to}.",
-            IgnoredArgumentWarning,
+            ArgumentWarning,
             stacklevel=2,
         )
     tokenizer = _tokenizer(source)
@@ -102,7 +101,7 @@ def _kind_of(source: Path) -> Kind:
 def _compiled(
     source: Path,
     kind: Kind,
-    sparsity: str | Pattern | Mapping[str, str | Pattern | None],
+    sparsity: Sparsity,
     rank: AdapterRank,
     init: Any,
 ) -> nn.Module:
@@ -114,7 +113,7 @@ def _compiled(
     factors = _factors(peft_model)
     ranks = {len(a) for a, _ in factors.values()}
     if len(ranks) > 1 or not ranks:
-        raise ExportError(
+        raise UnsupportedError(
             f"{source} has adapters of ranks {sorted(ranks)}; slope_fx has one rank for all. "
             "Merge them: slope-fx convert ... --to dense."
         )
@@ -132,7 +131,7 @@ def _compiled(
         peft_model.unload(), sparsity, adapter_rank=own, adapter_init=adapter, backend=None
     )
     if unused:
-        raise ExportError(
+        raise UnsupportedError(
             f"{source} has an adapter on {sorted(unused)[0]}, which stays dense and so has no "
             "place for it. Choose it in sparsity=, or merge: slope-fx convert ... --to dense."
         )
@@ -151,13 +150,13 @@ def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
         # What a layer of PEFT's may have besides A and B, some of it as empty containers.
         more = [n for n in _UNKNOWN_PARTS if len(getattr(module, n, ()) or ())]
         if more:
-            raise ExportError(f"{path} has {more[0]}, {_NOT_OURS}")
+            raise UnsupportedError(f"{path} has {more[0]}, {_NOT_OURS}")
         factor = module.lora_B["default"] if "default" in getattr(module, "lora_B", ()) else None
         if getattr(factor, "bias", None) is not None:
-            raise ExportError(f"{path} has a lora_bias, {_NOT_OURS}")
+            raise UnsupportedError(f"{path} has a lora_bias, {_NOT_OURS}")
     for name in ("use_dora", "alora_invocation_tokens", "trainable_token_indices"):
         if getattr(config, name, None):
-            raise ExportError(f"the adapter has {name}, {_NOT_OURS}")
+            raise UnsupportedError(f"the adapter has {name}, {_NOT_OURS}")
     for path, module in peft_model.base_model.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
@@ -166,10 +165,7 @@ def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _adapted(source: Path) -> Any:
-    try:
-        peft = importlib.import_module("peft")
-    except ImportError as error:
-        raise ArgumentError(f"PEFT can't be imported: {error}. `pip install peft`.") from error
+    library = peft.library()
     try:
         told = json.loads((source / "adapter_config.json").read_text())
     except ValueError as error:
@@ -183,7 +179,7 @@ def _adapted(source: Path) -> Any:
         )
     base_model = _dense(base)
     try:
-        return peft.PeftModel.from_pretrained(base_model, source)
+        return library.PeftModel.from_pretrained(base_model, source)
     except Exception as error:
         raise ArgumentError(f"{source} can't be loaded by PEFT: {first_line(error)}") from error
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from slope_fx.backend import RewritingBackend, backend_of, compiled_call
-from slope_fx.compiler import compilation_of, sparse_weights
+from slope_fx.backend.settings import Settings
+from slope_fx.dynamo import compiled_call
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels.packing import unpack
 from slope_fx.passes import PASSES, Context, run_passes
-from slope_fx.weights import SparseWeight
+from slope_fx.record import record_of, sparse_weights
+from slope_fx.sparse.weight import SparseWeight
 
 Weights = dict[int, SparseWeight]
 """By the address of their values."""
@@ -65,17 +66,16 @@ def first_difference(
         None if no pass does.
 
     Raises:
-        NotCompiledError: ``model`` isn't compiled.
+        StateError: ``model`` isn't compiled.
         ArgumentError: it is compiled with ``backend=None``, Dynamo compiles nothing of it, or the
             tolerance isn't positive.
     """
-    record = compilation_of(model)
-    if record.settings is None:
+    record = record_of(model)
+    if record.settings.backend is None:
         raise ArgumentError("model was compiled with backend=None, so it has no graphs to look at.")
     if not tolerance > 0:
         raise ArgumentError(f"tolerance={tolerance!r}; it must be a positive number.")
     found: list[Difference] = []
-    backend = backend_of(record.settings)
     weights = {w.values.data_ptr(): w for w in sparse_weights(model).values()}
     graphs = 0
 
@@ -85,7 +85,7 @@ def first_difference(
 
         def run(*inputs: Any) -> Any:
             if not found:
-                found.extend(_compare(gm, inputs, weights, backend, number, tolerance))
+                found.extend(_compare(gm, inputs, weights, record.settings, number, tolerance))
             return gm(*inputs)
 
         return run
@@ -110,15 +110,18 @@ def first_difference(
 
 
 def _compare(
-    gm: GraphModule, inputs: Sequence[Any], weights: Weights, backend: RewritingBackend,
-    number: int, tolerance: float,
-) -> list[Difference]:  # fmt: skip
-    settings = backend.settings
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    weights: Weights,
+    settings: Settings,
+    number: int,
+    tolerance: float,
+) -> list[Difference]:
     context = Context.here(settings.engine, settings.replays)
     want = _results(copy.deepcopy(gm), inputs, weights)
     changed = copy.deepcopy(gm)
     for step in PASSES:
-        if step.name in settings.disabled:
+        if step.name in settings.disable_passes:
             continue
         report = run_passes(changed, context, passes=(step,)).reports[0]
         if not report.matches:

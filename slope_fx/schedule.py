@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from torch import nn
 
-from slope_fx.compiler import compilation_of, sparse_weights
-from slope_fx.errors import IgnoredArgumentWarning, ScheduleError, ScheduleWarning
-from slope_fx.weights import whole
+from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
+from slope_fx.record import record_of, sparse_weights
+from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.weight import whole
 
 log = logging.getLogger(__name__)
 
-Phase = Literal["sparse", "adapter"]
+PhaseName = Literal["sparse", "adapter"]
 _DEFAULT_START = 0.99
 
 
@@ -45,7 +46,7 @@ class _Progress:
                 f"{self.adapter_step}, where the adapters begin: they took no part. If the run is "
                 "over, make the Schedule with the number of optimizer steps that it takes; if it "
                 "goes on later, load the Schedule's state_dict then.",
-                ScheduleWarning,
+                TrainingWarning,
                 stacklevel=2,
             )
 
@@ -64,8 +65,8 @@ class Schedule:
             None keeps the first one.
 
     Raises:
-        ScheduleError: steps, fraction or interval out of range.
-        NotCompiledError: ``model`` isn't compiled.
+        ArgumentError: steps, fraction or interval are out of range.
+        StateError: ``model`` isn't compiled.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class Schedule:
         self._has_adapters = any(weight.rank for weight in self._weights)
         if adapter_start is None:
             # Adapters that hold what was pruned are part of the model that training starts from.
-            at_work = compilation_of(model).adapter_init != "zero"
+            at_work = record_of(model).config.adapter_init != "zero"
             adapter_start = 0.0 if at_work else _DEFAULT_START
             usual = True
         else:
             usual = adapter_start == _DEFAULT_START
         if not _is_number(adapter_start) or not 0 <= adapter_start <= 1:
-            raise ScheduleError(
+            raise ArgumentError(
                 f"adapter_start={adapter_start!r}; allowed is a fraction of total_steps from 0 "
                 "(adapters from the first step) to 1 (never)."
             )
@@ -99,12 +100,13 @@ class Schedule:
         self._progress = _Progress(total_steps, self.adapter_step, self._has_adapters)
         self._resumed = False
         weakref.finalize(self, _Progress.tell_if_early, self._progress)
-        self._logged: Phase | None = None
+        self._phase = self._take_phase()
+        self._logged: PhaseName | None = None
         if not usual and not self._has_adapters:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
                 "adapters. Pass adapter_rank to slope_fx.compile to have them.",
-                IgnoredArgumentWarning,
+                ArgumentWarning,
                 stacklevel=2,
             )
         self._apply_phase()
@@ -115,18 +117,18 @@ class Schedule:
         return self._progress.step
 
     @property
-    def phase(self) -> Phase:
+    def phase(self) -> PhaseName:
         """ "sparse", or "adapter" once the adapters take part."""
-        return "adapter" if self._has_adapters and self.last_step >= self.adapter_step else "sparse"
+        return "adapter" if self._has_adapters and self._phase.active else "sparse"
 
     def step(self) -> None:
         """Count one optimizer step: refresh masks and begin the adapter phase when due.
 
         Raises:
-            ScheduleError: all ``total_steps`` have been taken.
+            StateError: all ``total_steps`` have been taken.
         """
         if self.last_step >= self.total_steps:
-            raise ScheduleError(
+            raise StateError(
                 f"step() was called after the last of total_steps={self.total_steps}. Make the "
                 "Schedule with the number of optimizer steps that the run takes."
             )
@@ -155,33 +157,39 @@ class Schedule:
         """Go on from where ``state`` was saved; sets the model's phase too.
 
         Raises:
-            ScheduleError: ``state`` is of a run with other steps, or isn't a Schedule's.
+            StateError: ``state`` is of a run with other steps.
+            ArgumentError: it isn't the state of a Schedule.
         """
         mine = self.state_dict()
         if not isinstance(state, Mapping) or set(state) != set(mine):
             got = f"the keys {list(state)}" if isinstance(state, Mapping) else type(state).__name__
-            raise ScheduleError(f"state has {got}; a Schedule's has the keys {list(mine)}.")
+            raise ArgumentError(f"state has {got}; a Schedule's has the keys {list(mine)}.")
         for key in ("total_steps", "adapter_step", "backward_mask_interval"):
             if state[key] != mine[key]:
-                raise ScheduleError(
+                raise StateError(
                     f"state was saved by a Schedule with {key}={state[key]}; this one has "
                     f"{mine[key]}. Resume with the arguments of the interrupted run."
                 )
         step = state["last_step"]
         if not _is_count(step) or not 0 <= step <= self.total_steps:
-            raise ScheduleError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
+            raise ArgumentError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
         self._progress.step = step
         self._resumed = True
         self._apply_phase()
 
+    def _take_phase(self) -> Phase:
+        """The phase of the model's weights; for a copy of a model, a phase of its own."""
+        phases = {id(weight.phase): weight.phase for weight in self._weights}
+        phase = next(iter(phases.values()))
+        if len(phases) > 1 or any(weight.is_copy for weight in self._weights):
+            phase = Phase(phase.active)
+            for weight in self._weights:
+                weight.phase, weight.is_copy = phase, False
+        phase.scheduled = True
+        return phase
+
     def _apply_phase(self) -> None:
-        active = self.phase == "adapter"
-        for weight in self._weights:
-            weight.follows = False
-            if active:
-                weight.begin_adapter()
-            else:
-                weight.adapter_active = False
+        self._phase.active = self._has_adapters and self.last_step >= self.adapter_step
         if self.phase != self._logged:
             log.info("step %d: %s phase", self.last_step, self.phase)
             self._logged = self.phase
@@ -193,7 +201,7 @@ class Schedule:
             warnings.warn(
                 "The model's adapters are trained already, but this Schedule starts at step 0, "
                 "where they take no part. To resume a run, load its Schedule's state_dict too.",
-                ScheduleWarning,
+                TrainingWarning,
                 stacklevel=3,
             )
 
@@ -208,4 +216,4 @@ def _is_count(value: object) -> bool:
 
 def _check_count(argument: str, value: object, more: str = "") -> None:
     if not _is_count(value) or int(value) < 1:  # type: ignore[call-overload]
-        raise ScheduleError(f"{argument}={value!r}; allowed is a whole number from 1 up{more}.")
+        raise ArgumentError(f"{argument}={value!r}; allowed is a whole number from 1 up{more}.")

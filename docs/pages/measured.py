@@ -2,7 +2,7 @@
 
 import statistics
 
-from slope_fx.explain import Explanation
+from slope_fx.report import Explanation
 
 from .common import (
     DOCS,

@@ -1,218 +1,175 @@
-"""The CPU engine: N:M products in C, N/M of the dense work, for any N:M.
+"""The CPU engine: N:M products in C with N/M of the dense work, for any N:M.
 
-Here tensors become pointers; the arithmetic is in ``linear.c`` and ``linear_few.c`` (the
-product, and the input gradient through the compressed transpose), ``weight_grad.c`` and
-``weights.c`` (expand, compress, the transpose). ``build.py`` compiles and loads them.
+This module passes tensors to the C functions as pointers. ``linear.c`` and ``linear_few.c`` compute
+the product, and with the compressed transpose the input gradient. ``weight_grad.c`` computes the
+weight gradient, ``weights.c`` expands, compresses and transposes weights. ``build.py`` compiles and
+loads the library.
 
-fp32, bf16 and fp16, summed in fp32. Results don't depend on the number of threads. NaN or
-infinity in a feature always shows in the outputs that keep a weight for it; in those that
-don't, it may (as zero times infinity in a dense product does) or may not.
+The engine supports fp32, bf16 and fp16 and sums in fp32. Results do not depend on the number of
+threads. NaN or infinity in a feature always appears in the outputs whose rows keep a weight for
+this feature. In other outputs it may appear, as in a dense product, where zero times infinity is
+NaN.
 """
 
-import ctypes
-from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from slope_fx.kernels.conversions import bad_forward_mask
 from slope_fx.kernels.cpu.build import BuildError, library
-from slope_fx.kernels.dense import (
-    backward_mask,
-    bad_forward_mask,
-    low_rank_update,
-    magnitude_mask,
-)
+from slope_fx.kernels.engine import Engine
 from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.packing import packed_width
 
-DEVICES = ("cpu",)
-operands = Operands()
-"""The transposes that it made of the weights that it met."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The codes of ``vectors.h``."""
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """What keeps this engine from serving such tensors, or ""."""
-    if device.type != "cpu":
-        return f"it computes on the CPU, not on {device}"
-    if dtype not in _DTYPES:
-        return f"it has no kernels for {dtype}"
-    return unavailable()
+class Cpu(Engine):
+    """The engine in C.
 
-
-def unavailable() -> str:
-    """What keeps this engine from serving at all on this machine, or ""."""
-    try:
-        library()
-    except BuildError as error:
-        return str(error)
-    return ""
-
-
-def expand(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """Dense ``W^R`` (d_out, d_in) from its kept values (d_out, d_in * N / M)."""
-    d_out, d_in = values.shape[0], values.shape[1] * m // n
-    dense = values.new_empty(d_out, d_in)
-    values, forward_mask = values.contiguous(), forward_mask.contiguous()
-    _call(
-        library().slope_expand, _pointer(values), _pointer(forward_mask),
-        _long(d_out), _long(d_in), n, m, _pointer(dense), _DTYPES[values.dtype], _threads(),
-        pattern=(n, m),
-    )  # fmt: skip
-    return dense
-
-
-def expand_twice_pruned(
-    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
-) -> Tensor:
-    """Dense ``W^{R,C}`` (d_out, d_in), as a view of its transpose."""
-    transposed, bits = transpose(values, forward_mask, backward_mask, n, m)
-    return expand(transposed, bits, n, m).t()
-
-
-def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """The kept values (d_out, d_in * N / M) of ``dense`` (d_out, d_in)."""
-    d_out, d_in = dense.shape
-    values = dense.new_empty(d_out, d_in * n // m)
-    dense, forward_mask = _rows(dense), forward_mask.contiguous()
-    _call(
-        library().slope_compress, _pointer(dense), _long(dense.stride(0)), _pointer(forward_mask),
-        _long(d_out), _long(d_in), n, m, _pointer(values), _DTYPES[dense.dtype], _threads(),
-        pattern=(n, m),
-    )  # fmt: skip
-    return values
-
-
-def sparse_linear(
-    x: Tensor, values: Tensor, forward_mask: Tensor, bias: Tensor | None, n: int, m: int
-) -> Tensor:
-    """``Y = X (W^R)^T + b``."""
-    return sparse_linears(x, [values], [forward_mask], [bias], n, m)[0]
-
-
-def sparse_linears(
-    x: Tensor,
-    values: Sequence[Tensor],
-    forward_masks: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    n: int,
-    m: int,
-) -> list[Tensor]:
-    """:func:`sparse_linear` with each of at most eight weights; the input is packed once."""
-    d_in, count = x.shape[-1], len(values)
-    ys = [x.new_empty((*x.shape[:-1], v.shape[0])) for v in values]
-    x = _rows(x)
-    values = [v.contiguous() for v in values]
-    masks = [mask.contiguous() for mask in forward_masks]
-    added = [None if bias is None else bias.contiguous() for bias in biases]
-    d_outs = (ctypes.c_long * count)(*(v.shape[0] for v in values))
-    _call(
-        library().slope_linear, _pointer(x), _long(x.stride(0)), _long(x.shape[0]), count,
-        _pointers(values), _pointers(masks), _pointers(added), d_outs, _long(d_in), n, m,
-        _pointers(ys), _DTYPES[x.dtype], _threads(), pattern=(n, m),
-    )  # fmt: skip
-    return ys
-
-
-def sparse_input_grad(
-    grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
-) -> Tensor:
-    """``grad_X = grad_Y W^{R,C}``, through the compressed transpose.
-
-    That is made once an optimizer step where it is used more often (``operands.py``).
+    Attributes:
+        operands: the compressed transposes that :meth:`sparse_input_grad` made.
     """
-    transposed, bits = operands.get(
-        values,
-        (forward_mask, backward_mask),
-        ("transpose", n, m),
-        lambda: transpose(values, forward_mask, backward_mask, n, m),
-        training=True,
-    )
-    return sparse_linear(grad, transposed, bits, None, n, m)
 
+    name = "cpu"
+    devices = ("cpu",)
 
-def transpose(
-    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
-) -> tuple[Tensor, Tensor]:
-    """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask.
+    def __init__(self) -> None:
+        self.operands: Operands = Operands()
 
-    A group with fewer than N kept is filled up with zeros, so it is N:M like any weight.
-    """
-    d_out, d_in = values.shape[0], values.shape[1] * m // n
-    transposed = values.new_empty(d_in, d_out * n // m)
-    bits = forward_mask.new_empty(d_in, packed_width(d_out))
-    values, forward_mask = values.contiguous(), forward_mask.contiguous()
-    backward_mask = backward_mask.contiguous()
-    _call(
-        library().slope_transpose, _pointer(values), _pointer(forward_mask),
-        _pointer(backward_mask), _long(d_out), _long(d_in), n, m,
-        _pointer(transposed), _pointer(bits), _DTYPES[values.dtype], _threads(),
-        pattern=(n, m),
-    )  # fmt: skip
-    return transposed, bits
+    def unavailable(self) -> str:
+        try:
+            library()
+        except BuildError as error:
+            return str(error)
+        return ""
 
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str:
+        if device.type != "cpu":
+            return f"it computes on the CPU, not on {device}"
+        if dtype not in _DTYPES:
+            return f"it has no kernels for {dtype}"
+        return self.unavailable()
 
-def sparse_weight_grad(grad: Tensor, x: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed."""
-    d_out, d_in = grad.shape[-1], x.shape[-1]
-    dw = grad.new_empty(d_out, d_in * n // m)
-    grad, x, forward_mask = _rows(grad), _rows(x), forward_mask.contiguous()
-    _call(
-        library().slope_weight_grad, _pointer(grad), _long(grad.stride(0)),
-        _pointer(x), _long(x.stride(0)), _long(x.shape[0]), _pointer(forward_mask),
-        _long(d_out), _long(d_in), n, m, _pointer(dw), _DTYPES[x.dtype], _threads(),
-        pattern=(n, m),
-    )  # fmt: skip
-    return dw
+    def expand(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        d_out, d_in = values.shape[0], values.shape[1] * m // n
+        dense = values.new_empty(d_out, d_in)
+        weight = (values.contiguous(), forward_mask.contiguous(), d_out, d_in, n, m)
+        _call("slope_expand", *weight, dense, dtype=values.dtype, pattern=(n, m))
+        return dense
+
+    def expand_twice_pruned(
+        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    ) -> Tensor:
+        """The dense ``W^{R,C}`` (d_out, d_in), as a view of its transpose."""
+        transposed, bits = self.transpose(values, forward_mask, backward_mask, n, m)
+        return self.expand(transposed, bits, n, m).t()
+
+    def compress(self, dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        d_out, d_in = dense.shape
+        values = dense.new_empty(d_out, d_in * n // m)
+        dense, mask = _rows(dense), forward_mask.contiguous()
+        weight = (dense, dense.stride(0), mask, d_out, d_in, n, m)
+        _call("slope_compress", *weight, values, dtype=values.dtype, pattern=(n, m))
+        return values
+
+    def transpose(
+        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    ) -> tuple[Tensor, Tensor]:
+        """The compressed transpose of ``W^{R,C}``.
+
+        A group with fewer than N kept values gets zeros, so that the transpose is N:M.
+
+        Returns:
+            Its values (d_in, d_out * N / M), and its packed mask, uint8 (d_in, ceil(d_out / 8)).
+        """
+        d_out, d_in = values.shape[0], values.shape[1] * m // n
+        transposed = values.new_empty(d_in, d_out * n // m)
+        bits = forward_mask.new_empty(d_in, packed_width(d_out))
+        masks = (forward_mask.contiguous(), backward_mask.contiguous())
+        weight = (values.contiguous(), *masks, d_out, d_in, n, m)
+        outputs = (transposed, bits)
+        _call("slope_transpose", *weight, *outputs, dtype=values.dtype, pattern=(n, m))
+        return transposed, bits
+
+    def sparse_linear(
+        self,
+        x: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+        training: bool = False,
+    ) -> Tensor:
+        d_out, d_in = values.shape[0], x.shape[-1]
+        y = x.new_empty((*x.shape[:-1], d_out))
+        x, bias = _rows(x), None if bias is None else bias.contiguous()
+        weight = (values.contiguous(), forward_mask.contiguous(), bias, d_out, d_in, n, m)
+        inputs = (x, x.stride(0), x.shape[0])
+        _call("slope_linear", *inputs, *weight, y, dtype=x.dtype, pattern=(n, m))
+        return y
+
+    def sparse_input_grad(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        backward_mask: Tensor,
+        n: int,
+        m: int,
+    ) -> Tensor:
+        """``grad_X = grad_Y W^{R,C}``: the product with the compressed transpose, an operand."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            return self.transpose(values, forward_mask, backward_mask, n, m)
+
+        masks, purpose = (forward_mask, backward_mask), ("transpose", n, m)
+        transposed, bits = self.operands.get(values, masks, purpose, make, training=True)
+        return self.sparse_linear(grad, transposed, bits, None, n, m)
+
+    def sparse_weight_grad(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        forward_mask: Tensor,
+        n: int,
+        m: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        d_out, d_in = grad.shape[-1], x.shape[-1]
+        dw = grad.new_empty(d_out, d_in * n // m)
+        grad, x, mask = _rows(grad), _rows(x), forward_mask.contiguous()
+        factors = (grad, grad.stride(0), x, x.stride(0), x.shape[0])
+        weight = (mask, d_out, d_in, n, m)
+        _call("slope_weight_grad", *factors, *weight, dw, dtype=x.dtype, pattern=(n, m))
+        return dw.to(dtype or dw.dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As (rows, columns) with adjacent columns; a copy only if it must be."""
+    """The tensor as (rows, columns) with adjacent columns; a copy only if no view is possible."""
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-_long = ctypes.c_long
+def _call(
+    entry: str, *arguments: Tensor | int | None, dtype: torch.dtype, pattern: tuple[int, int]
+) -> None:
+    """Call a C function. It gets the addresses of tensors, and None as NULL.
 
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> "ctypes.Array[ctypes.c_void_p]":
-    addresses = [None if t is None else t.data_ptr() for t in tensors]
-    return (ctypes.c_void_p * len(addresses))(*addresses)
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
-def _call(entry: "ctypes._NamedFuncPointer", *args: object, pattern: tuple[int, int]) -> None:
-    code = entry(*args)
+    Raises:
+        MemoryError: there is no working memory.
+        ValueError: a mask does not have the pattern.
+    """
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    code = getattr(library(), entry)(*values, _DTYPES[dtype], torch.get_num_threads())
     if code:
         _fail(code, *pattern)
 
 
 def _fail(code: int, n: int, m: int) -> NoReturn:
     if code == 1:
-        raise MemoryError("slope_fx's CPU engine could not get its working memory")
-    raise bad_forward_mask(n, m) if code == 2 else ValueError(f"a backward mask isn't {n}:{m}")
-
-
-__all__ = [
-    "backward_mask",
-    "compress",
-    "expand",
-    "expand_twice_pruned",
-    "low_rank_update",
-    "magnitude_mask",
-    "sparse_input_grad",
-    "sparse_linear",
-    "sparse_linears",
-    "sparse_weight_grad",
-    "transpose",
-    "why_not",
-]
+        raise MemoryError("The CPU engine of slope_fx could not allocate its working memory.")
+    raise bad_forward_mask(n, m) if code == 2 else ValueError(f"A backward mask is not {n}:{m}.")

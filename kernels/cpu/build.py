@@ -1,8 +1,8 @@
-"""The engine's C library: compiled on first use, kept in the user's cache, loaded with ctypes.
+"""The C library of the engine: compiled at its first use, cached for the user, loaded by ctypes.
 
-The library is named by a hash of the source, the flags, the compiler and the CPU. It is
-written under another name and moved into place, so that of two processes which build it
-at once each finds a whole one.
+The name of the library has a hash of the sources, the flags, the compiler and the CPU. The file is
+written under a temporary name and then renamed. Two processes that build the library at the same
+time therefore both load a complete file.
 """
 
 import ctypes
@@ -24,29 +24,41 @@ from slope_fx.kernels.cache import (
 )
 
 SOURCES = Path(__file__).parent
+SIGNATURES = {
+    "slope_linear": "pll ppp llii pii",
+    "slope_weight_grad": "pl pll pllii pii",
+    "slope_transpose": "ppp llii ppii",
+    "slope_expand": "pp llii pii",
+    "slope_compress": "plp llii pii",
+}
+"""The arguments of the entry points: p a pointer, l a long, i an int."""
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
-_MACHINES = {"x86_64": "-march=native", "amd64": "-march=native",
-             "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}  # fmt: skip
+_MACHINES = {
+    "x86_64": "-march=native",
+    "amd64": "-march=native",
+    "aarch64": "-mcpu=native",
+    "arm64": "-mcpu=native",
+}
 
 
 class BuildError(RuntimeError):
-    """The library can't be had on this machine; the message says why."""
+    """The library cannot be built or loaded on this machine. The message gives the reason."""
 
 
 def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
     """Compile the sources to the shared library ``target``.
 
     Raises:
-        BuildError: there is no compiler, or it failed.
+        BuildError: there is no compiler, or the compiler failed.
     """
     compiler, tuning = _compiler(), _tuning()
     handle, partial = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(handle)
     try:
-        # A compiler without OpenMP still makes a library: one that runs on one thread.
+        # A compiler without OpenMP makes a library that runs on one thread.
         for openmp in (("-fopenmp",), ()):
-            command = [compiler, *FLAGS, tuning, *openmp, *extra_flags,
-                       "-o", partial, str(SOURCES / "engine.c"), "-lm"]  # fmt: skip
+            flags = (*FLAGS, tuning, *openmp, *extra_flags)
+            command = [compiler, *flags, "-o", partial, str(SOURCES / "engine.c"), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 os.chmod(partial, 0o700)
@@ -54,7 +66,7 @@ def compile_library(target: Path, extra_flags: tuple[str, ...] = ()) -> None:
                 return
         raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
     except OSError as error:
-        raise BuildError(f"{compiler} can't be run: {error}") from None
+        raise BuildError(f"{compiler} cannot be run: {error}") from None
     finally:
         Path(partial).unlink(missing_ok=True)
 
@@ -64,25 +76,25 @@ def _compiler() -> str:
     for name in (named,) if named else ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return found
-    raise BuildError(
-        f"there is no C compiler {named!r} (from CC)" if named
-        else "there is no C compiler (cc, gcc or clang) on the PATH"
-    )  # fmt: skip
+    if named:
+        raise BuildError(f"there is no C compiler {named!r} (from CC)")
+    raise BuildError("there is no C compiler (cc, gcc or clang) on the PATH")
 
 
 def _tuning() -> str:
     machine = platform.machine().lower()
     if machine not in _MACHINES or sys.byteorder != "little" or os.name != "posix":
-        raise BuildError(f"{platform.system()} on {machine} is not a system it knows")
+        raise BuildError(f"{platform.system()} on {machine} is not supported")
     return _MACHINES[machine]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled library, compiling it first if the cache doesn't hold it.
+    """The loaded library. It is compiled first if it is not in the cache.
 
     Raises:
-        BuildError: it can't be had; asking again gives the same answer without trying.
+        BuildError: it cannot be built or loaded. The result is remembered: a second call does not
+            try again.
     """
     if isinstance(result := _library_or_error(), BuildError):
         raise result
@@ -98,10 +110,17 @@ def _library_or_error() -> ctypes.CDLL | BuildError:
         if not path.exists():
             compile_library(path)
         check_private(path)
-        return ctypes.CDLL(str(path))
+        return _declared(ctypes.CDLL(str(path)))
     except BuildError as error:
         return error
     except CacheError as error:
         return BuildError(str(error))
     except OSError as error:
-        return BuildError(f"its library can't be loaded: {error}")
+        return BuildError(f"the library cannot be loaded: {error}")
+
+
+def _declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    types = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int}
+    for name, codes in SIGNATURES.items():
+        getattr(loaded, name).argtypes = [types[code] for code in codes.replace(" ", "")]
+    return loaded

@@ -1,7 +1,7 @@
-/* The entry points. One file of source for the compiler, so that everything inlines.
+/* The entry points. They include all other sources, so that the compiler can inline everything.
  *
- * Shapes, strides (in elements) and dtype codes come from kernels/cpu/__init__.py, which has
- * checked them. Each entry point returns 0, or what went wrong. */
+ * kernels/cpu/__init__.py checks the shapes, strides (in elements) and dtype codes that it
+ * passes. Each entry point returns OK or an error code. */
 #include "linear.c"
 #include "linear_few.c"
 #include "weight_grad.c"
@@ -11,12 +11,10 @@
 #include <pthread.h>
 #endif
 
-#define MOST_WEIGHTS 8 /* on one input, in one call */
-
 enum { OK = 0, NO_MEMORY = 1, BAD_FORWARD_MASK = 2, BAD_BACKWARD_MASK = 3 };
 
-/* In a forked child the OpenMP threads of the parent don't exist, and waiting for them
- * would be forever. */
+/* The OpenMP threads of the parent do not exist in a forked child, and a parallel region
+ * there would wait for them without end. */
 static int forked;
 static void in_child(void) { forked = 1; }
 __attribute__((constructor)) static void watch_forks(void) {
@@ -33,31 +31,21 @@ static int mask_is_valid(const mask_t *mask, int threads) {
     return valid;
 }
 
-/* ys[k] (tokens, d_outs[k]) = x (tokens, d_in) W_k^T + biases[k], for at most MOST_WEIGHTS. */
-int slope_linear(const void *x, long x_stride, long tokens, int count, const void *const *values,
-                 const uint8_t *const *mask_bytes, const void *const *biases, const long *d_outs,
-                 long d_in, int n, int m, void *const *ys, int dtype, int threads) {
+/* y (tokens, d_out) = x (tokens, d_in) W^T + bias. bias is NULL or has d_out elements. */
+int slope_linear(const void *x, long x_stride, long tokens, const void *values,
+                 const uint8_t *mask_bytes, const void *bias, long d_out, long d_in, int n, int m,
+                 void *y, int dtype, int threads) {
     threads = usable(threads);
-    matrix_t input = {x, tokens, d_in, x_stride, dtype}, outputs[MOST_WEIGHTS];
-    weight_t ws[MOST_WEIGHTS];
-    int few = tokens <= FEW;
-    for (int k = 0; k < count; k++) {
-        mask_t mask = mask_of(mask_bytes[k], d_outs[k], d_in, n, m);
-        if (!mask_is_valid(&mask, threads)) return BAD_FORWARD_MASK;
-        matrix_t kept = {values[k], d_outs[k], d_in * n / m, d_in * n / m, dtype};
-        ws[k] = (weight_t){kept, mask, biases[k]};
-        outputs[k] = (matrix_t){ys[k], tokens, d_outs[k], d_outs[k], dtype};
-        few &= d_outs[k] >= FEWEST_ROWS;
-    }
+    mask_t mask = mask_of(mask_bytes, d_out, d_in, n, m);
+    if (!mask_is_valid(&mask, threads)) return BAD_FORWARD_MASK;
     if (tokens == 0) return OK;
-    if (!few) return linear_panels(&input, ws, outputs, count, threads);
-    int failed = 0;
-    for (int k = 0; k < count && !failed; k++)
-        failed = linear_streamed(&input, ws + k, outputs + k, threads);
-    return failed;
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
+    weight_t weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask, bias};
+    if (tokens <= FEW && d_out >= FEWEST_ROWS) return linear_streamed(&input, &weight, &output, threads);
+    return linear_panels(&input, &weight, &output, threads);
 }
 
-/* dw (d_out, d_in * N / M) = grad^T x at the mask's positions. */
+/* dw (d_out, d_in * N / M) = grad^T x at the kept positions. */
 int slope_weight_grad(const void *grad, long grad_stride, const void *x, long x_stride, long tokens,
                       const uint8_t *mask_bytes, long d_out, long d_in, int n, int m, void *dw,
                       int dtype, int threads) {
@@ -69,7 +57,7 @@ int slope_weight_grad(const void *grad, long grad_stride, const void *x, long x_
     return weight_grad(&g, &input, &mask, &out, threads);
 }
 
-/* The compressed transpose of W^{R,C}: out (d_in, d_out * N / M) and its mask. */
+/* out (d_in, d_out * N / M) and out_bits = the compressed transpose of W^{R,C}. */
 int slope_transpose(const void *values, const uint8_t *forward_bytes, const uint8_t *backward_bytes,
                     long d_out, long d_in, int n, int m, void *out, uint8_t *out_bits, int dtype,
                     int threads) {
@@ -88,6 +76,7 @@ int slope_transpose(const void *values, const uint8_t *forward_bytes, const uint
     return valid ? OK : BAD_BACKWARD_MASK;
 }
 
+/* dense (d_out, d_in) = W^R. */
 int slope_expand(const void *values, const uint8_t *mask_bytes, long d_out, long d_in, int n, int m,
                  void *dense, int dtype, int threads) {
     threads = usable(threads);
@@ -98,12 +87,13 @@ int slope_expand(const void *values, const uint8_t *mask_bytes, long d_out, long
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
     for (long r = 0; r < d_out; r++) {
         int good = row_is_valid(&mask, r);
-        if (good) expand_rows(&from, &mask, &to, r);
+        if (good) expand_row(&from, &mask, &to, r);
         valid &= good;
     }
     return valid ? OK : BAD_FORWARD_MASK;
 }
 
+/* values (d_out, d_in * N / M) = the kept elements of dense (d_out, d_in). */
 int slope_compress(const void *dense, long dense_stride, const uint8_t *mask_bytes, long d_out,
                    long d_in, int n, int m, void *values, int dtype, int threads) {
     threads = usable(threads);

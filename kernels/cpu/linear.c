@@ -1,39 +1,40 @@
-/* Y = X W^T + b for an N:M weight W, or several on one input; for a weight's compressed transpose
- * that is the input gradient.
+/* Y = X W^T + b for an N:M weight W. With the compressed transpose of a weight in the place of W,
+ * the same code computes the input gradient.
  *
- * X is packed into panels (panels.h). Each kept weight is then one broadcast and T
- * multiply-adds, so the work is N/M of dense for any N:M. The columns go in blocks whose
- * part of a panel stays close while all rows of a chunk pass over it; the chunk's results
- * wait in the L2 cache, tokens in lanes, and are transposed on their way out. A few tokens
- * are another matter: linear_few.c. */
+ * X is packed into panels (panels.h). Each kept weight costs one broadcast and T multiply-adds,
+ * so the work is N/M of the dense work for any N:M. The columns are processed in blocks. The
+ * part of a panel that belongs to a block stays in a fast cache while all rows of a chunk use
+ * it. The results of a chunk stay in the L2 cache with tokens in lanes, and are transposed
+ * when they are stored. linear_few.c computes products with few tokens. */
 #include "linear.h"
 #include "masks.h"
 #include "panels.h"
 #include "scratch.h"
 
 #define MOST_T 8         /* vectors of tokens in a panel: accumulators a row */
-#define CHUNK 512        /* rows of W at a time: their results fill 256 KiB of the L2 cache */
-#define BLOCK 64         /* columns a block: a word of the mask, 32 KiB of a panel at 512 bits */
+#define CHUNK 512        /* rows of W in a chunk: the results take 256 KiB of the L2 cache */
+#define BLOCK 64         /* columns in a block: one word of the mask, 32 KiB of a panel at 512 bits */
 
 /* A block of columns of W, for a chunk of its rows. */
 typedef struct {
     const weight_t *w;
     const float *panel; /* at the block's first column */
     long row, rows, column, columns;
-    const char *next; /* the panel at the next block, to be fetched meanwhile */
-    long next_lines;  /* cache lines of it to fetch at each row */
+    const char *next; /* the panel at the next block, prefetched during this block */
+    long next_lines;  /* cache lines of `next` to prefetch at each row */
 } block_t;
 
 INLINE void fetch_next(block_t *b) {
     for (long i = 0; i < b->next_lines; i++, b->next += 64) __builtin_prefetch(b->next, 0, 2);
 }
 
-/* What the loop over a block's rows needs, so that it divides and multiplies nothing. */
+/* Precomputed values for the loop over the rows of a block. They replace the divisions and
+ * multiplications in the loop. */
 typedef struct {
     const char *values;  /* the row's run in this block */
     long kept, stride;   /* values in a run; bytes from row to row */
     const uint8_t *bits; /* the row's bits in this block */
-    long left;           /* bytes of the mask from there */
+    long left;           /* bytes from `bits` to the end of the mask */
     uint64_t all;        /* a bit for each column of the block */
 } runs_t;
 
@@ -64,7 +65,7 @@ INLINE void next_row(runs_t *runs, long mask_stride) {
     runs->left -= mask_stride;
 }
 
-/* acc (rows, T * VL) += the block's part of the product. */
+/* acc (rows, T * VL) += the product of the block and its part of the panel. */
 INLINE void block_f32(const int T, const int is_f32, block_t *b, float *acc) {
     runs_t runs = runs_of(b);
     float widened[64 + VL];
@@ -108,7 +109,7 @@ INLINE void dot_group(const int T, vf *a, const char *pairs, const char *values,
     for (int t = 0; t < T; t++) a[t] = dot_bf16(a[t], v, x[t]);
 }
 
-/* The same with two kept of each four columns, in bf16: a group is one dot_bf16. */
+/* block_f32 for bf16 and patterns with two of each four columns: one dot_bf16 per group. */
 INLINE void block_pairs(const int T, block_t *b, float *acc) {
     runs_t runs = runs_of(b);
     for (long r = 0; r < b->rows; r++, acc += T * VL, next_row(&runs, b->w->mask.stride)) {
@@ -144,7 +145,7 @@ static block_fn *const blocks_f32[] = BLOCK_FNS(block_f32);
 static block_fn *const blocks_wide[] = BLOCK_FNS(block_wide); /* bf16 or fp16 values, widened */
 static block_fn *const blocks_pairs[] = BLOCK_FNS(block_pairs);
 
-/* acc (rows, T * VL), tokens in lanes, to y (tokens, d_out). */
+/* Stores acc (rows, T * VL), with tokens in lanes, to y (tokens, d_out). */
 static void store_chunk(const float *acc, int T, long row, long rows, long token, const matrix_t *y) {
     for (int t = 0; t < T; t++) {
         for (long r = 0; r < rows; r += VL) {
@@ -159,14 +160,15 @@ static void store_chunk(const float *acc, int T, long row, long rows, long token
     }
 }
 
-/* Products of one input by panels: what their tasks share. */
+/* A product by panels: the values that its tasks share. */
 typedef struct {
-    const matrix_t *x, *ys; /* a result for each weight */
-    const weight_t *ws;
-    int count, pairs;
-    long slots; /* vectors of a panel, over T */
+    const matrix_t *x, *y;
+    const weight_t *w;
+    int pairs;  /* whether panels hold pairs of columns (pack_pairs) */
+    long slots; /* vectors of a panel, divided by T */
     split_t parts;
-    long chunk; /* rows of W at a time */
+    long chunk; /* rows of W in a task */
+    long chunks;
 } by_panels_t;
 
 static void pack_columns(const by_panels_t *job, long p, long from, long to, float *panel) {
@@ -174,11 +176,11 @@ static void pack_columns(const by_panels_t *job, long p, long from, long to, flo
                                          panel_width(job->parts, p), panel);
 }
 
-/* One panel times a chunk of rows of weight k. */
-static void multiply_chunk(const by_panels_t *job, long p, int k, long row, const float *panel,
-                           float *acc) {
-    const weight_t *w = job->ws + k;
-    long d_in = job->x->columns, rows = least(job->chunk, w->mask.rows - row);
+/* The product of panel p and a chunk of the rows of the weight. */
+static void multiply_chunk(const by_panels_t *job, long p, long chunk, const float *panel, float *acc) {
+    const weight_t *w = job->w;
+    long d_in = job->x->columns, row = chunk * job->chunk;
+    long rows = least(job->chunk, w->mask.rows - row);
     int T = panel_width(job->parts, p), dtype = w->values.dtype;
     block_fn *block = (job->pairs ? blocks_pairs : dtype == F32 ? blocks_f32 : blocks_wide)[T];
     for (long r = 0; r < rows; r++) {
@@ -191,66 +193,65 @@ static void multiply_chunk(const by_panels_t *job, long p, int k, long row, cons
         block_t b = {w, panel, row, rows, c, least(BLOCK, d_in - c), (const char *)(panel + size), lines};
         block(&b, acc);
     }
-    store_chunk(acc, T, row, rows, panel_start(job->parts, p) * VL, job->ys + k);
+    store_chunk(acc, T, row, rows, panel_start(job->parts, p) * VL, job->y);
 }
 
-static long chunks_of(const by_panels_t *job, int k) { return ceil_div(job->ws[k].mask.rows, job->chunk); }
-
-/* Chunk c of all weights', counted through. */
-static void multiply_counted(const by_panels_t *job, long p, long c, const float *panel, float *acc) {
-    int k = 0;
-    for (; c >= chunks_of(job, k); k++) c -= chunks_of(job, k);
-    multiply_chunk(job, p, k, c * job->chunk, panel, acc);
+/* Runs in a parallel region, if there is a panel for each thread: each thread packs whole panels
+ * into memory of its own, `panel`, so that they stay in its cache. `acc` and `panel` are NULL in
+ * a thread without memory; such a thread does nothing. */
+static void multiply_own_panels(const by_panels_t *job, float *panel, float *acc) {
+#pragma omp for schedule(dynamic)
+    for (long p = 0; p < job->parts.panels; p++) {
+        if (!acc || !panel) continue;
+        pack_columns(job, p, 0, job->x->columns, panel);
+        for (long c = 0; c < job->chunks; c++) multiply_chunk(job, p, c, panel, acc);
+    }
 }
 
-/* The weights are of one pattern; each panel of the input is packed once for all of them. */
-static int linear_panels(const matrix_t *x, const weight_t *ws, const matrix_t *ys, int count,
-                         int threads) {
-    int pairs = HAS_BF16_DOT && x->dtype == BF16 && ws->mask.m <= 4 &&
-                2 * ws->mask.n == ws->mask.m && x->columns % 4 == 0;
-    long d_in = x->columns, d_out = 0, chunks = 0;
-    for (int k = 0; k < count; k++) d_out += ws[k].mask.rows;
-    by_panels_t job = {x, ys, ws, count, pairs, pairs ? d_in / 4 * PAIRS : d_in,
-                       split(x->rows, VL, MOST_T), CHUNK};
-    long panels = job.parts.panels;
-    /* Enough panels for all threads: each packs its own, which stays in its cache. */
-    int own = panels >= threads;
-    if (own) job.parts.panels = panels = least(ceil_div(panels, threads) * threads, job.parts.vectors);
-    else job.chunk = least(CHUNK, ceil_div(ceil_div(d_out, 4l * threads), 32) * 32);
-    for (int k = 0; k < count; k++) chunks += chunks_of(&job, k);
+/* The same with fewer panels than threads: the threads share the packing into `all`, and then
+ * the rows of the weight. */
+static void multiply_shared_panels(const by_panels_t *job, float *all, float *acc) {
+    long d_in = job->x->columns, slices = ceil_div(d_in, 256);
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < job->parts.panels * slices; task++) {
+        long p = task / slices, c = task % slices * 256;
+        float *panel = all + panel_start(job->parts, p) * job->slots * VL;
+        if (acc && all) pack_columns(job, p, c, least(c + 256, d_in), panel);
+    }
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < job->parts.panels * job->chunks; task++) {
+        long p = task / job->chunks;
+        const float *panel = all + panel_start(job->parts, p) * job->slots * VL;
+        if (acc && all) multiply_chunk(job, p, task % job->chunks, panel, acc);
+    }
+}
+
+/* y = x W^T + bias. Returns whether memory was missing. */
+static int linear_panels(const matrix_t *x, const weight_t *w, const matrix_t *y, int threads) {
+    int pairs = HAS_BF16_DOT && x->dtype == BF16 && w->mask.m <= 4 && 2 * w->mask.n == w->mask.m &&
+                x->columns % 4 == 0;
+    long d_in = x->columns, d_out = w->mask.rows;
+    by_panels_t job = {.x = x, .y = y, .w = w, .pairs = pairs, .chunk = CHUNK,
+                       .slots = pairs ? d_in / 4 * PAIRS : d_in,
+                       .parts = split(x->rows, VL, MOST_T)};
+    int own = job.parts.panels >= threads;
+    if (own)
+        job.parts.panels = least(ceil_div(job.parts.panels, threads) * threads, job.parts.vectors);
+    else
+        job.chunk = least(CHUNK, ceil_div(ceil_div(d_out, 4l * threads), 32) * 32);
+    job.chunks = ceil_div(d_out, job.chunk);
     float *shared = own ? NULL : scratch(job.slots * job.parts.vectors * VL);
     int failed = !own && !shared;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
         float *acc = scratch(CHUNK * MOST_T * VL);
         float *panel = own ? scratch(job.slots * MOST_T * VL) : shared;
-        int ready = acc && panel;
-        failed |= !ready;
+        failed |= !acc || !panel;
         if (own) {
-#pragma omp for schedule(dynamic)
-            for (long p = 0; p < panels; p++) {
-                if (!ready) continue;
-                pack_columns(&job, p, 0, d_in, panel);
-                for (long c = 0; c < chunks; c++) multiply_counted(&job, p, c, panel, acc);
-            }
+            multiply_own_panels(&job, panel, acc);
             give_back(panel);
         } else {
-            /* Fewer: they share the packing, then the rows. */
-            long slices = ceil_div(d_in, 256);
-#pragma omp for schedule(dynamic)
-            for (long task = 0; task < panels * slices; task++) {
-                long p = task / slices, c = task % slices * 256;
-                if (ready)
-                    pack_columns(&job, p, c, least(c + 256, d_in),
-                                 panel + panel_start(job.parts, p) * job.slots * VL);
-            }
-#pragma omp for schedule(dynamic)
-            for (long task = 0; task < panels * chunks; task++) {
-                long p = task / chunks;
-                if (ready)
-                    multiply_counted(&job, p, task % chunks,
-                                     panel + panel_start(job.parts, p) * job.slots * VL, acc);
-            }
+            multiply_shared_panels(&job, shared, acc);
         }
         give_back(acc);
     }

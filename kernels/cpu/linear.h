@@ -1,4 +1,4 @@
-/* The weight of a product, for both ways to compute one. */
+/* The weight of a product, for linear.c and linear_few.c. */
 #ifndef SLOPE_LINEAR_H
 #define SLOPE_LINEAR_H
 
@@ -8,7 +8,7 @@
 typedef struct {
     matrix_t values; /* (d_out, d_in * N / M) */
     mask_t mask;
-    const void *bias; /* or NULL, dtype of the values */
+    const void *bias; /* NULL or (d_out,), in the dtype of the values */
 } weight_t;
 
 #endif

@@ -1,24 +1,24 @@
-/* The product for a few tokens, which is bound by reading the weight: each run of values is
- * spread to its columns in a register and meets the tokens there. */
+/* The product for few tokens. The time is that of reading the weight. Each run of values is
+ * expanded to its columns in a register, and multiplied there with each token. */
 #include "linear.h"
 #include "masks.h"
 #include "panels.h"
 #include "scratch.h"
 
-#define FEW 16        /* tokens up to which the weight is streamed */
-#define FEWEST_ROWS 4 /* of a weight that can be: as many as are met at once */
+#define FEW 16        /* most tokens of a product that streams the weight */
+#define FEWEST_ROWS 4 /* fewest rows of such a weight: the most rows of one dots function */
 
-#define MOST_B 8 /* tokens at a time: more would not fit the registers */
+#define MOST_B 8 /* tokens at a time; more do not fit the registers */
 
-/* The processor's own prefetching falls behind on values that are read a part of a line at a
- * time. Past the end of the weight it does no harm. */
+/* The hardware prefetcher is too slow for values that are read a part of a cache line at a
+ * time. A prefetch past the end of the weight has no effect. */
 INLINE void fetch_ahead(const char *values, long bytes) {
     for (long i = 0; i < bytes; i += 64) __builtin_prefetch(values + 2048 + i);
 }
 
-/* sum[i][b] = lanes that sum to row `r + i` of W times token b, for R rows and B tokens at
- * once: each vector of tokens is loaded once for all R rows. x holds, for each VL columns,
- * those of all B tokens in turn, padded with zeros to whole words of the mask. */
+/* sum[i][b] = partial sums in lanes of row `r + i` of W times token b, for R rows and B tokens.
+ * Each vector of tokens is loaded once for all R rows. For each VL columns, x holds the
+ * vectors of all B tokens one after the other; it is padded with zeros to whole mask words. */
 INLINE void dots_f32(const int R, const int B, const weight_t *w, long r, const float *x,
                      vf sum[4][MOST_B]) {
     int dtype = w->values.dtype, n = w->mask.n, m = w->mask.m;
@@ -127,13 +127,13 @@ typedef void dots_fn(const weight_t *, long, const float *, vf[4][MOST_B]);
     }
 DOTS_FN(1, 1) DOTS_FN(1, 2) DOTS_FN(4, 1) DOTS_FN(4, 2) DOTS_FN(4, 4) DOTS_FN(2, 6) DOTS_FN(2, 8)
 
-/* One or two tokens are best met a row at a time, which makes one stream of the weight; but
- * if they outgrow the L1 cache, several rows have to share each load of them. */
+/* For one or two tokens, one row at a time is the fastest: the weight is then one stream. If
+ * the tokens do not fit the L1 cache, several rows share each load of the tokens. */
 #define L1_BYTES (24l << 10)
 
 typedef struct {
-    int tokens; /* filled up with zeros to as many */
-    int rows;   /* at once */
+    int tokens; /* B; missing tokens are zeros */
+    int rows;   /* R */
     dots_fn *run;
 } dots_t;
 
@@ -147,7 +147,7 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 #undef DOTS
 }
 
-/* The product for at most MOST_B tokens from `token`. */
+/* The product for at most MOST_B tokens, the first of which is `token`. */
 static int linear_few(const matrix_t *x, long token, const weight_t *w, const matrix_t *y, int threads) {
     int bf16 = STREAMS_BF16 && x->dtype == BF16;
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_B, x->rows - token);
@@ -171,7 +171,7 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ma
         long rows = least(VL, d_out - row);
         vf by_token[MOST_B][VL], sum[4][MOST_B];
         for (long i = 0; i < VL; i += together) {
-            /* The last rows of an uneven number are computed twice rather than apart. */
+            /* If the rows are no multiple of R, some of the last rows are computed twice. */
             long first = least(row + i, d_out - together);
             if (i < rows) dots.run(w, first, padded, sum);
             for (long j = 0; j < together; j++)
@@ -186,7 +186,7 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ma
     return 0;
 }
 
-/* Streams the weight once for each MOST_B tokens. */
+/* Reads the weight once for each MOST_B tokens. */
 static int linear_streamed(const matrix_t *x, const weight_t *w, const matrix_t *y, int threads) {
     int failed = 0;
     for (long token = 0; !failed && token < x->rows; token += MOST_B)

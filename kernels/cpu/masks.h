@@ -1,5 +1,5 @@
-/* Bit-packed masks: one bit an element, rows padded to whole bytes (kernels/packing.py).
- * Groups have M = 2, 4, 8 or 16 bits, so a word of 64 bits holds whole groups. */
+/* Bit-packed masks: one bit per element, rows padded to whole bytes (kernels/packing.py).
+ * Groups have M = 2, 4, 8 or 16 bits, so that a word of 64 bits holds whole groups. */
 #ifndef SLOPE_MASKS_H
 #define SLOPE_MASKS_H
 
@@ -17,7 +17,8 @@ INLINE mask_t mask_of(const uint8_t *bytes, long rows, long columns, int n, int 
 
 INLINE uint64_t low_bits(long count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
-/* `count` (at most 64) bits of a row from `column`, a multiple of 8. Stays within the mask. */
+/* `count` (at most 64) bits of a row from `column`, a multiple of 8. Reads no memory after the
+ * mask. */
 INLINE uint64_t mask_bits(const mask_t *mask, long row, long column, long count) {
     long first = row * mask->stride + column / 8, left = mask->rows * mask->stride - first;
     uint64_t word = 0;
@@ -36,8 +37,8 @@ INLINE uint64_t mask_bits_anywhere(const mask_t *mask, long row, long column, lo
 /* A word with `x` in each field of m bits. */
 INLINE uint64_t in_each_field(uint64_t x, int m) { return ~0ull / low_bits(m) * x; }
 
-/* The number of set bits of each field of m bits, in that field. (With m = 16 fields hold
- * 16 as well as 0, all in five bits.) */
+/* Each field of m bits holds the number of its set bits. (With m = 16, the counts 0 to 16 take
+ * five bits.) */
 INLINE uint64_t field_counts(uint64_t word, int m) {
     word -= word >> 1 & 0x5555555555555555ull;
     if (m >= 4) word = (word & 0x3333333333333333ull) + (word >> 2 & 0x3333333333333333ull);
@@ -46,9 +47,9 @@ INLINE uint64_t field_counts(uint64_t word, int m) {
     return word;
 }
 
-/* Whether each group of a row has exactly n set bits, and the padding none. What follows
- * counts values by the pattern, not by the bits, so this is also what keeps a mask that
- * something wrote into from being followed out of bounds. */
+/* Whether each group of a row has exactly n set bits, and the padding has none. All other code
+ * computes the number of values from the pattern, not from the bits. Without this check, a
+ * corrupted mask would lead to accesses out of bounds. */
 INLINE int row_is_valid(const mask_t *mask, long row) {
     uint64_t wrong = 0, want = in_each_field(mask->n, mask->m);
     long column = 0;
@@ -62,7 +63,7 @@ INLINE int row_is_valid(const mask_t *mask, long row) {
     return !wrong;
 }
 
-/* What a bit-by-bit transpose of 8 bytes gives: bit i of byte j from bit j of byte i. */
+/* The transpose of an 8x8 matrix of bits: bit i of byte j is bit j of byte i of `x`. */
 INLINE uint64_t transpose_8x8(uint64_t x) {
     uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;
     x ^= t ^ t << 7;
@@ -72,7 +73,7 @@ INLINE uint64_t transpose_8x8(uint64_t x) {
     return x ^ t ^ t << 28;
 }
 
-/* The bits of `source`, lowest first, placed at the set bits of `where`. */
+/* The bits of `source`, lowest first, at the places of the set bits of `where`. */
 INLINE uint64_t deposit(uint64_t source, uint64_t where) {
 #if defined(__BMI2__) && defined(__x86_64__)
     return _pdep_u64(source, where);

@@ -1,8 +1,8 @@
-/* Panels: the tokens of an input side by side, so that one kept weight meets VL tokens
- * with one multiply-add on contiguous memory.
+/* Panels: the tokens of an input side by side in memory. One multiply-add on contiguous memory
+ * multiplies one kept weight with VL tokens.
  *
- * A panel has T vectors of tokens; column c of the input is T vectors at c * T. Panels
- * of the same input may differ in T, so that few lanes are empty. */
+ * A panel has T vectors of tokens. Column c of the input takes T vectors from c * T on. Panels
+ * of the same input can have different T, so that few lanes are empty. */
 #ifndef SLOPE_PANELS_H
 #define SLOPE_PANELS_H
 
@@ -48,7 +48,8 @@ INLINE void load_transposed(vf v[VL], const matrix_t *x, long row, long column) 
     transpose(v);
 }
 
-/* Columns [from, to) of the T * VL tokens from `token`, in fp32. `panel` is its column 0. */
+/* Packs columns [from, to) of the T * VL tokens from `token` on, in fp32. `panel` points to
+ * column 0. */
 static void pack_f32(const matrix_t *x, long token, long from, long to, int T, float *panel) {
     for (int t = 0; t < T; t++) {
         for (long c = from; c < to; c += VL) {
@@ -65,12 +66,12 @@ static void pack_f32(const matrix_t *x, long token, long from, long to, int T, f
 #if defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 
-/* acc + a * b over pairs of bf16, each lane the sum of its pair's two products. */
+/* acc + a * b over pairs of bf16: each lane adds the two products of its pair. */
 INLINE vf dot_bf16(vf acc, vf a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
 
-/* bf16 pairs of columns (2j, 2j + 1) as 32-bit lanes: lane i of v[j] is row i's pair j. */
+/* Pairs of bf16 columns (2j, 2j + 1) as 32-bit lanes: lane i of v[j] is pair j of row i. */
 INLINE void load_pairs_transposed(vf v[VL], const matrix_t *x, long row, long column) {
     matrix_t pairs = {x->data, x->rows, x->columns / 2, x->stride, F32};
     for (int i = 0; i < VL; i++)
@@ -85,8 +86,8 @@ INLINE vf low_high(vf a, vf b) { return (vf)(((vu)a & 0xffff) | ((vu)b & 0xffff0
 INLINE vf high_low(vf a, vf b) { return (vf)((vu)a >> 16 | (vu)b << 16); }
 INLINE vf high_high(vf a, vf b) { return (vf)((vu)a >> 16 | ((vu)b & 0xffff0000u)); }
 
-/* For sums over tokens: columns of bf16 with two tokens in a lane, 2 * VL in a vector. In
- * which order is of no matter as long as both factors have the same. */
+/* For sums over tokens: packs bf16 columns with two tokens in a lane, 2 * VL in a vector. The
+ * order of the tokens is arbitrary, but the same for both factors. */
 static void pack_bf16(const matrix_t *x, long token, long from, long to, int T, float *panel) {
     for (int t = 0; t < T; t++) {
         for (long c = from; c < to; c += 2 * VL) {
@@ -102,11 +103,11 @@ static void pack_bf16(const matrix_t *x, long token, long from, long to, int T, 
     }
 }
 
-/* Where a group's pair lies among the six, by the four bits of its mask. */
+/* The number of a group's pair among the six, by the four bits of its mask. */
 static const uint8_t pair_of_bits[16] = {[3] = 0, [5] = 1, [9] = 2, [6] = 3, [10] = 4, [12] = 5};
 
-/* For two kept of each four: all six pairs of the four columns, ready for dot_bf16. Group g
- * of four columns is PAIRS * T vectors at g * PAIRS * T. */
+/* For two kept of each four columns: packs all six pairs of the four columns for dot_bf16.
+ * Group g of four columns takes PAIRS * T vectors from g * PAIRS * T on. */
 static void pack_pairs(const matrix_t *x, long token, long from, long to, int T, float *panel) {
     for (int t = 0; t < T; t++) {
         for (long c = from; c < to; c += 2 * VL) {

@@ -4,9 +4,9 @@
 
 #include "vectors.h"
 
-/* Blocks are kept from call to call, since fresh pages from the kernel cost as much as a
- * small product. A few slots, each with a lock of its own, are enough for a call in each of
- * a few threads; more than that, or more than KEPT_BYTES, comes from malloc and goes back. */
+/* Blocks of memory are kept from call to call: new pages from the kernel cost as much as a small
+ * product. Each slot has its own lock. If all slots are busy, or a block is larger than
+ * KEPT_BYTES, the memory comes from malloc and is freed after use. */
 #define SLOTS 16
 #define KEPT_BYTES (64l << 20)
 static struct {
@@ -15,11 +15,11 @@ static struct {
     void *memory;
 } blocks[SLOTS];
 
-/* Room for `count` floats and a vector more, on a cache line of its own; NULL if there is
- * none. Its contents are anything. */
+/* Uninitialized memory for `count` floats and one more vector, aligned to a cache line, or
+ * NULL. give_back() returns it. */
 static float *scratch(long count) {
     long bytes = (count + VL) * (long)sizeof(float), best = -1;
-    for (long i = 0; i < SLOTS; i++) { /* the smallest that is large enough, else the largest */
+    for (long i = 0; i < SLOTS; i++) { /* the smallest large enough, or the largest */
         if (__atomic_exchange_n(&blocks[i].busy, 1, __ATOMIC_ACQUIRE)) continue;
         long worse = i;
         if (best < 0 || (blocks[i].bytes >= bytes ? blocks[best].bytes < bytes || blocks[i].bytes < blocks[best].bytes

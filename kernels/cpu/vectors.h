@@ -1,6 +1,6 @@
-/* Vectors of floats in the compiler's own notation, the same for every CPU: VL lanes of
- * fp32, as wide as the machine has them. What has no such notation (expand, compress,
- * the bf16 dot product) has an intrinsic where there is one, and plain C where not. */
+/* Vectors of VL fp32 lanes, as wide as the registers of the CPU, written with the vector
+ * extensions of the compiler. Operations without such an extension (expand, compress, the
+ * bf16 dot product) use an intrinsic where the CPU has one, and plain C elsewhere. */
 #ifndef SLOPE_VECTORS_H
 #define SLOPE_VECTORS_H
 
@@ -29,10 +29,10 @@ typedef uint16_t vh_any __attribute__((vector_size(2 * VL), aligned(1), may_alia
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* How the elements of a tensor are stored. kernels/cpu/__init__.py has the same codes. */
+/* Codes of dtypes. kernels/cpu/__init__.py has the same codes. */
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 
-/* Keeps a pointer in one register, where the compiler would make several of its sums. */
+/* Forces a pointer into one register. Without it, the compiler keeps several sums of it. */
 #define OPAQUE(pointer) __asm__("" : "+r"(pointer))
 
 INLINE long element_size(int dtype) { return dtype == F32 ? 4 : 2; }
@@ -91,7 +91,7 @@ INLINE void store(void *p, vf x, int dtype) {
         *(vh_any *)p = dtype == BF16 ? to_bf16(x) : to_f16(x);
 }
 
-/* The first `count` elements (at most VL); zeros after them. Reads no further. */
+/* The first `count` elements (at most VL), then zeros. Reads no other memory. */
 INLINE vf load_part(const void *p, long count, int dtype) {
     if (count >= VL) return load(p, dtype);
     char part[4 * VL] = {0};
@@ -193,8 +193,8 @@ INLINE void transpose(vf v[VL]) {
 #endif
 }
 
-/* Lane i of the result is the sum of the lanes of v[i]. The order of the additions is
- * fixed. The rounds are those of a transpose, with an addition instead of keeping both. */
+/* Lane i of the result is the sum of the lanes of v[i]. The order of the additions is fixed.
+ * The rounds are those of a transpose, with an addition in the place of each pair of shuffles. */
 #define SUM_ROUND(v, S, LOW, HIGH)                    \
     _Pragma("GCC unroll 16") for (int i = 0; i < VL; i += 2 * S) \
         v[i] = SHUFFLE(v[i], v[i + S], LOW) + SHUFFLE(v[i], v[i + S], HIGH);

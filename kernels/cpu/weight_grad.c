@@ -1,25 +1,25 @@
-/* The weight gradient at the kept positions only: dW[o, c] = sum over tokens of
- * dY[t, o] X[t, c], straight into compressed form.
+/* The weight gradient at the kept positions, in compressed form: dW[o, c] is the sum over tokens
+ * t of dY[t, o] X[t, c].
  *
- * Both factors are packed with tokens in lanes (panels.h). A row of dY fills the registers,
- * each kept column of X is T multiply-adds against it, and VL such results are summed
- * across their lanes at once. */
+ * Both factors are packed with tokens in lanes (panels.h). A row of dY fills the registers. Each
+ * kept column of X costs T multiply-adds with this row. The lanes of VL such results are summed
+ * together. */
 #include "masks.h"
 #include "panels.h"
 #include "scratch.h"
 
 #define MOST_G (VL == 8 ? 6 : 12)        /* vectors of tokens in a panel: registers for dY */
 #define GRAD_L1_VECTORS 384              /* vectors of X's panel that share the L1 cache */
-#define GRAD_CHUNK 256                   /* rows of dW a task */
-#define GRAD_PACK_BYTES (32l << 20)      /* packed at a time */
+#define GRAD_CHUNK 256                   /* rows of dW in a task */
+#define GRAD_PACK_BYTES (32l << 20)      /* of tokens that are packed at a time */
 
-/* One chunk of rows, one block of columns, one panel: sums (rows, run) += dY^T X. */
+/* One chunk of rows, one block of columns, one panel: out (rows, run) += dY^T X. */
 typedef struct {
     const mask_t *mask;
     const float *grad, *x; /* packed, at the chunk's first row and the block's first column */
     long row, rows, column, columns, run;
-    const char *next; /* X's part of the next block, to be fetched meanwhile */
-    long next_lines;  /* cache lines of it to fetch at each row */
+    const char *next; /* the part of X in the next block, prefetched during this block */
+    long next_lines;  /* cache lines of `next` to prefetch at each row */
 } grad_block_t;
 
 INLINE vf multiply_add(const int bf16, vf acc, vf a, vf b) {
@@ -44,8 +44,8 @@ INLINE void grad_block(const int bf16, const int T, const grad_block_t *b, float
             vf s[VL];
 #pragma GCC unroll 16
             for (int i = 0; i < VL; i += 4) {
-                /* Past the last kept position all bits are gone: any column will do, as
-                 * nothing reads the result. */
+                /* After the last kept position no bits are left. The column is then
+                 * arbitrary, because nothing reads the result. */
                 const vf *x[4];
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
@@ -81,88 +81,119 @@ GRAD_FN(7) GRAD_FN(8) GRAD_FN(9) GRAD_FN(10) GRAD_FN(11) GRAD_FN(12)
 static grad_fn *const grads_f32[] = GRAD_FNS(grad_f32);
 static grad_fn *const grads_bf16[] = GRAD_FNS(grad_bf16);
 
-/* `sums` holds what earlier tokens gave, if there were any: fp32 (d_out, kept). */
-static int grad_tokens(const matrix_t *grad, const matrix_t *x, const mask_t *mask,
-                       const matrix_t *dw, float *sums, int first, int last, int threads) {
-    int bf16 = HAS_BF16_DOT && x->dtype == BF16;
-    long lanes = bf16 ? 2 * VL : VL, d_in = x->columns, d_out = grad->columns;
-    /* A block has whole vectors of kept positions, where its words of 64 columns allow. */
-    long width = least(64, (VL > 8 ? 16 : 8) * mask->m / mask->n / 16 * 16);
-    width = width < 16 ? 16 : width;
-    split_t parts = split(x->rows, lanes, least(MOST_G, GRAD_L1_VECTORS / width));
-    long kept = dw->columns, run = ceil_div(width * mask->n / mask->m, VL) * VL;
-    float *packed_x = scratch(parts.vectors * d_in * VL);
-    float *packed_grad = scratch(parts.vectors * d_out * VL);
-    int failed = !packed_x || !packed_grad;
-    long chunks = ceil_div(d_out, GRAD_CHUNK), blocks = ceil_div(d_in, width);
-    /* With few rows, the columns are shared out as well. */
-    long pieces = least(blocks, ceil_div(4l * threads, chunks));
-    if (!failed) {
+/* The weight gradient of one round of tokens: the values that its tasks share. */
+typedef struct {
+    const mask_t *mask;
+    const matrix_t *grad, *x, *dw;
+    float *packed_grad, *packed_x;
+    float *sums;     /* fp32 (d_out, kept): the sums over rounds, or NULL if there is one round */
+    int first, last; /* whether this is the first round, the last round */
+    int bf16;
+    long lanes; /* tokens in a vector */
+    split_t parts;
+    long width; /* columns in a block */
+    long run;   /* kept positions in a block, rounded up to whole vectors */
+} by_rounds_t;
+
+/* Packs 256 columns of panel p: the slices of x come first, then those of grad. */
+static void pack_slice(const by_rounds_t *job, long p, long slice) {
+    long x_slices = ceil_div(job->x->columns, 256), start = panel_start(job->parts, p);
+    const matrix_t *from = slice < x_slices ? job->x : job->grad;
+    float *to = (slice < x_slices ? job->packed_x : job->packed_grad) + start * from->columns * VL;
+    long c = 256 * (slice < x_slices ? slice : slice - x_slices), end = least(c + 256, from->columns);
+    int T = panel_width(job->parts, p);
 #if HAS_BF16_DOT
-        void (*pack)(const matrix_t *, long, long, long, int, float *) = bf16 ? pack_bf16 : pack_f32;
-#else
-        void (*pack)(const matrix_t *, long, long, long, int, float *) = pack_f32;
-#endif
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-        {
-            float *out = scratch(GRAD_CHUNK * run);
-            failed |= !out;
-            long x_slices = ceil_div(d_in, 256), grad_slices = ceil_div(d_out, 256);
-            long slices = x_slices + grad_slices;
-#pragma omp for schedule(dynamic)
-            for (long task = 0; task < parts.panels * slices; task++) {
-                long p = task / slices, slice = task % slices, start = panel_start(parts, p);
-                const matrix_t *from = slice < x_slices ? x : grad;
-                float *to = slice < x_slices ? packed_x : packed_grad;
-                long c = 256 * (slice < x_slices ? slice : slice - x_slices);
-                pack(from, start * lanes, c, least(c + 256, from->columns), panel_width(parts, p),
-                     to + start * from->columns * VL);
-            }
-#pragma omp for schedule(dynamic)
-            for (long task = 0; task < chunks * pieces; task++) {
-                if (!out) continue;
-                long row = task / pieces * GRAD_CHUNK, rows = least(GRAD_CHUNK, d_out - row);
-                long from = blocks * (task % pieces) / pieces;
-                long to = blocks * (task % pieces + 1) / pieces;
-                for (long c = from * width; c < least(to * width, d_in); c += width) {
-                    long columns = least(width, d_in - c);
-                    long count = columns * mask->n / mask->m, k = c * mask->n / mask->m;
-                    for (long r = 0; r < rows; r++)
-                        for (long i = 0; i < run; i += VL)
-                            *(vf *)(out + r * run + i) =
-                                first ? zero()
-                                      : load_part(sums + (row + r) * kept + k + i, count - i, F32);
-                    for (long p = 0; p < parts.panels; p++) {
-                        int T = panel_width(parts, p);
-                        long start = panel_start(parts, p), after = (p + 1) % parts.panels;
-                        long next_c = after ? c : c + width; /* past the end at the very end */
-                        const float *next = packed_x + (panel_start(parts, after) * d_in +
-                                                        next_c * panel_width(parts, after)) * VL;
-                        grad_block_t b = {mask,
-                                          packed_grad + (start * d_out + row * T) * VL,
-                                          packed_x + (start * d_in + c * T) * VL,
-                                          row, rows, c, columns, run, (const char *)next,
-                                          next_c < d_in ? ceil_div(columns * T * VL * 4 / 64, rows) : 0};
-                        (bf16 ? grads_bf16 : grads_f32)[T](&b, out);
-                    }
-                    for (long r = 0; r < rows; r++)
-                        for (long i = 0; i < count; i += VL) {
-                            vf v = *(vf *)(out + r * run + i);
-                            if (last)
-                                store_part((void *)element(dw, row + r, k + i), v, count - i, dw->dtype);
-                            else
-                                store_part(sums + (row + r) * kept + k + i, v, count - i, F32);
-                        }
-                }
-            }
-            give_back(out);
-        }
+    if (job->bf16) {
+        pack_bf16(from, start * job->lanes, c, end, T, to);
+        return;
     }
-    give_back(packed_x);
-    give_back(packed_grad);
+#endif
+    pack_f32(from, start * job->lanes, c, end, T, to);
+}
+
+/* out (rows, run) += dY^T X for rows from `row` and columns from `c`, over all panels. */
+static void grad_panels(const by_rounds_t *job, long row, long rows, long c, float *out) {
+    long d_in = job->x->columns, d_out = job->grad->columns, columns = least(job->width, d_in - c);
+    for (long p = 0; p < job->parts.panels; p++) {
+        int T = panel_width(job->parts, p);
+        long start = panel_start(job->parts, p), after = (p + 1) % job->parts.panels;
+        long next_c = after ? c : c + job->width; /* after the last block: outside of X */
+        long next = (panel_start(job->parts, after) * d_in + next_c * panel_width(job->parts, after)) * VL;
+        grad_block_t b = {job->mask,
+                          job->packed_grad + (start * d_out + row * T) * VL,
+                          job->packed_x + (start * d_in + c * T) * VL,
+                          row, rows, c, columns, job->run, (const char *)(job->packed_x + next),
+                          next_c < d_in ? ceil_div(columns * T * VL * 4 / 64, rows) : 0};
+        (job->bf16 ? grads_bf16 : grads_f32)[T](&b, out);
+    }
+}
+
+/* One chunk of rows and the columns of one block, from the first sum to the result. */
+static void grad_chunk(const by_rounds_t *job, long row, long c, float *out) {
+    const mask_t *mask = job->mask;
+    long rows = least(GRAD_CHUNK, job->grad->columns - row), kept = job->dw->columns;
+    long count = least(job->width, job->x->columns - c) * mask->n / mask->m, k = c * mask->n / mask->m;
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < job->run; i += VL)
+            *(vf *)(out + r * job->run + i) =
+                job->first ? zero() : load_part(job->sums + (row + r) * kept + k + i, count - i, F32);
+    grad_panels(job, row, rows, c, out);
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < count; i += VL) {
+            vf v = *(vf *)(out + r * job->run + i);
+            if (job->last)
+                store_part((void *)element(job->dw, row + r, k + i), v, count - i, job->dw->dtype);
+            else
+                store_part(job->sums + (row + r) * kept + k + i, v, count - i, F32);
+        }
+}
+
+/* Computes the round `job` of some tokens. Returns whether memory was missing. */
+static int grad_round(by_rounds_t *job, int threads) {
+    long d_in = job->x->columns, d_out = job->grad->columns;
+    long chunks = ceil_div(d_out, GRAD_CHUNK), blocks = ceil_div(d_in, job->width);
+    /* With few chunks of rows, a task has only some of the blocks of columns. */
+    long pieces = least(blocks, ceil_div(4l * threads, chunks));
+    long slices = ceil_div(d_in, 256) + ceil_div(d_out, 256);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        float *out = scratch(GRAD_CHUNK * job->run);
+        failed |= !out;
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < job->parts.panels * slices; task++)
+            pack_slice(job, task / slices, task % slices);
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < chunks * pieces; task++) {
+            long from = blocks * (task % pieces) / pieces, to = blocks * (task % pieces + 1) / pieces;
+            for (long block = from; out && block < to; block++)
+                grad_chunk(job, task / pieces * GRAD_CHUNK, block * job->width, out);
+        }
+        give_back(out);
+    }
     return failed;
 }
 
+/* One round: the tokens of grad and x. Returns whether memory was missing. */
+static int grad_tokens(const matrix_t *grad, const matrix_t *x, const mask_t *mask,
+                       const matrix_t *dw, float *sums, int first, int last, int threads) {
+    by_rounds_t job = {.mask = mask, .grad = grad, .x = x, .dw = dw, .sums = sums,
+                       .first = first, .last = last, .bf16 = HAS_BF16_DOT && x->dtype == BF16};
+    job.lanes = job.bf16 ? 2 * VL : VL;
+    /* A block has whole vectors of kept positions, if its words of 64 columns allow this. */
+    long width = least(64, (VL > 8 ? 16 : 8) * mask->m / mask->n / 16 * 16);
+    job.width = width < 16 ? 16 : width;
+    job.run = ceil_div(job.width * mask->n / mask->m, VL) * VL;
+    job.parts = split(x->rows, job.lanes, least(MOST_G, GRAD_L1_VECTORS / job.width));
+    job.packed_x = scratch(job.parts.vectors * x->columns * VL);
+    job.packed_grad = scratch(job.parts.vectors * grad->columns * VL);
+    int failed = !job.packed_x || !job.packed_grad || grad_round(&job, threads);
+    give_back(job.packed_x);
+    give_back(job.packed_grad);
+    return failed;
+}
+
+/* dw = grad^T x at the kept positions, in rounds of as many tokens as are packed at a time. */
 static int weight_grad(const matrix_t *grad, const matrix_t *x, const mask_t *mask,
                        const matrix_t *dw, int threads) {
     long tokens = x->rows, at_once = GRAD_PACK_BYTES / (4 * (x->columns + grad->columns));

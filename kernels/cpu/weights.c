@@ -1,9 +1,9 @@
-/* Between the forms of a weight: compressed, dense, and the compressed transpose. */
+/* Conversions of a weight: compressed to dense and back, and the compressed transpose. */
 #include "masks.h"
 #include "panels.h"
 
-/* Dense rows from values; zeros where pruned. */
-static void expand_rows(const matrix_t *values, const mask_t *mask, const matrix_t *dense, long row) {
+/* One dense row from its values, with zeros at pruned positions. */
+static void expand_row(const matrix_t *values, const mask_t *mask, const matrix_t *dense, long row) {
     int dtype = values->dtype;
     long k = 0;
     float widened[64 + VL];
@@ -24,6 +24,7 @@ static void expand_rows(const matrix_t *values, const mask_t *mask, const matrix
     }
 }
 
+/* The values of one row, from the dense row. */
 static void compress_row(const matrix_t *dense, const mask_t *mask, const matrix_t *values, long row) {
     int dtype = dense->dtype;
     long k = 0;
@@ -52,22 +53,32 @@ INLINE vf keep_lanes(vf x, uint32_t bits) {
 #endif
 }
 
-/* Sets the lowest unset bits of each field of m until it has n. */
+/* Sets the lowest unset bits of each field of m bits, until the field has n set bits. */
 INLINE uint64_t fill_fields(uint64_t word, int n, int m) {
     for (int i = 0; i < n; i++) {
         uint64_t missing = field_counts(word, m) ^ in_each_field(n, m);
         for (int s = 1; s < m; s *= 2) missing |= missing >> s;
         missing &= in_each_field(1, m);
         if (!missing) break;
-        word |= word + missing; /* no field with room overflows into its neighbour */
+        word |= word + missing; /* no carry leaves a field that has unset bits */
     }
     return word;
 }
 
-/* 64 rows and 64 columns of W^{R,C} to their place in its compressed transpose: rows of
- * d_in, groups along d_out. A group that kept fewer than N gets zeros in the first free
- * places, so that the result is N:M like any other weight. Returns whether the backward
- * mask was N:M. */
+/* across = the transpose of the 64x64 matrix of bits `bits`. */
+INLINE void transpose_bits(const uint64_t bits[64], uint64_t across[64]) {
+    for (int i = 0; i < 8; i++)
+        for (int j = 0; j < 8; j++) {
+            uint64_t block = 0;
+            for (int k = 0; k < 8; k++) block |= (bits[8 * i + k] >> 8 * j & 0xff) << 8 * k;
+            block = transpose_8x8(block);
+            for (int k = 0; k < 8; k++) ((uint8_t *)&across[8 * j + k])[i] = block >> 8 * k;
+        }
+}
+
+/* Stores 64 rows and 64 columns of W^{R,C} to the compressed transpose, which has a row for each
+ * of d_in and groups along d_out. A group that kept fewer than N values gets zeros at its
+ * first free places, so that the result is N:M. Returns whether the backward mask was N:M. */
 static int transpose_tile(const matrix_t *values, const mask_t *forward, const mask_t *backward,
                           const matrix_t *out, uint8_t *out_bits, long out_stride, long row,
                           long column) {
@@ -76,12 +87,12 @@ static int transpose_tile(const matrix_t *values, const mask_t *forward, const m
     long kept = columns * n / m, first = column * n / m, out_kept = rows * n / m;
     uint64_t both[64] = {0}, across[64];
     float tile[64][64] __attribute__((aligned(64))), widened[64 + VL];
-    for (long c = 0; c < columns; c++) /* to be written at the end */
+    for (long c = 0; c < columns; c++) /* the memory that is written at the end */
         for (long k = 0; k < out_kept; k += 64 / element_size(out->dtype))
             __builtin_prefetch(element(out, column + c, row * n / m + k), 1);
     for (long r = 0; r < rows; r++) {
         uint64_t word = mask_bits(forward, row + r, column, columns);
-        if (row + r + 64 < forward->rows) /* for the tile below, which is next */
+        if (row + r + 64 < forward->rows) /* for the next tile, which is below this one */
             for (long k = 0; k < kept; k += 64 / element_size(values->dtype))
                 __builtin_prefetch(element(values, row + r + 64, first + k), 0, 2);
         both[r] = deposit(mask_bits_anywhere(backward, row + r, first, kept), word);
@@ -97,13 +108,7 @@ static int transpose_tile(const matrix_t *values, const mask_t *forward, const m
         }
     }
     for (long r = rows; r < 64; r++) memset(tile[r], 0, sizeof tile[r]);
-    for (int i = 0; i < 8; i++)
-        for (int j = 0; j < 8; j++) {
-            uint64_t block = 0;
-            for (int k = 0; k < 8; k++) block |= (both[8 * i + k] >> 8 * j & 0xff) << 8 * k;
-            block = transpose_8x8(block);
-            for (int k = 0; k < 8; k++) ((uint8_t *)&across[8 * j + k])[i] = block >> 8 * k;
-        }
+    transpose_bits(both, across);
     for (long c = 0; c < columns; c += VL) {
         float lines[VL][64] __attribute__((aligned(64)));
         for (int r = 0; r < 64; r += VL) {

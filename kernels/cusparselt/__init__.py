@@ -1,24 +1,25 @@
-"""The cuSPARSELt engine: 2:4 products on NVIDIA's sparse tensor cores, in bf16 and fp16.
+"""The cuSPARSELt engine: 2:4 products on the sparse tensor cores of NVIDIA GPUs, in bf16 and fp16.
 
-The forward product and the input gradient, for 2:4 and all patterns contained in it: with at most
-two of four consecutive, as 1:2, 1:4 and 2:8 have. The weight gradient is the vendor's dense
-product; of masks, expand and compress another engine's kernels take care.
+The engine computes the forward product and the input gradient. It supports 2:4 and all patterns
+that 2:4 contains, with at most two of four consecutive values: 1:2, 1:4, 2:8 and so on. The weight
+gradient is the vendor's dense product. Another engine computes masks, expand and compress.
 
-``library.py`` is the narrow interface to the library, ``kernels/operands.py`` keeps what is made
-from a weight where it is used again before that changes. The operand of the input gradient is that
-of the transpose of ``W^{R,C}``. It takes 9/16 of the dense 16-bit weight, beside the values.
+``library.py`` calls the library. ``kernels/operands.py`` keeps compressed operands while they can
+be used again. The operand of the input gradient is made from the transpose of ``W^{R,C}``. Beside
+the values, an operand takes 9/16 of the memory of the dense 16-bit weight.
 
-PyTorch makes and destroys a plan at each call, some tenths of a millisecond on the host.
+PyTorch makes and destroys a plan of the library in each call. This takes some tenths of a
+millisecond on the host.
 """
 
 import json
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from slope_fx.kernels import racing
 from slope_fx.kernels.cusparselt import library
+from slope_fx.kernels.engine import Engine
 from slope_fx.kernels.modes import undisturbed
 from slope_fx.kernels.operands import Operands
 from slope_fx.kernels.vendor import VendorProducts
@@ -27,37 +28,47 @@ _ALGORITHMS = tuple(map(str, range(1024)))
 
 
 class Cusparselt(VendorProducts):
-    """The engine, with another one's kernels around the products.
+    """Products by cuSPARSELt, with the masks and conversions of another engine.
 
     Attributes:
-        operands: what it made of the weights that it met.
+        operands: the operands that the engine made from weights.
     """
 
-    DEVICES = ("cuda",)
+    devices = ("cuda",)
+    takes_wider_values = True
+    keeps_operands = True
+    may_refuse = True
+    expands_weights = False
 
-    def __init__(self, around: ModuleType) -> None:
-        super().__init__(around)
-        self.operands = Operands()
+    def __init__(self, around: Engine) -> None:
+        self.name = "cusparselt"
+        self.around: Engine = around
+        self.operands: Operands = Operands()
         self._algorithms: dict[tuple[object, ...], int] = {}
 
+    def unavailable(self) -> str:
+        return library.unavailable() or self.around.unavailable()
+
     def why_not(self, device: torch.device, dtype: torch.dtype) -> str:
-        """What keeps this engine from serving such tensors, or ""."""
         if reason := library.why_not(device):
             return reason
         if dtype not in library.DTYPES:
-            return f"sparse tensor cores take bf16 and fp16, not {dtype}"
+            return f"sparse tensor cores support bf16 and fp16, not {dtype}"
         reason = self.around.why_not(device, dtype)
-        return reason and f"the engine around it can't serve: {reason}"
-
-    def unavailable(self) -> str:
-        """What keeps this engine from serving at all on this machine, or ""."""
-        return library.unavailable() or str(self.around.unavailable())
+        return reason and f"the {self.around.name} engine, which it needs, has a reason: {reason}"
 
     def why_not_pattern(self, n: int, m: int) -> str:
-        """What keeps this engine from serving a pattern, or ""."""
         if (n <= 2 and m % 4 == 0) or (n, m) == (1, 2):
             return ""
-        return f"{n}:{m} may keep more than two of four consecutive, and sparse tensor cores do 2:4"
+        return f"{n}:{m} can keep more than two of four consecutive values, unlike 2:4"
+
+    def repeats(self, other: Engine, op: str) -> bool:
+        """The weight gradient is that of the engine with the same masks and conversions."""
+        return op == "sparse_weight_grad" and other.expands_weights and other.around is self.around
+
+    def warns(self, allowed: tuple[str, ...], named: bool) -> bool:
+        """With the library there, the dtype or the GPU is not supported, which is no fault."""
+        return named or bool(self.unavailable())
 
     def sparse_linear(
         self,
@@ -69,8 +80,6 @@ class Cusparselt(VendorProducts):
         m: int,
         training: bool = False,
     ) -> Tensor:
-        """``Y = X (W^R)^T + b``; with ``training`` it may be asked for again before a step."""
-
         def make() -> Tensor:
             dense = self.expand(values.to(x.dtype), forward_mask, n, m)
             return _compressed(dense)
@@ -88,8 +97,6 @@ class Cusparselt(VendorProducts):
         n: int,
         m: int,
     ) -> Tensor:
-        """``grad_X = grad_Y W^{R,C}``."""
-
         def make() -> Tensor:
             masks = (forward_mask, backward_mask)
             dense = self.expand_twice_pruned(values.to(grad.dtype), *masks, n, m)
@@ -99,22 +106,8 @@ class Cusparselt(VendorProducts):
         operand = self.operands.get(values, masks, purpose, make, training=True)
         return self._multiply(operand, grad, None, values.shape[1] * m // n)
 
-    def sparse_weight_grad(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        forward_mask: Tensor,
-        n: int,
-        m: int,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed; rounded to 16 bits
-        before it is widened to ``dtype``."""
-        values = super().sparse_weight_grad(grad, x, forward_mask, n, m)
-        return values.to(dtype or grad.dtype)
-
     def _multiply(self, operand: Tensor, x: Tensor, bias: Tensor | None, d_out: int) -> Tensor:
-        """``X W^T + b`` for X (..., d_in): (..., d_out)."""
+        """``X W^T + b`` for ``x`` (..., d_in) and the operand of ``W``: (..., d_out)."""
         rows = x.reshape(-1, x.shape[-1])
         tokens = rows.shape[0]
         if not tokens:
@@ -128,18 +121,18 @@ class Cusparselt(VendorProducts):
         except RuntimeError as error:
             if not algorithm or isinstance(error, torch.OutOfMemoryError):
                 raise
-            # It was found for other tokens, up to the same power of two.
+            # The algorithm was found for another number of tokens in the same bucket.
             self._algorithms[self._key(operand, rows, bias)] = 0
             y = library.multiply(operand, rows, bias, 0)
         return y[:tokens, :d_out].contiguous().view(*x.shape[:-1], d_out)
 
     def _key(self, operand: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-        """What the best algorithm depends on."""
+        """The properties of a product that its best algorithm depends on."""
         tokens = racing.bucket(rows.shape[0])
         return (operand.shape[0], rows.shape[1], tokens, str(rows.dtype), bias is not None)
 
     def _algorithm(self, operand: Tensor, rows: Tensor, bias: Tensor | None) -> int:
-        """The library's algorithm for a product: what its search finds, if faster than 0."""
+        """The algorithm for a product: the result of a search, or 0 if that is faster."""
         key = self._key(operand, rows, bias)
         if key not in self._algorithms:
             if not racing.can_measure(rows.device):
@@ -157,7 +150,7 @@ class Cusparselt(VendorProducts):
         return self._algorithms[key]
 
     def forget(self) -> None:
-        """Forget the operands and the algorithms of this process; what is on disk stays."""
+        """Forget the operands and the algorithms of this process, but not those on disk."""
         self.operands.forget()
         self._algorithms.clear()
 
@@ -168,7 +161,7 @@ def _compressed(dense: Tensor) -> Tensor:
 
 
 def _padded(matrix: Tensor, row_multiple: int, column_multiple: int) -> Tensor:
-    """As the library wants a matrix to lie, with zeros up to a multiple; a copy if it must be."""
+    """The matrix contiguous, aligned, and padded with zeros to multiples; a copy only if needed."""
     rows, columns = matrix.shape
     if rows % row_multiple or columns % column_multiple:
         more = (0, -columns % column_multiple, 0, -rows % row_multiple)

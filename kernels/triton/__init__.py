@@ -1,64 +1,143 @@
-"""The Triton engine: N:M products and what surrounds them, on NVIDIA GPUs.
+"""The Triton engine: N:M products, masks and conversions on NVIDIA GPUs.
 
-``launch.py`` turns tensors into grids of programs; the kernels are in ``masks.py`` (the choice
-of both masks), ``weights.py`` (expand, compress, the compressed transpose), ``linear.py`` (the
-product and the input gradient), ``weight_grad.py``, ``low_rank.py`` (the adapter's update) and
-``reduce.py``; what they share is in ``tiles.py``. ``configs.py`` lists the tile sizes a kernel
-may run with, ``tuning.py`` chooses among them by measurement.
+``launch.py`` launches the kernels on tensors. The kernels are in ``masks.py`` (both masks),
+``weights.py`` (expand, compress, the compressed transpose), ``linear.py`` (the product and the
+input gradient), ``weight_grad.py`` and ``reduce.py``. ``tiles.py`` has the functions that they
+share. ``configs.py`` lists the tile sizes of each kernel, and ``tuning.py`` measures the fastest.
 
-fp32, bf16 and fp16, summed in fp32; a weight may be wider than the inputs, as fp32 values are
-under autocast. fp32 operands are multiplied in three TF32 products, at most some three bits less
-exact than fp32, or in one, if PyTorch is told that TF32 will do (``launch._precision``).
-Sums over split columns or tokens are added up in a fixed order: a result repeats bit for bit.
+The engine supports fp32, bf16 and fp16 and sums in fp32. The values of a weight can be fp32 with
+16-bit inputs, as under autocast. fp32 operands are multiplied in three TF32 products, which are at
+most about three bits less exact than fp32, or in one, if PyTorch allows TF32
+(``launch._precision``). Sums over split columns or tokens are added in a fixed order, so that
+results repeat bit for bit.
 
-The ops that these functions serve are opaque to Inductor, and not ``triton_op``: Inductor fuses
-nothing into a user's kernel, and it would fix the tile sizes and the engine when it compiles,
-where here they are measured for the number of tokens met. A launch needs no more than the
-current stream, so CUDA graphs (``mode="reduce-overhead"``) capture the ops as they are.
+The ops that call this engine are opaque to Inductor, and are no ``triton_op``. Inductor fuses
+nothing into the kernel of a user, and it would fix tile sizes and the engine when it compiles; here
+they are measured for the number of tokens. A launch uses only the current stream, so CUDA graphs
+(``mode="reduce-overhead"``) can capture the ops.
 
-Triton is imported when a kernel is first wanted: on a machine without a GPU it need not exist.
+Triton is imported with the first launch. A machine without a GPU does not need it.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
-from typing import Any
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-DEVICES = ("cuda",)
+from slope_fx.kernels.engine import Engine
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
-"""Compute capability from which tensor cores take bf16."""
-_LAUNCHED = (
-    "magnitude_mask", "prune", "backward_mask", "expand", "expand_twice_pruned", "compress",
-    "transpose", "sparse_linear", "sparse_input_grad", "sparse_weight_grad", "low_rank_update",
-)  # fmt: skip
+"""The first compute capability whose tensor cores support bf16."""
 
 
-def why_not(device: torch.device, dtype: torch.dtype) -> str:
-    """What keeps this engine from serving such tensors, or ""."""
-    if device.type != "cuda" and not (interpreted() and device.type == "cpu"):
-        return f"it computes on NVIDIA GPUs, not on {device}"
-    if dtype not in _DTYPES:
-        return f"it has no kernels for {dtype}"
-    return unavailable() or ("" if device.type == "cpu" else _too_old(device))
+class Triton(Engine):
+    """The engine in Triton."""
 
+    name = "triton"
+    devices = ("cuda",)
+    takes_wider_values = True
 
-def unavailable() -> str:
-    """What keeps this engine from serving at all on this machine, or ""."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton isn't installed"
-    if interpreted():
-        return ""
-    if torch.version.hip is not None:
-        return "it is for NVIDIA GPUs, and this PyTorch is for AMD's"
-    return "" if torch.cuda.is_available() else "there is no CUDA device"
+    def unavailable(self) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if interpreted():
+            return ""
+        if torch.version.hip is not None:
+            return "it is for NVIDIA GPUs, and this PyTorch is for AMD GPUs"
+        return "" if torch.cuda.is_available() else "there is no CUDA device"
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str:
+        if device.type != "cuda" and not (interpreted() and device.type == "cpu"):
+            return f"it computes on NVIDIA GPUs, not on {device}"
+        if dtype not in _DTYPES:
+            return f"it has no kernels for {dtype}"
+        return self.unavailable() or ("" if device.type == "cpu" else _too_old(device))
+
+    @property
+    def _launch(self) -> ModuleType:
+        from slope_fx.kernels.triton import launch
+
+        return launch
+
+    def magnitude_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
+        return self._launch.magnitude_mask(weight, n, m)
+
+    def prune(self, weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
+        """:meth:`magnitude_mask` and :meth:`compress` in one read of ``weight`` (d_out, d_in).
+
+        Returns:
+            The kept values (d_out, d_in * N / M), and the packed forward mask.
+        """
+        return self._launch.prune(weight, n, m)
+
+    def backward_mask(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return self._launch.backward_mask(values, forward_mask, n, m)
+
+    def expand(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return self._launch.expand(values, forward_mask, n, m)
+
+    def expand_twice_pruned(
+        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    ) -> Tensor:
+        return self._launch.expand_twice_pruned(values, forward_mask, backward_mask, n, m)
+
+    def compress(self, dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
+        return self._launch.compress(dense, forward_mask, n, m)
+
+    def transpose(
+        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
+    ) -> tuple[Tensor, Tensor]:
+        """The compressed transpose of ``W^{R,C}``.
+
+        A group with fewer than N kept values gets zeros, so that the transpose is N:M.
+
+        Returns:
+            Its values (d_in, d_out * N / M), and its packed mask, uint8 (d_in, ceil(d_out / 8)).
+        """
+        return self._launch.transpose(values, forward_mask, backward_mask, n, m)
+
+    def sparse_linear(
+        self,
+        x: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+        training: bool = False,
+    ) -> Tensor:
+        return self._launch.sparse_linear(x, values, forward_mask, bias, n, m)
+
+    def sparse_input_grad(
+        self,
+        grad: Tensor,
+        values: Tensor,
+        forward_mask: Tensor,
+        backward_mask: Tensor,
+        n: int,
+        m: int,
+    ) -> Tensor:
+        return self._launch.sparse_input_grad(grad, values, forward_mask, backward_mask, n, m)
+
+    def sparse_weight_grad(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        forward_mask: Tensor,
+        n: int,
+        m: int,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """As :meth:`Engine.sparse_weight_grad`; in fp32 the sums are not rounded."""
+        return self._launch.sparse_weight_grad(grad, x, forward_mask, n, m, dtype)
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors: slow, for tests."""
+    """Whether Triton's interpreter runs the kernels on CPU tensors. It is slow, and for tests."""
     return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "on", "yes", "y")
 
 
@@ -67,12 +146,6 @@ def _too_old(device: torch.device) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability >= _OLDEST:
         return ""
-    return "{} has compute capability {}.{}, and it needs {}.{}".format(
+    return "{} has compute capability {}.{}, and the kernels need {}.{}".format(
         device, *capability, *_OLDEST
     )
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAUNCHED:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"{__name__}.launch"), name)

@@ -1,15 +1,16 @@
-"""The tile sizes that a kernel may run with: a space small enough to try out whole.
+"""The tile sizes of each kernel. Each list is small enough to measure every entry.
 
-Pruned by what is known beforehand. A tile whose masks are stored must hold whole bytes of them.
-Beside a weight that is rebuilt, tiles of 128 outputs need eight warps not to spill (and four make
-Triton's compiler fail for sm_100), and fp32 operands half of everything. A tile of more tokens
-than there are wastes tensor cores, which take no fewer than 16.
+The lists leave out what is known to be slow. A tile whose masks are stored holds whole bytes of
+masks. With a weight that is expanded in registers, tiles of 128 outputs need eight warps to avoid
+spills (four warps make the Triton compiler fail for sm_100), and fp32 operands need tiles of half
+the size. Tensor cores process 16 tokens or more, and a tile with more tokens than the input wastes
+them.
 """
 
 from dataclasses import dataclass
 
 FEW = 64
-"""Tokens up to which a product is bound by reading the weight."""
+"""The most tokens with which a product is bound by the reads of the weight."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,9 @@ class Config:
     """How a kernel is launched.
 
     Attributes:
-        blocks: tile sizes by the name of the kernel's argument.
-        warps, stages: as Triton's ``num_warps`` and ``num_stages``.
-        waves: how many programs a multiprocessor should get before sums are split over
-            several; 0 never splits.
+        blocks: tile sizes by the name of the argument of the kernel.
+        warps, stages: ``num_warps`` and ``num_stages`` of Triton.
+        waves: programs per multiprocessor below which sums are split; 0: never.
     """
 
     blocks: tuple[tuple[str, int], ...]
@@ -30,13 +30,13 @@ class Config:
 
     @property
     def name(self) -> str:
-        """Such as "128x64x64 w4 s3"."""
+        """For example "128x64x64 w4 s3"."""
         tile = "x".join(str(size) for _, size in self.blocks)
         waves = f" v{self.waves}" if self.waves else ""
         return f"{tile} w{self.warps} s{self.stages}{waves}"
 
     def arguments(self) -> dict[str, int]:
-        """What the kernel's launch takes by keyword."""
+        """The keyword arguments of the launch."""
         return {**dict(self.blocks), "num_warps": self.warps, "num_stages": self.stages}
 
     def __getitem__(self, block: str) -> int:
@@ -65,7 +65,7 @@ def copy_configs(m: int) -> list[Config]:
 
 
 def transpose_configs(m: int) -> list[Config]:
-    """For ``transpose``: rows in groups of 8 groups too, as they become its masks' bytes."""
+    """For ``transpose``: rows in groups of 8 groups, because they become bytes of its mask."""
     return [_rows(max(rows, 8 * m), max(columns // m, 1), warps) for rows, columns, warps in (
         (64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 32, 4),
     )]  # fmt: skip
@@ -76,24 +76,24 @@ def _rows(rows: int, groups: int, warps: int) -> Config:
 
 
 def linear_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
-    """For ``linear``: outputs, tokens, columns, and how its sums are split."""
+    """For ``linear``: outputs, tokens, columns, warps, stages, and the split of the sums."""
     if tokens <= FEW:
         few = ((64, 128, 4, 3, 2), (64, 64, 4, 4, 4), (32, 128, 4, 3, 4), (128, 64, 8, 4, 2))
         return [
-            _product(out, _few(tokens), columns, m, warps, stages, waves, rank=16)
+            _product(out, _few(tokens), columns, m, warps, stages, waves)
             for out, columns, warps, stages, waves in (
                 few if itemsize == 2 else [(64, 32, 4, 3, 2)]
             )
         ]
     many = ((128, 128, 64, 8, 3), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3), (128, 128, 32, 8, 4))
     return [
-        _product(out, block, columns, m, warps, stages, 0, rank=16)
+        _product(out, block, columns, m, warps, stages, 0)
         for out, block, columns, warps, stages in (many if itemsize == 2 else [(64, 64, 32, 4, 3)])
     ]
 
 
 def input_grad_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
-    """For ``input_grad``: outputs, tokens, columns, and how its sums are split."""
+    """For ``input_grad``: outputs, tokens, columns, warps, stages, and the split of the sums."""
     if tokens <= FEW:
         few = ((64, 64, 4, 3, 2), (64, 128, 8, 3, 4)) if itemsize == 2 else ((32, 64, 4, 3, 2),)
         return [
@@ -108,7 +108,7 @@ def input_grad_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
 
 
 def weight_grad_configs(m: int, itemsize: int) -> list[Config]:
-    """For ``weight_grad``: outputs, tokens, columns, and how its sums are split."""
+    """For ``weight_grad``: outputs, tokens, columns, warps, stages, and the split of the sums."""
     sizes = ((128, 64, 128, 8, 3, 1), (128, 64, 256, 8, 3, 1), (64, 64, 128, 4, 4, 2),
              (128, 32, 128, 8, 4, 1))  # fmt: skip
     return [
@@ -124,20 +124,11 @@ def _few(tokens: int) -> int:
 
 
 REDUCE = Config((("BLOCK", 1024),), 4)
-"""For ``add_up``, which is over before it could be tuned."""
-
-
-def low_rank_configs() -> list[Config]:
-    """For ``low_rank_update``: tokens, outputs, and columns of rank at a time."""
-    return [
-        Config((("BLOCK_TOKENS", tokens), ("BLOCK_OUT", out), ("BLOCK_RANK", rank)), warps, 2)
-        for tokens, out, rank, warps in ((64, 128, 16, 4), (128, 128, 16, 8), (64, 128, 32, 4))
-    ]
+"""For ``add_up``, whose time is too short to be worth tuning."""
 
 
 def _product(
-    out: int, tokens: int, columns: int, m: int, warps: int, stages: int, waves: int, rank: int = 0
+    out: int, tokens: int, columns: int, m: int, warps: int, stages: int, waves: int
 ) -> Config:
     blocks = (("BLOCK_OUT", out), ("BLOCK_TOKENS", tokens), ("GROUPS", max(columns // m, 1)))
-    ranks = (("BLOCK_RANK", rank),) if rank else ()
-    return Config(blocks + ranks, warps, stages, waves)
+    return Config(blocks, warps, stages, waves)

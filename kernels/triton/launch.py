@@ -1,4 +1,7 @@
-"""From tensors to grids of programs: the engine's operations."""
+"""The operations of the engine: each allocates its result and launches a kernel.
+
+``Triton`` in ``__init__.py`` has the methods and documents the shapes.
+"""
 
 import contextlib
 import functools
@@ -9,16 +12,7 @@ from torch import Tensor
 
 from slope_fx.kernels import racing
 from slope_fx.kernels.packing import packed_width
-from slope_fx.kernels.triton import (
-    configs,
-    linear,
-    low_rank,
-    masks,
-    reduce,
-    tuning,
-    weight_grad,
-    weights,
-)
+from slope_fx.kernels.triton import configs, linear, masks, reduce, tuning, weight_grad, weights
 from slope_fx.kernels.triton.configs import Config
 
 _MOST_PARTS = 32
@@ -28,27 +22,25 @@ _MOST_PARTS = 32
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """Packed forward mask of ``weight`` (d_out, d_in): the top N magnitudes a group."""
+    """The packed forward mask of ``weight`` (d_out, d_in): the N top magnitudes of each group."""
     d_out, d_in = weight.shape
     bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
-    _choose_mask(weight, bits, None, n, m)
+    _launch_magnitude_mask(weight, bits, None, n, m)
     return bits
 
 
 def prune(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """:func:`magnitude_mask` and :func:`compress` in one reading of ``weight``.
-
-    Returns:
-        The kept values (d_out, d_in * N / M) and the packed forward mask.
-    """
+    """The kept values (d_out, d_in * N / M) and the packed forward mask of ``weight``."""
     d_out, d_in = weight.shape
     bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
     values = weight.new_empty(d_out, d_in * n // m)
-    _choose_mask(weight, bits, values, n, m)
+    _launch_magnitude_mask(weight, bits, values, n, m)
     return values, bits
 
 
-def _choose_mask(weight: Tensor, bits: Tensor, values: Tensor | None, n: int, m: int) -> None:
+def _launch_magnitude_mask(
+    weight: Tensor, bits: Tensor, values: Tensor | None, n: int, m: int
+) -> None:
     weight = _addressable(weight)
     d_out, d_in = weight.shape
 
@@ -64,7 +56,7 @@ def _choose_mask(weight: Tensor, bits: Tensor, values: Tensor | None, n: int, m:
 
 
 def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """Packed backward mask, one bit a value: N:M along d_out, a subset of the values."""
+    """The packed backward mask, one bit per value: N:M along d_out, a subset of the values."""
     values, forward_mask = values.contiguous(), forward_mask.contiguous()
     d_out, d_in = _dense_shape(values, n, m)
     bits = forward_mask.new_empty(d_out, packed_width(values.shape[1]))
@@ -139,10 +131,7 @@ def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
 def transpose(
     values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
 ) -> tuple[Tensor, Tensor]:
-    """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask.
-
-    A group with fewer than N kept is filled up with zeros, so it is N:M like any weight.
-    """
+    """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask."""
     values, forward_mask = values.contiguous(), forward_mask.contiguous()
     backward_mask = backward_mask.contiguous()
     d_out, d_in = _dense_shape(values, n, m)
@@ -171,12 +160,8 @@ def sparse_linear(
     bias: Tensor | None,
     n: int,
     m: int,
-    down: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scale: float = 1.0,
 ) -> Tensor:
-    """``Y = X (W^R)^T + b``, and with ``down`` (..., r), which is ``X A^T``, the adapter's
-    up-projection in the epilogue: ``+ scale * down B^T``."""
+    """``Y = X (W^R)^T + b``."""
     d_out, d_in = values.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], d_out))
     x, values, forward_mask = _rows(x), values.contiguous(), forward_mask.contiguous()
@@ -184,22 +169,17 @@ def sparse_linear(
     if not tokens:
         return y
     bias = None if bias is None else bias.contiguous()
-    low = x if down is None else _rows(down)
-    up = x if lora_b is None else _rows(lora_b)
-    rank = 0 if lora_b is None else lora_b.shape[1]
 
     def launch(config: Config) -> None:
         tiles = _cdiv(d_out, config["BLOCK_OUT"]) * _cdiv(tokens, config["BLOCK_TOKENS"])
         with _Split(config, tiles, _cdiv(d_in, config["GROUPS"] * m), y) as split:
             linear.linear[tiles, split.count](
-                x, values, forward_mask, x if bias is None else bias, low, up, split.target,
-                tokens, d_out, d_in, forward_mask.stride(0), x.stride(0), low.stride(0),
-                up.stride(0), rank, scale,
-                split.count, N=n, M=m, BIAS=bias is not None, ADAPTER=rank > 0,
-                PRECISION=_precision(x), **config.arguments(),
+                x, values, forward_mask, x if bias is None else bias, split.target,
+                tokens, d_out, d_in, forward_mask.stride(0), x.stride(0), split.count,
+                N=n, M=m, BIAS=bias is not None, PRECISION=_precision(x), **config.arguments(),
             )  # fmt: skip
 
-    key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, values.dtype, bias is not None, rank)
+    key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, values.dtype, bias is not None)
     space = configs.linear_configs(m, tokens, x.element_size())
     _run("linear", key, space, launch, x)
     return y
@@ -208,7 +188,7 @@ def sparse_linear(
 def sparse_input_grad(
     grad: Tensor, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
 ) -> Tensor:
-    """``grad_X = grad_Y W^{R,C}``, from the weight as it lies."""
+    """``grad_X = grad_Y W^{R,C}``, without a transpose of the weight."""
     d_out, d_in = _dense_shape(values, n, m)
     dx = grad.new_empty((*grad.shape[:-1], d_in))
     grad, values = _rows(grad), values.contiguous()
@@ -241,10 +221,7 @@ def sparse_weight_grad(
     m: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``grad_W = grad_Y^T X`` at the forward mask's positions, compressed.
-
-    ``dtype`` is the result's, if not that of ``grad``: fp32 gets the sums unrounded.
-    """
+    """``grad_W = grad_Y^T X`` at the kept positions, compressed. In fp32 it is not rounded."""
     d_out, d_in = grad.shape[-1], x.shape[-1]
     dw = grad.new_empty(d_out, d_in * n // m, dtype=dtype or grad.dtype)
     grad, x, forward_mask = _rows(grad), _rows(x), forward_mask.contiguous()
@@ -268,37 +245,7 @@ def sparse_weight_grad(
     return dw
 
 
-def low_rank_update(
-    y: Tensor, down: Tensor, lora_b: Tensor, scale: float, out: Tensor | None = None
-) -> Tensor:
-    """``Y + scale * down B^T`` with ``down = X A^T`` (..., r); in place if ``out`` is ``y``."""
-    if out is not None and not out.is_contiguous():
-        raise ValueError("low_rank_update writes to contiguous memory, and out isn't contiguous")
-    result = y.new_empty(y.shape) if out is None else out
-    y, down, lora_b = _rows(y), _rows(down), _rows(lora_b)
-    (tokens, d_out), rank = y.shape, lora_b.shape[1]
-    if not tokens:
-        return result
-
-    def launch(config: Config, target: Tensor) -> None:
-        tiles = _cdiv(tokens, config["BLOCK_TOKENS"]) * _cdiv(d_out, config["BLOCK_OUT"])
-        low_rank.low_rank_update[(tiles,)](
-            y, down, lora_b, target, tokens, d_out, rank,
-            y.stride(0), down.stride(0), lora_b.stride(0), scale,
-            PRECISION=_precision(down), **config.arguments(),
-        )  # fmt: skip
-
-    trial = result if out is None else torch.empty_like(out)  # in place, tuning would add up
-    key = (racing.bucket(tokens), d_out, rank, y.dtype, down.dtype)
-    space = configs.low_rank_configs()
-    _run(
-        "low_rank_update", key, space,
-        lambda config: launch(config, result), y, lambda config: launch(config, trial),
-    )  # fmt: skip
-    return result
-
-
-# --- what they share -----------------------------------------------------------------------
+# --- launches ------------------------------------------------------------------------------
 
 
 def _run(
@@ -307,24 +254,20 @@ def _run(
     space: list[Config],
     launch: Callable[[Config], None],
     tensor: Tensor,
-    trial: Callable[[Config], None] | None = None,
 ) -> None:
-    """Launch a kernel with the best configuration for ``key``, on the device of ``tensor``.
-
-    ``trial`` launches it for the sake of its time only, if ``launch`` may run just once.
-    """
+    """Launch a kernel with the fastest configuration for ``key``, on the device of ``tensor``."""
     device = tensor.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        launch(tuning.best(kernel, key, space, trial or launch, device))
+        launch(tuning.best(kernel, key, space, launch, device))
 
 
 class _Split:
-    """The target of a product whose sums are split over several programs, and their sum.
+    """Splits the sums of a product over several programs, if there are too few programs.
 
     Attributes:
-        count: the parts; 1 if there are programs enough without splitting.
-        target: what the programs write: the result, or fp32 parts that leaving this context
-            adds up in it.
+        count: number of parts; 1 without a split.
+        target: tensor that the programs write to: the result, or fp32 parts. The end of the
+            context adds the parts to the result.
     """
 
     def __init__(self, config: Config, tiles: int, blocks: int, result: Tensor) -> None:
@@ -350,7 +293,7 @@ class _Split:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # interpreted: any number, for splits to be tested
+    if device.type != "cuda":  # in the interpreter: a number with which sums are split
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -364,23 +307,23 @@ def _dense_shape(values: Tensor, n: int, m: int) -> tuple[int, int]:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As (rows, columns) with adjacent columns; a copy only if it must be."""
+    """The tensor as (rows, columns) with adjacent columns; a copy only if no view is possible."""
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def _addressable(weight: Tensor) -> Tensor:
-    """A weight whose columns lie within 2^31 of their row's first: kernels count them in 32 bits,
-    and rows in 64."""
+    """The weight with columns at offsets below 2^31 in a row. Kernels count columns in 32 bits and
+    rows in 64 bits."""
     return weight if weight.stride(1) * weight.shape[1] < 2**31 else weight.contiguous()
 
 
 def _precision(tensor: Tensor) -> str:
-    """How fp32 operands are multiplied: in three TF32 products, whose sum is nearly as good as
-    fp32, or in one, if PyTorch is told that TF32 will do. (Without tensor cores, "ieee", it takes
-    hundreds of spilled registers.)"""
+    """How fp32 operands are multiplied: in three TF32 products, which are nearly as exact as fp32,
+    or in one, if PyTorch allows TF32. ("ieee", without tensor cores, spills hundreds of
+    registers.)"""
     matmul = torch.backends.cuda.matmul
-    # The older of torch's two switches can't be read once the newer was used.
+    # PyTorch has two switches. Reading the older one fails after the newer one was set.
     allowed = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
     return "tf32x3" if tensor.dtype == torch.float32 and allowed != "tf32" else "tf32"
 

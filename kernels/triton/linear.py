@@ -1,8 +1,8 @@
-"""The products with a compressed weight: tiles of it are rebuilt in registers ahead of ``tl.dot``.
+"""The products with a compressed weight. Its tiles are expanded in registers before ``tl.dot``.
 
-Few tokens or many is a matter of tile sizes, and of parts: with few, the weight is all the
-traffic, and many programs must share its columns to keep the memory busy; each then leaves a
-partial sum in fp32, which ``reduce.py`` adds up in a fixed order.
+Tile sizes and parts depend on the number of tokens. With few tokens, nearly all traffic is the
+weight, and many programs must share its columns to use the whole bandwidth. Each program then
+stores a partial sum in fp32, and ``reduce.py`` adds the partial sums in a fixed order.
 """
 
 import triton
@@ -13,25 +13,23 @@ from slope_fx.kernels.triton.tiles import dot, load_tile
 
 @triton.jit
 def linear(
-    x, values, forward, bias, down, lora_b, y,
-    tokens, d_out, d_in, forward_stride, x_stride, down_stride, lora_stride, rank, scale, parts,
-    N: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, ADAPTER: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, values, forward, bias, y,
+    tokens, d_out, d_in, forward_stride, x_stride, parts,
+    N: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """``Y = X (W^R)^T + b + scale * down B^T``, where ``down = X A^T`` (tokens, rank).
+    """``Y = X (W^R)^T + b``.
 
-    With several parts, ``y`` is fp32 (parts, tokens, d_out), to be added up.
+    With several parts, ``y`` is fp32 (parts, tokens, d_out), the partial sums.
 
-    Naive counterpart: ``reference.sparse_linear`` (and ``reference.low_rank_update``).
+    Oracle: ``reference.sparse_linear``.
 
     Traffic with one tile of tokens, per weight of s bytes: reads s * N / M and 1/8, at 2:4 in
     16 bits 9/16 of the dense bytes.
     """
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
     tile = tl.program_id(0)
-    # Tiles of the same outputs run side by side, and share the weight in the L2 cache.
+    # Programs with the same outputs run side by side and share the weight in the L2 cache.
     out_first = (tile // token_tiles) * BLOCK_OUT
     token_first = (tile % token_tiles) * BLOCK_TOKENS
     part = tl.program_id(1)
@@ -56,22 +54,9 @@ def linear(
         )
         total = dot(weight.to(inputs.dtype), inputs, total, PRECISION)
 
-    if part == 0:
-        if BIAS:
+    if BIAS:  # noqa: SIM102 (a constant of the compiler)
+        if part == 0:
             total += tl.load(bias + row, mask=rows_within, other=0).to(tl.float32)
-        if ADAPTER:
-            update = tl.zeros((BLOCK_OUT, BLOCK_TOKENS), tl.float32)
-            for first in range(0, rank, BLOCK_RANK):
-                wide = first + tl.arange(0, BLOCK_RANK)[None, :]
-                tall = first + tl.arange(0, BLOCK_RANK)[:, None]
-                up = tl.load(
-                    lora_b + row * lora_stride + wide, mask=rows_within & (wide < rank), other=0
-                )
-                low = tl.load(
-                    down + token * down_stride + tall, mask=tokens_within & (tall < rank), other=0
-                )
-                update = dot(up.to(low.dtype), low, update, PRECISION)
-            total += scale * update
 
     start = y + part.to(tl.int64) * tokens * d_out
     tl.store(
@@ -88,11 +73,11 @@ def input_grad(
     N: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """``grad_X = grad_Y W^{R,C}``, from the weight as it lies: nothing is transposed.
+    """``grad_X = grad_Y W^{R,C}``, without a transpose of the weight.
 
-    With several parts, ``dx`` is fp32 (parts, tokens, d_in), to be added up.
+    With several parts, ``dx`` is fp32 (parts, tokens, d_in), the partial sums.
 
-    Naive counterpart: ``reference.sparse_input_grad``.
+    Oracle: ``reference.sparse_input_grad``.
 
     Traffic with one tile of tokens, per weight of s bytes: reads s * N / M, 1/8 and N / M / 8.
     """

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from slope_fx.attach import attach, make_record
+from slope_fx.backend.settings import RunOptions, Settings
 from slope_fx.checkpoints.manifest import (
     Manifest,
     check_files,
@@ -18,20 +21,18 @@ from slope_fx.checkpoints.manifest import (
     tensor_names,
 )
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
-from slope_fx.compiler import CompileOptions, attach, check_model, make_record
+from slope_fx.checks import check_model
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
-from slope_fx.install import install, warn_of_stale_optimizers
-from slope_fx.kernels.engines import AUTO
-from slope_fx.plan import LinearPlan, parse_dtype
-from slope_fx.regions import Region
-from slope_fx.settings import BackendFunction
-from slope_fx.weights import (
-    OnFallback,
-    Parts,
-    packed_masks_problem,
-    sparse_name,
-    values_name,
-)
+from slope_fx.kernels.packing import packed_width
+from slope_fx.planning.adapters import Adapter
+from slope_fx.planning.config import parse_dtype
+from slope_fx.planning.masks import packed_masks_problem
+from slope_fx.planning.plan import SparsePlan, sparse_name, sparse_plans, values_name
+from slope_fx.sparse.fallback import OnFallback
+from slope_fx.sparse.install import install
+from slope_fx.sparse.optimizers import watch
+from slope_fx.sparse.storage import storage_named
+from slope_fx.sparse.weight import Parts
 
 
 def load_pretrained(
@@ -41,17 +42,7 @@ def load_pretrained(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     verify: bool = True,
-    backend: str | BackendFunction | None = "inductor",
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    dynamic: bool | None = None,
-    fullgraph: bool = False,
-    region: Region | None = None,
-    engine: str = AUTO,
-    passes: Sequence[Any] = (),
-    disable_passes: Sequence[str] = (),
-    enable_passes: Sequence[str] = (),
-    on_fallback: OnFallback = "warn",
+    **run: Unpack[RunOptions],
 ) -> nn.Module:
     """The compiled model that :func:`slope_fx.save_pretrained` wrote: to train on, or to use.
 
@@ -67,9 +58,8 @@ def load_pretrained(
         dtype: of its floating-point tensors, "bfloat16" or ``torch.bfloat16``; None as they
             were saved.
         verify: check the files' hashes before anything is read.
-        backend, mode, options, dynamic, fullgraph, engine, passes, disable_passes, enable_passes,
-            on_fallback: as of :func:`slope_fx.compile`.
-        region: the same; None as it was saved.
+        run: how it is run, by the fields of :class:`~slope_fx.backend.Settings`, as for
+            :func:`slope_fx.compile`; ``region`` is as it was saved unless it is given.
 
     Returns:
         The model.
@@ -87,11 +77,9 @@ def load_pretrained(
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device={device!r}: {first_line(error)}") from None
-    how = CompileOptions(
-        backend, mode, options, dynamic, fullgraph, region or manifest.region, engine, passes,  # type: ignore[arg-type]
-        disable_passes, enable_passes, on_fallback,
-    )  # fmt: skip
-    settings = how.settings()
+    if run.get("region") is None:
+        run["region"] = manifest.region  # type: ignore[typeddict-item]
+    settings = _settings(run)
     given = model is not None
     if model is None:
         model = _from_configuration(folder, manifest)
@@ -100,17 +88,12 @@ def load_pretrained(
     with _Reader(folder, manifest, torch.device(device), to) as reader, ExitStack() as undo:
         _keep_parameters(model, undo)
         replaced = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        _install(model, manifest, reader, on_fallback, undo)
+        _install(model, manifest, reader, settings.on_fallback, undo)
         _fill(model, manifest, reader)
         record = make_record(
-            model,
-            manifest.plans,
-            manifest.untraced_because,
+            model, manifest.config, settings, manifest.plans, manifest.untraced_because,
             manifest.graphs,
-            how,
-            settings,
-            manifest.adapter_init,
-        )
+        )  # fmt: skip
         attach(model, record, undo)
         for name in manifest.frozen:
             model.get_parameter(name).requires_grad_(False)
@@ -118,8 +101,15 @@ def load_pretrained(
     _move_buffers(model, manifest, torch.device(device), to)
     if not given:
         return model.eval()
-    warn_of_stale_optimizers(replaced)
+    watch(replaced)
     return model
+
+
+def _settings(run: RunOptions) -> Settings:
+    known = RunOptions.__annotations__
+    if unknown := [name for name in run if name not in known]:
+        raise ArgumentError(f"there is no argument {unknown[0]!r}; there are {', '.join(known)}.")
+    return Settings.of(**run)
 
 
 class _Reader:
@@ -185,9 +175,8 @@ def read_layers(folder: Path, manifest: Manifest) -> None:
         CheckpointError: a tensor has another shape or dtype, a mask another pattern.
     """
     with _Reader(folder, manifest, torch.device("cpu"), None) as reader:
-        for plan in manifest.plans:
-            if plan.name in manifest.sparse:
-                _read_parts(plan, manifest, reader)
+        for plan in sparse_plans(manifest.plans):
+            _read_parts(plan, manifest, reader)
 
 
 def _from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
@@ -237,11 +226,10 @@ def _install(
     undo: ExitStack,
 ) -> None:
     """Put the compressed weights into the model."""
-    plans = [plan for plan in manifest.plans if plan.name in manifest.sparse]
+    plans = sparse_plans(manifest.plans)
     parameters = dict(model.named_parameters())
     for plan in plans:
         parameter = parameters.get(plan.parameter_name)
-        assert plan.layout is not None
         if parameter is None or tuple(parameter.shape) != plan.layout.shape:
             got = "has none" if parameter is None else f"has shape {tuple(parameter.shape)}"
             raise CheckpointError(
@@ -249,50 +237,41 @@ def _install(
                 f"model {got}. Make the model with the same configuration."
             )
 
-    def make_parts(plan: LinearPlan, dense: Tensor) -> Parts:
+    def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
         return _read_parts(plan, manifest, reader)
 
-    install(model, plans, make_parts, on_fallback, undo)
+    install(model, plans, make_parts, storage_named(manifest.config.storage), on_fallback, undo)
 
 
-def _read_parts(plan: LinearPlan, manifest: Manifest, reader: _Reader) -> Parts:
-    assert plan.pattern is not None
-    assert plan.layout is not None
-    entry, layout, (n, m) = (
-        manifest.sparse[plan.name],
-        plan.layout,
-        (plan.pattern.n, plan.pattern.m),
-    )
+def _read_parts(plan: SparsePlan, manifest: Manifest, reader: _Reader) -> Parts:
+    entry, layout, pattern = manifest.sparse[plan.name], plan.layout, plan.pattern
     path, _, attribute = plan.parameter_name.rpartition(".")
     prefix = f"{path}." if path else ""
     beside = f"{prefix}{sparse_name(attribute)}."
-    rows, kept = layout.stack * layout.d_out, layout.d_in * n // m
-    values = reader.read(f"{prefix}{values_name(attribute)}", (rows, kept))
-    if not values.is_floating_point():
-        raise CheckpointError(f"{reader.folder}: the values of {plan.name} are {values.dtype}.")
-    forward = reader.read(f"{beside}forward_bits", (rows, -(-layout.d_in // 8)), torch.uint8)
-    backward = reader.read(f"{beside}backward_bits", (rows, -(-kept // 8)), torch.uint8)
-    problem = packed_masks_problem(forward, backward, layout.d_in, plan.pattern)
+    rows, width = layout.stack * layout.d_out, layout.d_in * pattern.n // pattern.m
+    shape = storage_named(manifest.config.storage).shape(rows, layout.d_in, pattern)
+    kept = reader.read(f"{prefix}{values_name(attribute)}", shape)
+    if not kept.is_floating_point():
+        raise CheckpointError(f"{reader.folder}: the values of {plan.name} are {kept.dtype}.")
+    forward = reader.read(f"{beside}forward_bits", (rows, packed_width(layout.d_in)), torch.uint8)
+    backward = reader.read(f"{beside}backward_bits", (rows, packed_width(width)), torch.uint8)
+    problem = packed_masks_problem(forward, backward, layout.d_in, pattern)
     if problem:
-        raise CheckpointError(
-            f"{reader.folder}: {plan.name} should be {plan.pattern}, but {problem}."
-        )
+        raise CheckpointError(f"{reader.folder}: {plan.name} should be {pattern}, but {problem}.")
     if entry.rank is None:
-        return Parts(values, forward, backward)
+        return Parts(kept, forward, backward)
     a = reader.read(f"{beside}lora_A", (layout.stack * entry.rank, layout.d_in))
     b = reader.read(f"{beside}lora_B", (rows, entry.rank))
-    return Parts(values, forward, backward, a, b, entry.scale, entry.adapter_active)
+    return Parts(kept, forward, backward, Adapter(a, b, entry.scale, entry.adapter_active))
 
 
 def _move_buffers(
     model: nn.Module, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Put the buffers that aren't stored where the rest is, and cast them as they were."""
-    for name in unstored_buffers(model):
+    for name, buffer in unstored_buffers(model).items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        buffer = owner._buffers[attribute]
-        assert buffer is not None
         kind = None
         if dtype is None and buffer.is_floating_point():
             kind = getattr(torch, manifest.buffers.get(name, ""), None)

@@ -15,12 +15,14 @@ from safetensors import SafetensorError, safe_open
 from slope_fx.checkpoints.files import previous_of, sha256
 from slope_fx.errors import CheckpointError
 from slope_fx.passes.views import Layout
-from slope_fx.patterns import Pattern
-from slope_fx.plan import LinearPlan
-from slope_fx.regions import Region
+from slope_fx.planning.config import SlopeConfig
+from slope_fx.planning.patterns import Pattern
+from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
+from slope_fx.planning.regions import Region
 
 MANIFEST = "slope_fx.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 has the configuration; of version 1 it is put together from what is known."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,9 @@ class Manifest:
         version: of slope_fx, that wrote it.
         model_class: the name of the model's class; for people, and for transformers.
         transformers: whether transformers makes the model from ``config.json``.
-        plans: the fate of each linear.
-        sparse: the sparse ones, by the layer's name.
-        untraced_because, region, adapter_init, graphs: as of
-            :class:`slope_fx.compiler.Compilation`.
+        config, plans, untraced_because, graphs: as of :class:`slope_fx.record.Record`.
+        sparse: the sparse linears, by the name of the layer.
+        region: as of :class:`slope_fx.backend.Settings`.
         tensors: name to file.
         aliases: other names of those tensors, where parameters are shared.
         files: name to size in bytes and SHA-256, of every file but this one.
@@ -60,11 +61,11 @@ class Manifest:
     version: str
     model_class: str
     transformers: bool
+    config: SlopeConfig
     plans: tuple[LinearPlan, ...]
     sparse: Mapping[str, SparseEntry]
     untraced_because: str
     region: str
-    adapter_init: str
     tensors: Mapping[str, str]
     aliases: Mapping[str, str]
     files: Mapping[str, tuple[int, str]]
@@ -79,9 +80,9 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "slope_fx_version": self.version,
             "model": {"class": self.model_class, "transformers": self.transformers},
+            "config": self.config.to_dict(),
             "untraced_because": self.untraced_because,
             "region": self.region,
-            "adapter_init": self.adapter_init,
             "linears": [_linear_to_json(p, self.sparse.get(p.name)) for p in self.plans],
             "tensors": dict(self.tensors),
             "aliases": dict(self.aliases),
@@ -129,11 +130,11 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             version=data["slope_fx_version"],
             model_class=data["model"]["class"],
             transformers=data["model"]["transformers"],
+            config=_config_of(data),
             plans=tuple(plan for plan, _ in linears),
             sparse={plan.name: entry for plan, entry in linears if entry is not None},
             untraced_because=data["untraced_because"],
             region=data["region"],
-            adapter_init=data["adapter_init"],
             tensors=data["tensors"],
             aliases=data["aliases"],
             files={n: (f["bytes"], f["sha256"]) for n, f in data["files"].items()},
@@ -169,21 +170,22 @@ def _problem(manifest: Manifest) -> str:
     names = [plan.name for plan in manifest.plans]
     if len(set(names)) < len(names):
         return "a linear is listed twice"
-    if manifest.region not in get_args(Region) or not isinstance(manifest.adapter_init, str):
-        return f"region={manifest.region!r}, adapter_init={manifest.adapter_init!r}"
+    if manifest.region not in get_args(Region):
+        return f"region={manifest.region!r}"
     if not all(type(number) is int for number in manifest.graphs.values()):
         return f"graphs={manifest.graphs}"
     for plan in manifest.plans:
-        entry, layout = manifest.sparse.get(plan.name), plan.layout
-        if entry is None:
+        entry = manifest.sparse.get(plan.name)
+        if entry is None or not isinstance(plan, SparsePlan):
             continue
         good = type(entry.adapter_active) is bool and (
             entry.rank is None or (type(entry.rank) is int and entry.rank > 0)
         )
         if not good or not isinstance(entry.scale, (int, float)) or not math.isfinite(entry.scale):
             return f"{plan.name} has {entry}"
-        stack = () if layout is None or layout.stack == 1 else (layout.stack,)
-        if layout is None or plan.shape != (*stack, layout.d_out, layout.d_in):
+        layout = plan.layout
+        stack = () if layout.stack == 1 else (layout.stack,)
+        if plan.shape != (*stack, layout.d_out, layout.d_in):
             return f"{plan.name} has shape {plan.shape} and {layout}"
     return ""
 
@@ -252,26 +254,39 @@ def tensor_names(file: Path) -> set[str]:
 
 def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, Any]:
     data = dataclasses.asdict(plan)
-    data["pattern"] = None if entry is None else str(plan.pattern)
-    return data if entry is None else {**data, **dataclasses.asdict(entry)}
+    if not isinstance(plan, SparsePlan):
+        return data
+    if entry is None:
+        return {**data, "pattern": None, "reason": "its layer was replaced after compile"}
+    return {**data, "pattern": str(plan.pattern), **dataclasses.asdict(entry)}
 
 
 def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | None]:
-    layout = data["layout"]
-    if layout is not None:
-        layout = Layout(**{**layout, "shape": tuple(layout["shape"])})
-    pattern = None if data["pattern"] is None else Pattern.parse(data["pattern"], "pattern")
-    plan = LinearPlan(
-        name=data["name"],
-        parameter_name=data["parameter_name"],
-        shape=tuple(data["shape"]),
-        layout=layout,
+    about = {
+        "name": data["name"],
+        "parameter_name": data["parameter_name"],
+        "shape": tuple(data["shape"]),
+        "scopes": tuple(data["scopes"]),
+        "bytes_dense": data["bytes_dense"],
+    }
+    if data.get("pattern") is None:
+        return DensePlan(**about, reason=data["reason"]), None
+    plan = SparsePlan(
+        **about,
+        pattern=Pattern.parse(data["pattern"], "pattern"),
+        layout=Layout(**{**data["layout"], "shape": tuple(data["layout"]["shape"])}),
         rows=tuple(data["rows"]),
-        pattern=pattern,
-        reason=data["reason"],
-        scopes=tuple(data["scopes"]),
-        bytes_dense=data["bytes_dense"],
     )
-    if pattern is None:
-        return plan, None
     return plan, SparseEntry(data["rank"], data["scale"], data["adapter_active"])
+
+
+def _config_of(data: dict[str, Any]) -> SlopeConfig:
+    """The configuration; of format version 1 what its linears tell."""
+    if data["format_version"] > 1:
+        return SlopeConfig.from_dict(data["config"])
+    ranks = [linear["rank"] for linear in data["linears"] if linear.get("rank")]
+    return SlopeConfig(
+        {linear["name"]: linear["pattern"] for linear in data["linears"]},
+        adapter_rank=max(ranks, default=None),
+        adapter_init=data["adapter_init"],
+    )

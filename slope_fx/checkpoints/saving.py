@@ -23,10 +23,10 @@ from slope_fx.checkpoints.manifest import (
     tensor_names,
 )
 from slope_fx.checkpoints.training import collect_training, write_training
-from slope_fx.compiler import compilation_of, sparse_weights
 from slope_fx.errors import CheckpointError
+from slope_fx.record import record_of, sparse_weights
+from slope_fx.sparse.weight import whole
 from slope_fx.version import __version__
-from slope_fx.weights import whole
 
 # Not transformers' own name for such files: its from_pretrained would take them, find most of the
 # weights missing, and make new ones at random.
@@ -62,11 +62,11 @@ def save_pretrained(
         The folder.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
         CheckpointError: ``path`` holds something else, can't be written, or something can't be
             stored without pickle.
     """
-    compilation_of(model)
+    record_of(model)
     path = Path(path)
     _check_target(path)
     named, aliases = named_tensors(model)
@@ -100,7 +100,7 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the folder.
 
     Raises:
-        NotCompiledError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned.
         CheckpointError: the folder lacks some of the model's tensors, or has others.
     """
     folder = Path(path)
@@ -148,7 +148,7 @@ def write_manifest(
     folder: Path, model: nn.Module, tensors: Mapping[str, str], aliases: Mapping[str, str]
 ) -> None:
     """Describe the files in ``folder`` and the model they hold."""
-    record = compilation_of(model)
+    record = record_of(model)
     entries = {
         name: SparseEntry(weight.rank, weight.scale, weight.adapter_active)
         for name, weight in sparse_weights(model).items()
@@ -158,11 +158,11 @@ def write_manifest(
         version=__version__,
         model_class=_class_of(model).__name__,
         transformers=_is_transformers(model),
+        config=record.config,
         plans=record.plans,
         sparse=entries,
         untraced_because=record.untraced_because,
-        region=record.region,
-        adapter_init=record.adapter_init,
+        region=record.settings.region,
         graphs=record.graphs,
         tensors=dict(tensors),
         aliases=dict(aliases),

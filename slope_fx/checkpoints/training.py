@@ -23,7 +23,7 @@ from torch import Tensor
 
 from slope_fx.checkpoints.manifest import check_files, read_manifest
 from slope_fx.errors import CheckpointError, SlopeError, first_line
-from slope_fx.weights import whole
+from slope_fx.sparse.weight import whole
 
 TREE, TENSORS = "training.json", "training.safetensors"
 _RANDOM = "random_states"

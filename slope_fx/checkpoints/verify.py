@@ -7,6 +7,7 @@ from typing import Any
 
 from slope_fx.checkpoints.loading import check_names, read_layers
 from slope_fx.checkpoints.manifest import check_files, read_manifest
+from slope_fx.planning.plan import sparse_plans
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ def verify(path: str | os.PathLike[str]) -> CheckpointReport:
     check_names(folder, manifest)
     read_layers(folder, manifest)
     patterns: dict[str, int] = {}
-    for plan in manifest.plans:
-        if plan.name in manifest.sparse:
-            patterns[str(plan.pattern)] = patterns.get(str(plan.pattern), 0) + 1
+    for plan in sparse_plans(manifest.plans):
+        patterns[str(plan.pattern)] = patterns.get(str(plan.pattern), 0) + 1
     entries = manifest.sparse.values()
     return CheckpointReport(
         path=str(folder),

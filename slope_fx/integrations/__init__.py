@@ -1,1 +1,1 @@
-"""Callbacks that step the Schedule in other people's training loops, a file a library."""
+"""What other libraries need: callbacks that step the Schedule in their training loops, and PEFT."""

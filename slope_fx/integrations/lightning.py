@@ -4,8 +4,8 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
-from slope_fx.compiler import compiled_models, sparse_weights, sparsity_of
-from slope_fx.errors import ArgumentError, MaskError, NotCompiledError, ScheduleError
+from slope_fx.errors import ArgumentError, StateError, UnsupportedError
+from slope_fx.record import compiled_models, sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 
 # The same library has two names, and a Trainer of one wants callbacks of the same.
@@ -29,10 +29,10 @@ class SlopeCallback(Callback):
         adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
 
     Raises:
-        MaskError: when training ends and another callback has averaged forward masks.
-        NotCompiledError: when training begins and nothing in the module is compiled by slope_fx.
+        ArgumentError: when training ends and another callback has averaged forward masks.
+        StateError: when training begins and nothing in the module is compiled by slope_fx.
         ArgumentError: when the number of steps isn't known, or there are several optimizers.
-        ScheduleError: when a run is resumed that had another schedule.
+        ArgumentError: when a run is resumed that had another schedule.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SlopeCallback(Callback):
         """Make the Schedules, at the step that the run is at."""
         models = compiled_models(pl_module)
         if not models:
-            raise NotCompiledError(
+            raise StateError(
                 f"{type(pl_module).__name__} holds no model that slope_fx.compile has been called "
                 "on. Compile the model in it, in __init__ or configure_model."
             )
@@ -81,7 +81,7 @@ class SlopeCallback(Callback):
                 schedule.load_state_dict(saved)
             self._saved = None
         elif trainer.global_step > 0:
-            raise ScheduleError(
+            raise StateError(
                 f"training goes on at step {trainer.global_step}, but the phase it was in isn't "
                 "known: the checkpoint was written without a SlopeCallback, or this is a second "
                 "fit. Give the first fit all of its steps, and resume from a checkpoint."
@@ -96,7 +96,7 @@ class SlopeCallback(Callback):
             for weight in sparse_weights(model).values():
                 problem = weight.masks_problem()
                 if problem.startswith("forward"):
-                    raise MaskError(
+                    raise UnsupportedError(
                         f"{weight.name}: {problem}. Something averaged its masks, as a callback "
                         "that averages weights may: use Lightning's WeightAveraging."
                     )

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from slope_fx.checkpoints import describe_checkpoint
-from slope_fx.compiler import sparse_weights, sparsity_of
-from slope_fx.errors import ArgumentError, IgnoredArgumentWarning, ScheduleError
+from slope_fx.errors import ArgumentError, ArgumentWarning, StateError
+from slope_fx.record import sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Raises:
         ArgumentError: when the Trainer is made with ``torch_compile=True``, or its
             ``optim_target_modules`` miss every sparse layer.
-        NotCompiledError: when training begins with a model that isn't compiled by slope_fx.
-        ScheduleError: when a run is resumed that had another schedule, or no SlopeCallback.
+        StateError: when training begins with a model that isn't compiled by slope_fx.
+        ArgumentError: when a run is resumed that had another schedule, or no SlopeCallback.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         stored = state.stateful_callbacks.get(type(self).__name__)
         saved = stored["attributes"]["saved"] if isinstance(stored, dict) else None
         if saved is None:
-            raise ScheduleError(
+            raise StateError(
                 f"the run is resumed at step {state.global_step}, but its checkpoint was written "
                 "without a SlopeCallback, so the phase it was in isn't known."
             )
@@ -141,7 +141,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             warnings.warn(
                 f"{folder} has no safetensors file, so slope_fx.load_pretrained won't read it; "
                 "the Trainer can still resume from it.",
-                IgnoredArgumentWarning,
+                ArgumentWarning,
                 stacklevel=2,
             )
             return

@@ -89,7 +89,7 @@ def test_comes_back_bit_for_bit(data, tmp_path_factory):
     assert not loaded.training
     assert [p.shape for p in loaded.parameters()] == [p.shape for p in model.parameters()]
     assert str(slope_fx.explain(loaded)) == str(slope_fx.explain(model))
-    assert slope_fx.verify(path).patterns == {str(weight.pattern): len(
+    assert slope_fx.checkpoints.verify(path).patterns == {str(weight.pattern): len(
         slope_fx.sparse_weights(model))}  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_a_model_of_ones_own(tmp_path):
     model = slope_fx.compile(made(0), "1:4", adapter_rank=2, example_inputs=x, **BACKEND)
     model.seen.fill_(7)
     path = slope_fx.save_pretrained(model, tmp_path / "c")
-    with pytest.raises(slope_fx.CheckpointError, match="pass model="):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="pass model="):
         slope_fx.load_pretrained(path, **BACKEND)
     loaded = slope_fx.load_pretrained(path, made(1), **BACKEND)
     assert_same(loaded, model)
@@ -146,12 +146,12 @@ def test_a_model_of_ones_own(tmp_path):
     for wrong, words in ((made(1, width=32), "has shape"), (untied(), "are shared"),
                          (nn.Sequential(nn.Linear(8, 8)), "has none")):  # fmt: skip
         before = copy.deepcopy(wrong.state_dict())
-        with pytest.raises(slope_fx.CheckpointError, match=words):
+        with pytest.raises(slope_fx.errors.CheckpointError, match=words):
             slope_fx.load_pretrained(path, wrong, **BACKEND)
         assert {n: v.tolist() for n, v in wrong.state_dict().items()} == {
             n: v.tolist() for n, v in before.items()
         }
-    with pytest.raises(slope_fx.AlreadyCompiledError):
+    with pytest.raises(slope_fx.errors.StateError):
         slope_fx.load_pretrained(path, loaded, **BACKEND)
 
 
@@ -308,11 +308,11 @@ def test_what_is_not_whole_is_refused(damage, saved, tmp_path):
     shutil.copytree(saved[1], path)
     hurt, words = DAMAGE[damage]
     hurt(path)
-    with pytest.raises(slope_fx.CheckpointError, match=words):
+    with pytest.raises(slope_fx.errors.CheckpointError, match=words):
         slope_fx.load_pretrained(path, **BACKEND)
     if "place" not in words and "have" not in words:  # that takes a model to tell
-        with pytest.raises(slope_fx.CheckpointError, match=words):
-            slope_fx.verify(path)
+        with pytest.raises(slope_fx.errors.CheckpointError, match=words):
+            slope_fx.checkpoints.verify(path)
 
 
 def test_shards_and_files(saved):
@@ -349,7 +349,7 @@ def test_a_tokenizer_goes_along(tmp_path):
     model, _ = trained()
     path = slope_fx.save_pretrained(model, tmp_path / "c", tokenizer=tokenizer)
     assert AutoTokenizer.from_pretrained(path).get_vocab() == words
-    with pytest.raises(slope_fx.CheckpointError, match="tokenizer is a str"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="tokenizer is a str"):
         slope_fx.save_pretrained(model, tmp_path / "c", tokenizer="gpt2")
 
 
@@ -463,7 +463,7 @@ def test_writers_do_not_disturb_each_other(tmp_path):
     while any(writer.is_alive() for writer in writers):
         assert (path / MANIFEST).exists()
     assert not failures
-    slope_fx.verify(path)
+    slope_fx.checkpoints.verify(path)
     assert os.listdir(tmp_path) == ["c"]
 
 
@@ -474,7 +474,7 @@ def test_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
     slope_fx.save_pretrained(model, path)
     assert os.listdir(tmp_path) == ["c"]
     os.rename(path, files_module.previous_of(path))  # killed between the two renames
-    with pytest.raises(slope_fx.CheckpointError, match=r"\.c\.previous"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match=r"\.c\.previous"):
         slope_fx.load_pretrained(path)
 
 
@@ -483,21 +483,21 @@ def test_other_peoples_folders_are_left_alone(tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("years of work")
     mine = slope_fx.save_pretrained(model, tmp_path / "mine")
     (mine / "notes.md").write_text("more of it")
-    with pytest.raises(slope_fx.CheckpointError, match=r"holds notes\.md"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match=r"holds notes\.md"):
         slope_fx.save_pretrained(model, mine)
     shutil.rmtree(mine)
-    with pytest.raises(slope_fx.CheckpointError, match="would be deleted"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="would be deleted"):
         slope_fx.save_pretrained(model, tmp_path)
-    with pytest.raises(slope_fx.CheckpointError, match="must be a folder"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="must be a folder"):
         slope_fx.save_pretrained(model, tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
-    with pytest.raises(slope_fx.NotCompiledError):
+    with pytest.raises(slope_fx.errors.StateError):
         slope_fx.save_pretrained(models.gpt2(), tmp_path / "c")
-    with pytest.raises(slope_fx.CheckpointError, match="max_shard_size"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="max_shard_size"):
         slope_fx.save_pretrained(model, tmp_path / "c", max_shard_size="many")
     assert os.listdir(tmp_path) == ["thesis.tex"]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(slope_fx.CheckpointError, match="working directory"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="working directory"):
         slope_fx.save_pretrained(model, ".")
 
 
@@ -580,7 +580,7 @@ def test_training_state_is_loaded_all_or_not_at_all(tmp_path):
     one, other = torch.optim.SGD(values, lr=0.5), torch.optim.SGD(values[:3], lr=0.5)
     path = slope_fx.save_pretrained(model, tmp_path / "c", training={"a": one, "b": other})
     first, wrong = torch.optim.SGD(values, lr=0.1), torch.optim.SGD(values, lr=0.1)
-    with pytest.raises(slope_fx.CheckpointError, match=r"training\['b'\], a SGD"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match=r"training\['b'\], a SGD"):
         slope_fx.load_training(path, {"a": first, "b": wrong})
     assert first.param_groups[0]["lr"] == wrong.param_groups[0]["lr"] == 0.1
 
@@ -608,7 +608,7 @@ def test_an_optimizer_made_before_loading_is_told(tmp_path):
     model = slope_fx.compile(net(), "2:4", example_inputs=x, **BACKEND)
     path, fresh = slope_fx.save_pretrained(model, tmp_path / "c"), net()
     optimizer = torch.optim.SGD(fresh.parameters(), lr=1)
-    with pytest.warns(slope_fx.StaleOptimizerWarning):
+    with pytest.warns(slope_fx.errors.TrainingWarning):
         slope_fx.load_pretrained(path, fresh, **BACKEND)
     assert optimizer.param_groups
 
@@ -622,17 +622,17 @@ def test_mistakes_with_training_state(saved, tmp_path):
         ([1], "must map names"),
         ({"random_states": 1}, "by itself"),
     ):
-        with pytest.raises(slope_fx.CheckpointError, match=words):
+        with pytest.raises(slope_fx.errors.CheckpointError, match=words):
             slope_fx.save_pretrained(model, tmp_path / "c", training=training)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(slope_fx.CheckpointError, match="saved with"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="saved with"):
         slope_fx.load_training(path, {"optimiser": torch.optim.SGD(model.parameters(), 1)})
-    with pytest.raises(slope_fx.CheckpointError, match="no load_state_dict"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="no load_state_dict"):
         slope_fx.load_training(path, {"optimizer": 3})
     slope_fx.save_pretrained(model, tmp_path / "c")
-    with pytest.raises(slope_fx.CheckpointError, match="no training state"):
+    with pytest.raises(slope_fx.errors.CheckpointError, match="no training state"):
         slope_fx.load_training(tmp_path / "c")
-    with pytest.raises(slope_fx.ArgumentError, match="dtype='int8'"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="dtype='int8'"):
         slope_fx.load_pretrained(path, dtype="int8")
 
 

@@ -42,7 +42,7 @@ from consistency_checks import (
     run,
     worst,
 )
-from slope_fx.compiler import compilation_of
+from slope_fx.record import record_of
 
 BOUND = 3e-5
 """In fp32: an error relative to the largest number of what is compared."""
@@ -92,7 +92,7 @@ class Cell:
 def inductor(subject: Subject, **how: Any) -> nn.Module:
     """By blocks: as "auto" finds them, if it does."""
     model = subject.compiled(**how)
-    if not compilation_of(model).regions.whole:
+    if not record_of(model).regions.whole:
         return model
     return subject.compiled(region="blocks", **how)
 
@@ -117,7 +117,7 @@ def to_peft(subject: Subject) -> nn.Module:
     modules = dict(model.named_modules())
     try:
         return slope_fx.densify(model, "peft").get_base_model()
-    except slope_fx.ExportError as error:
+    except slope_fx.errors.UnsupportedError as error:
         linear = all(isinstance(modules.get(path), (nn.Linear, Conv1D)) for path in paths)
         if linear and "[PEFT:" not in str(error):  # which quotes PEFT's own refusal
             raise

@@ -31,7 +31,7 @@ from architectures import (
     shaken,
 )
 from formulas import FormulaModel, backward_mask, formula_model, gradient_errors, top_n_mask
-from slope_fx.compiler import compilation_of
+from slope_fx.record import record_of
 
 PHASES = ("sparse", "adapter")
 RANK = 4
@@ -251,7 +251,7 @@ def rough_errors(pairs: dict[str, tuple[Tensor | None, Tensor]]) -> Errors:
 
 def around_blocks(model: nn.Module, reentrant: bool) -> Callable[[], None]:
     """Call each compiled block through ``checkpoint``; returns what undoes it."""
-    paths = [path for path in compilation_of(model).regions.paths if path]
+    paths = [path for path in record_of(model).regions.paths if path]
     blocks = [model.get_submodule(path) for path in paths]
     calls = [block._compiled_call_impl for block in blocks]
 
@@ -282,7 +282,7 @@ def checkpointed(subject: Subject, model: nn.Module, case: str) -> Results:
     """Activation checkpointing, around compiled blocks or as transformers does it."""
     reentrant = "non-reentrant" not in case
     if "around" in case:
-        if compilation_of(model).regions.whole:
+        if record_of(model).regions.whole:
             raise NothingToCompareError("none: it is compiled as a whole")
         undo = around_blocks(model, reentrant)
     elif getattr(model, "supports_gradient_checkpointing", False):
@@ -317,7 +317,7 @@ def steps(subject: Subject, model: nn.Module, case: str) -> Results:
             weight.grad *= mask
         optimizer.step(), own.step()
         with warnings.catch_warnings():  # of adapters that are asleep, as they are meant to be
-            warnings.simplefilter("ignore", slope_fx.ScheduleWarning)
+            warnings.simplefilter("ignore", slope_fx.errors.TrainingWarning)
             schedule.step()
         found.add({"masks": refresh_masks(model, oracle)})
     for name, (got, want) in pairs_of(model, oracle).items():

@@ -5,7 +5,7 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from slope_fx.patterns import GROUP_SIZES, Pattern
+from slope_fx.planning.patterns import GROUP_SIZES, Pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

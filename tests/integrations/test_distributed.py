@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import slope_fx
 from models import batch, loss_of
-from slope_fx.weights import whole
+from slope_fx.sparse.weight import whole
 
 
 @pytest.fixture
@@ -78,8 +78,11 @@ def test_a_sharded_model_is_saved_whole(one_process, tmp_path):
 
 
 def test_ddp_made_first_is_refused(one_process):
+    """The wrapper itself at once; the model in it when the wrapper first runs."""
     model = models.gpt2()
     wrapped = ddp(model)
-    for each in (model, wrapped):
-        with pytest.raises(slope_fx.ArgumentError, match="wrapped in DistributedDataParallel"):
-            slope_fx.compile(each, backend="aot_eager")
+    with pytest.raises(slope_fx.errors.ArgumentError, match="wrapped in DistributedDataParallel"):
+        slope_fx.compile(wrapped, backend="aot_eager")
+    slope_fx.compile(model, backend="aot_eager")
+    with pytest.raises(slope_fx.errors.StateError, match=r"Call slope_fx.compile first, then wrap"):
+        wrapped(batch())

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_the_trainer_is_one_of_slope_fx(tmp_path):
     trainer = trainer_of(compiled("llama"), tmp_path)
     trainer.train()
     folder = tmp_path / f"checkpoint-{STEPS}"
-    report = slope_fx.verify(folder)
+    report = slope_fx.checkpoints.verify(folder)
     assert report.adapters_active == report.adapters > 0
     loaded = slope_fx.load_pretrained(folder, backend="eager")
     ids = batch(7)
@@ -102,14 +102,14 @@ def test_a_finished_run_that_is_resumed_ends(tmp_path):
 
 
 def test_what_cannot_go_on_is_refused(tmp_path):
-    with pytest.raises(slope_fx.ArgumentError, match="torch_compile=True"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="torch_compile=True"):
         trainer_of(compiled(), tmp_path, torch_compile=True)
-    with pytest.raises(slope_fx.NotCompiledError):
+    with pytest.raises(slope_fx.errors.StateError):
         trainer_of(models.gpt2(), tmp_path).train()
 
     slope = SlopeCallback(adapter_start=0.5, backward_mask_interval=3)
     trainer_of(compiled(), tmp_path, [slope, StopAt(2)]).train()
-    with pytest.raises(slope_fx.ScheduleError, match="adapter_step"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="adapter_step"):
         trainer_of(compiled(), tmp_path, [SlopeCallback(0.9, 3)]).train(resume_from_checkpoint=True)
     with pytest.raises(RuntimeError, match="size mismatch"):
         trainer_of(compiled(sparsity="2:8"), tmp_path).train(resume_from_checkpoint=True)
@@ -117,7 +117,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
     told = json.loads(state.read_text())
     del told["stateful_callbacks"]["SlopeCallback"]
     state.write_text(json.dumps(told))
-    with pytest.raises(slope_fx.ScheduleError, match="without a SlopeCallback"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="without a SlopeCallback"):
         trainer_of(compiled(), tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -79,19 +79,7 @@ static void round_of(int dtype) {
     void *y = block(tokens * d_out * size, 0), *dw = block(d_out * kept * size, 0);
     void *dense = block(d_out * d_in * size, 0), *again = block(d_out * kept * size, 0);
 
-    /* Alone, or together with some of its own rows as another weight. */
-    long part = m * (1 + below(d_out / m)), d_outs[] = {d_out, part};
-    void *other = block(tokens * part * size, 0);
-    const void *both[] = {values, values}, *biases[] = {bias, bias};
-    const uint8_t *masks[] = {mask, mask};
-    void *ys[] = {y, other};
-    int count = 1 + below(2);
-    int code = slope_linear(x, x_stride, tokens, count, both, masks, biases, d_outs, d_in, n, m, ys, dtype,
-                            threads);
-    for (long t = 0; count == 2 && t < tokens; t++)
-        for (long o = 0; o < part; o++)
-            expect("another weight", get(other, t * part + o, dtype), get(y, t * d_out + o, dtype),
-                   fabs(get(y, t * d_out + o, dtype)), dtype);
+    int code = slope_linear(x, x_stride, tokens, values, mask, bias, d_out, d_in, n, m, y, dtype, threads);
     code |= slope_weight_grad(grad, grad_stride, x, x_stride, tokens, mask, d_out, d_in, n, m, dw, dtype, threads);
     code |= slope_expand(values, mask, d_out, d_in, n, m, dense, dtype, threads);
     code |= slope_compress(dense, d_in, mask, d_out, d_in, n, m, again, dtype, threads);
@@ -175,10 +163,8 @@ static void round_of_bad_masks(int dtype) {
     uint8_t *bits = block(d_in * ((d_out + 7) / 8), 0);
     memset(wrong, 255, d_out * ((kept + 7) / 8));
     memset(dense, 0, d_out * d_in * element_size(dtype));
-    const void *one[] = {values}, *none[] = {NULL};
-    const uint8_t *masks[] = {mask};
     int codes[] = {
-        slope_linear(x, d_in, tokens, 1, one, masks, none, &d_out, d_in, n, m, &y, dtype, 1),
+        slope_linear(x, d_in, tokens, values, mask, NULL, d_out, d_in, n, m, y, dtype, 1),
         slope_weight_grad(grad, d_out, x, d_in, tokens, mask, d_out, d_in, n, m, dw, dtype, 1),
         slope_expand(values, mask, d_out, d_in, n, m, dense, dtype, 2),
         slope_compress(dense, d_in, mask, d_out, d_in, n, m, dw, dtype, 2),

@@ -117,13 +117,13 @@ with warnings.catch_warnings(record=True) as told:
     model = slope_fx.compile(layer, example_inputs=torch.rand(2, 8), backend="aot_eager")
     for _ in range(2):
         model(torch.rand(2, 8)).sum().backward()
-told = [str(w.message) for w in told if issubclass(w.category, slope_fx.EngineWarning)]
+told = [str(w.message) for w in told if issubclass(w.category, slope_fx.errors.EngineWarning)]
 assert len(told) == 1, told
 print(told[0])
 print({p.engine for r in slope_fx.explain(model).sparse for p in r.products})
 try:
     slope_fx.compile(torch.nn.Linear(8, 8), engine="cpu", example_inputs=torch.rand(2, 8))
-except slope_fx.SlopeError as error:
+except slope_fx.errors.SlopeError as error:
     print(error)
 """
     cache = str(tmp_path / "cache")

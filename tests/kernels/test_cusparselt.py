@@ -27,7 +27,7 @@ from models import batch, loss_of
 from oracle import DenseOracle, assert_within_rounding
 from slope_fx.kernels import dense, engines, operands, racing, reference, selection
 from slope_fx.kernels.cusparselt import Cusparselt, library
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import normal, seeds
 
 B16 = torch.bfloat16
@@ -161,7 +161,9 @@ def test_nan_and_infinity_show(engine):
 def test_patterns_that_are_not_contained_are_refused_aloud(engine, pattern):
     assert "more than two of four" in engine.why_not_pattern(pattern.n, pattern.m)
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.EngineWarning, match=f"cusparselt engine is not used for {pattern}"):
+    with pytest.warns(
+        slope_fx.errors.EngineWarning, match=f"cusparselt engine is not used for {pattern}"
+    ):
         name = selection.choose(
             "sparse_linear", 8, (16, 16 * pattern.n // pattern.m), pattern.n, pattern.m, B16, CPU
         )
@@ -180,7 +182,7 @@ def test_contained_patterns_truly_are():
 
 def test_other_dtypes_are_refused_aloud(engine):
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.EngineWarning, match="bf16 and fp16, not torch.float32"):
+    with pytest.warns(slope_fx.errors.EngineWarning, match="bf16 and fp16, not torch.float32"):
         assert selection.choose("sparse_linear", 8, (16, 8), 2, 4, torch.float32, CPU) == "dense"
 
 
@@ -188,7 +190,7 @@ def test_the_library_is_not_there_without_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert "built without cuSPARSELt" in library.unavailable() or "no CUDA" in library.unavailable()
-    with pytest.raises(slope_fx.ArgumentError, match="engine='cusparselt' can't be had"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="engine='cusparselt' can't be had"):
         slope_fx.compile(models.gpt2(), engine="cusparselt")
 
 
@@ -489,7 +491,7 @@ def test_the_environment_overrules(engine, monkeypatch, value, kept):
         assert_fresh(net)
     assert (engine.operands.nbytes() > 0) == kept
     monkeypatch.setenv("SLOPE_FX_KEEP_OPERANDS", "yes")
-    with pytest.raises(slope_fx.EngineError, match=r"KEEP_OPERANDS='yes'; allowed are 1"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match=r"KEEP_OPERANDS='yes'; allowed are 1"):
         engine.sparse_linear(torch.zeros(1, 16, dtype=B16), *layer(Pattern(2, 4), 16, 16, 0)[:2],
                              None, 2, 4)  # fmt: skip
 
@@ -723,7 +725,7 @@ def test_operands_are_counted_and_go_with_the_weights(engine):
     want = [2 * 2 * a * b * 9 // 16 for a, b in sizes]
     assert [r.operand_bytes for r in report.sparse] == want
     assert "of operands that they made of the weights" in str(report)
-    assert slope_fx.Explanation.from_dict(report.to_dict()) == report
+    assert slope_fx.report.Explanation.from_dict(report.to_dict()) == report
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(engine.operands.nbytes()))
@@ -747,7 +749,7 @@ def test_writes_that_nothing_shows_can_be_told(engine):
     slope_fx.weights_changed(net)
     assert engine.operands.nbytes() == 0
     assert_fresh(net)
-    with pytest.raises(slope_fx.NotCompiledError):
+    with pytest.raises(slope_fx.errors.StateError):
         slope_fx.weights_changed(nn.Linear(4, 4))
 
 
@@ -764,7 +766,9 @@ def test_inference_tensors_are_not_kept_and_that_is_said(engine):
     with torch.inference_mode():
         values, forward, _ = layer(Pattern(2, 4), 16, 16, 0)
         x = normal((3, 16), 1, B16)
-        with pytest.warns(slope_fx.EngineWarning, match="no effect on weights that are inference"):
+        with pytest.warns(
+            slope_fx.errors.EngineWarning, match="no effect on weights that are inference"
+        ):
             engine.sparse_linear(x, values, forward, None, 2, 4)
         values.neg_()
         y = engine.sparse_linear(x, values, forward, None, 2, 4)
@@ -923,7 +927,9 @@ def test_what_the_library_refuses_is_not_chosen_and_that_is_said(race, monkeypat
 
     monkeypatch.setattr(library, "multiply", refuse)
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.EngineWarning, match="is not used for sparse_linear of 32x32, 8 to"):
+    with pytest.warns(
+        slope_fx.errors.EngineWarning, match="is not used for sparse_linear of 32x32, 8 to"
+    ):
         assert selection.choose("sparse_linear", 8, (32, 16), 2, 4, B16, CPU) == "cpu-dense"
 
 

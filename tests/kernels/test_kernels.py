@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import formulas
 from oracle import assert_same, assert_within_rounding
 from slope_fx.kernels import ENGINES, OPERATIONS, packing, reference
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
 
 engines = st.sampled_from(["cpu", "cpu-dense", "dense"]).map(ENGINES.get)

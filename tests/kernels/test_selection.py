@@ -176,11 +176,13 @@ def test_the_environment_forces_and_forbids(fresh, monkeypatch, limit, allowed):
 @pytest.mark.parametrize("limit", ["gpu", "cpu;dense", "dense,-dense", "cpu,-cpu"])
 def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
     monkeypatch.setenv("SLOPE_FX_ENGINES", limit)
-    with pytest.raises(slope_fx.EngineError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, triton"):
+    with pytest.raises(
+        slope_fx.errors.ArgumentError, match=r"SLOPE_FX_ENGINES=.*cpu, cpu-dense, triton"
+    ):
         engines.allowed_engines()
     model = models.gpt2()
     before = dict(model.named_parameters())
-    with pytest.raises(slope_fx.SlopeError, match="SLOPE_FX_ENGINES"):
+    with pytest.raises(slope_fx.errors.SlopeError, match="SLOPE_FX_ENGINES"):
         slope_fx.compile(model)
     assert dict(model.named_parameters()).keys() == before.keys()
 
@@ -188,21 +190,23 @@ def test_a_wrong_environment_is_told_by_name(fresh, monkeypatch, limit):
 @pytest.mark.parametrize("engine", ["gpu", "", None, 3, "auto,cpu"])
 def test_a_wrong_argument_is_told(engine):
     with pytest.raises(
-        slope_fx.ArgumentError, match=r"engine=.*triton-dense, cusparselt, dense, reference"
+        slope_fx.errors.ArgumentError, match=r"engine=.*triton-dense, cusparselt, dense, reference"
     ):
         slope_fx.compile(models.gpt2(), engine=engine)
-    with pytest.raises(slope_fx.ArgumentError, match="engine="):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="engine="):
         slope_fx.rewriting_backend("eager", engine)
 
 
 def test_engine_without_a_backend_has_no_effect():
-    with pytest.warns(slope_fx.IgnoredArgumentWarning, match="engine='dense'"):
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match="engine='dense'"):
         slope_fx.compile(models.gpt2(), backend=None, engine="dense")
 
 
 def test_tensors_that_an_engine_cannot_serve(fresh):
     engines.say_once.cache_clear()
-    with pytest.warns(slope_fx.EngineWarning, match=r"cpu engine .* no kernels for torch.float64"):
+    with pytest.warns(
+        slope_fx.errors.EngineWarning, match=r"cpu engine .* no kernels for torch.float64"
+    ):
         assert chosen(engines="cpu", dtype=torch.float64) == "dense"
     assert chosen(dtype=torch.float64) == "dense"  # nobody asked: nothing to say
 

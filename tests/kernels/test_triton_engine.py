@@ -21,7 +21,7 @@ from oracle import DenseOracle, assert_same, assert_within_rounding
 from slope_fx import ops
 from slope_fx.kernels import ENGINES, reference, triton
 from slope_fx.kernels.triton import configs, launch, traffic, tuning
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import normal, patterns, seeds, weights
 
 ON_GPU = torch.cuda.is_available()
@@ -483,7 +483,9 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
     assert "NVIDIA GPUs, not on cpu" in why_not(torch.device("cpu"), torch.float32)
     if not ON_GPU:
         assert triton.unavailable() == "there is no CUDA device"
-        with pytest.raises(slope_fx.ArgumentError, match=r"engine='triton' can't be had: there is"):
+        with pytest.raises(
+            slope_fx.errors.ArgumentError, match=r"engine='triton' can't be had: there is"
+        ):
             slope_fx.compile(models.gpt2(), engine="triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert triton.unavailable() == "triton isn't installed"

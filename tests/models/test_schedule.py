@@ -74,7 +74,7 @@ def test_state_is_plain_numbers_and_resumes():
     assert all(w.adapter_active for w in slope_fx.sparse_weights(other).values())
     for _ in range(4):
         resumed.step()
-    with pytest.raises(slope_fx.ScheduleError, match="total_steps=10"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="total_steps=10"):
         resumed.step()
 
 
@@ -91,7 +91,7 @@ def test_state_is_plain_numbers_and_resumes():
 )
 def test_states_that_do_not_fit(state):
     schedule = slope_fx.Schedule(compiled(), 10, adapter_start=0.5)
-    with pytest.raises(slope_fx.ScheduleError, match="state"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="state"):
         schedule.load_state_dict(state)
     assert schedule.last_step == 0
 
@@ -112,12 +112,12 @@ def test_states_that_do_not_fit(state):
     ],
 )
 def test_impossible_steps(arguments, words):
-    with pytest.raises(slope_fx.ScheduleError, match=words):
+    with pytest.raises(slope_fx.errors.ArgumentError, match=words):
         slope_fx.Schedule(MODEL, **arguments)
 
 
 def test_a_model_that_is_not_compiled():
-    with pytest.raises(slope_fx.NotCompiledError):
+    with pytest.raises(slope_fx.errors.StateError):
         slope_fx.Schedule(Plain(), 10)
 
 
@@ -129,7 +129,7 @@ def test_without_adapters_there_is_one_phase():
     for _ in range(2):
         schedule.step()
         assert schedule.phase == "sparse"
-    with pytest.warns(slope_fx.IgnoredArgumentWarning, match=r"adapter_start=0.5 has no effect"):
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match=r"adapter_start=0.5 has no effect"):
         slope_fx.Schedule(model, 2, adapter_start=0.5)
 
 
@@ -154,7 +154,7 @@ def test_starting_over_with_trained_adapters_is_told():
     model = compiled()
     model.w_in_sparse.lora_B.data.fill_(1)
     schedule = slope_fx.Schedule(model, 10)
-    with pytest.warns(slope_fx.ScheduleWarning, match="trained already"):
+    with pytest.warns(slope_fx.errors.TrainingWarning, match="trained already"):
         schedule.step()
     resumed = slope_fx.Schedule(model, 10)
     resumed.load_state_dict({**schedule.state_dict(), "last_step": 9})

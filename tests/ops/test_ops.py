@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from slope_fx import ops
 from slope_fx.kernels import reference
-from slope_fx.patterns import Pattern
+from slope_fx.planning.patterns import Pattern
 from strategies import dtypes, normal, patterns, seeds, sizes, tokens
 
 NAMESPACE = torch.ops.slope_fx
@@ -40,9 +40,6 @@ def test_opcheck_every_op(data, pattern, dtype, leading, seed):
     def leaf(t):
         return t.clone().requires_grad_()
 
-    def two(t):
-        return [t, t.clone()]
-
     calls = {
         "magnitude_mask": (weight, n, m),
         "backward_mask": (values, forward, n, m),
@@ -53,27 +50,15 @@ def test_opcheck_every_op(data, pattern, dtype, leading, seed):
         "sparse_linear": (leaf(x), leaf(values), forward, backward, leaf(bias), n, m),
         "sparse_input_grad": (grad, values, forward, backward, n, m),
         "sparse_weight_grad": (grad, x, forward, n, m),
-        "sparse_adapted_linear": (x, values, forward, bias, a, b, 0.5, n, m),
-        "sparse_parallel_linear": (
-            leaf(x), [leaf(values), leaf(values)], two(forward), two(backward),
-            [leaf(bias), leaf(bias)], n, m,
-        ),
-        "sparse_parallel_input_grad": (
-            two(grad), two(values), two(forward), two(backward), n, m,
-        ),
-        "sparse_parallel_weight_grad": (two(grad), x, two(forward), n, m),
-        "sparse_grouped_linear": (
-            leaf(rows), leaf(torch.cat(two(values))), torch.cat(two(forward)),
-            torch.cat(two(backward)), ends, 2, n, m,
-        ),
-        "sparse_grouped_input_grad": (
-            of_rows, torch.cat(two(values)), torch.cat(two(forward)), torch.cat(two(backward)),
-            ends, 2, n, m,
-        ),
-        "sparse_grouped_weight_grad": (of_rows, rows, torch.cat(two(forward)), ends, 2, n, m),
-    }  # fmt: skip
+    }
+    stack = [torch.cat([t, t]) for t in (values, forward, backward)]
+    of_stacks = {
+        "sparse_linear": (leaf(rows), leaf(stack[0]), *stack[1:], None, n, m, 2, ends),
+        "sparse_input_grad": (of_rows, *stack, n, m, 2, ends),
+        "sparse_weight_grad": (of_rows, rows, stack[1], n, m, 2, ends),
+    }
     assert set(calls) == set(ops.__all__)
-    for name, args in calls.items():
+    for name, args in [*calls.items(), *of_stacks.items()]:
         opcheck(getattr(NAMESPACE, name).default, args)
     opcheck(NAMESPACE.sparse_linear.default, (x, values, forward, backward, None, n, m))
 
@@ -204,7 +189,7 @@ def test_grouped_products(data, pattern, dtype, seed, counts, rest, contiguous):
     x = normal((sum(counts) + rest, d_in), seed, dtype, contiguous)
     want_y, want_dx, want_dw, grad = grouped_by_hand(x, values, forward, backward, ends, n, m)
     x, values = x.detach().requires_grad_(), values.requires_grad_()
-    y = ops.sparse_grouped_linear(x, values, forward, backward, ends, len(counts), n, m)
+    y = ops.sparse_linear(x, values, forward, backward, None, n, m, len(counts), ends)
     y.backward(grad.to(dtype))
     for got, want in ((y, want_y), (x.grad, want_dx), (values.grad, want_dw)):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
@@ -219,55 +204,43 @@ def test_equal_groups(data, pattern, seed, tokens, groups):
     values, forward, backward = (torch.cat([part[i] for part in stack]) for i in (1, 2, 3))
     x = normal((groups, tokens, d_in), seed)
     args = (values, forward, backward)
-    y = ops.sparse_grouped_linear(x, *args, None, groups, pattern.n, pattern.m)
+    y = ops.sparse_linear(x, *args, None, pattern.n, pattern.m, groups)
     for g, (_, v, f, _) in enumerate(stack):
         want = reference.sparse_linear(x[g].double(), v.double(), f, None, pattern.n, pattern.m)
         torch.testing.assert_close(y[g].double(), want, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=20)
-@given(st.data(), patterns, tokens, seeds, st.booleans(), st.booleans())
-def test_parallel_products_are_the_single_ones(data, pattern, leading, seed, biased, needs_x):
-    """Exactly, for they are computed by the same engine; the input gradient up to its sum."""
-    n, m = pattern.n, pattern.m
-    d_out, d_in = data.draw(sizes(pattern))
-    layers = [layer(pattern, d_out * (i + 1), d_in, seed + i) for i in range(3)]
-    x = normal((*leading, d_in), seed).requires_grad_(needs_x)
-    values = [part[1].requires_grad_(i != 1) for i, part in enumerate(layers)]
-    biases = [normal((v.shape[0],), seed).requires_grad_() for v in values] if biased else []
-    lists = ([part[2] for part in layers], [part[3] for part in layers])
-
-    def results(outputs):
-        leaves = [t for t in (x, *values, *biases) if t.requires_grad]
-        total = sum((y * normal(y.shape, seed + 7)).sum() for y in outputs)
-        return [*outputs, *torch.autograd.grad(total, leaves)]
-
-    got = results(ops.sparse_parallel_linear(x, values, *lists, biases, n, m))
-    single = [
-        ops.sparse_linear(x, v, f, b, bias, n, m)
-        for v, f, b, bias in zip(values, *lists, biases or [None] * 3, strict=True)
-    ]
-    for mine, want in zip(got, results(single), strict=True):
-        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_stack_under_autocast_is_its_weights_one_by_one(dtype):
+    """fp32 values beside 16-bit inputs: the same numbers and dtypes as those of plain weights."""
+    n, m = 2, 4
+    layers = [layer(Pattern(n, m), 8, 16, seed=i) for i in range(3)]
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    stacked = [torch.cat([part[i] for part in layers]) for i in (1, 2, 3)]
+    stacked[0].requires_grad_()
+    grad = torch.randn(3, 5, 8).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        y = ops.sparse_linear(x, *stacked, None, n, m, 3)
+    got = y, *torch.autograd.grad(y, (x, stacked[0]), grad)
+    assert [t.dtype for t in got] == [dtype, torch.float32, torch.float32]
+    for g, (_, v, f, b) in enumerate(layers):
+        rows, v = x.detach()[g].requires_grad_(), v.requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            one = ops.sparse_linear(rows, v, f, b, None, n, m)
+        want = one, *torch.autograd.grad(one, (rows, v), grad[g])
+        for mine, expected in zip(got, want, strict=True):
+            part = mine.view(3, -1, mine.shape[-1])[g]
+            assert torch.equal(part, expected.view_as(part))
 
 
-@settings(max_examples=20)
-@given(st.data(), patterns, tokens, dtypes, seeds, st.booleans())
-def test_adapted_products(data, pattern, leading, dtype, seed, biased):
-    d_out, d_in = data.draw(sizes(pattern))
-    _, values, forward, _ = layer(pattern, d_out, d_in, seed, dtype)
-    x, bias = normal((*leading, d_in), seed, dtype), normal((d_out,), seed, dtype)
-    a, b = normal((3, d_in), seed, dtype), normal((d_out, 3), seed + 1, dtype)
-    bias = bias if biased else None
-    before = x.clone()
-    y = ops.sparse_adapted_linear(x, values, forward, bias, a, b, 0.37, pattern.n, pattern.m)
-    assert torch.equal(x, before)
-    wide = [None if t is None else t.double() for t in (x, values, bias, a, b)]
-    want = reference.sparse_linear(wide[0], wide[1], forward, wide[2], pattern.n, pattern.m)
-    want = want + 0.37 * (wide[0] @ wide[3].t()) @ wide[4].t()
-    tolerance = 64 * torch.finfo(dtype).eps
-    scale = max(want.abs().max().item(), 1) if want.numel() else 1
-    torch.testing.assert_close(y.double(), want, rtol=0, atol=tolerance * scale * 4)
+def test_a_stack_takes_no_bias():
+    _, values, forward, backward = layer(Pattern(2, 4), 8, 16, seed=0)
+    args = (torch.randn(2, 3, 16), *(torch.cat([t, t]) for t in (values, forward, backward)))
+    with (
+        torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True),
+        pytest.raises(RuntimeError, match="a stack of weights takes no bias"),
+    ):
+        ops.sparse_linear(*args, torch.zeros(8), 2, 4, 2)
 
 
 @pytest.mark.parametrize("batched", ["x", "weights", "both"])
@@ -291,3 +264,19 @@ def test_vmap(batched):
             want = one(*(t[i] if d == 0 else t for t, d in zip(inputs, dims, strict=True)))
             for mine, expected in zip(got, want, strict=True):
                 torch.testing.assert_close(mine[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ends", [None, [3, 5]])
+def test_vmap_of_a_stack(ends):
+    n, m = 2, 4
+    _, values, forward, backward = layer(Pattern(n, m), 16, 16, seed=0)  # two of 8 rows
+    x = torch.randn(4, 6, 16) if ends else torch.randn(4, 2, 3, 16)
+    offsets = torch.tensor(ends) if ends else None
+
+    def one(x):
+        y = ops.sparse_linear(x, values, forward, backward, None, n, m, 2, offsets)
+        return y, ops.sparse_input_grad(y, values, forward, backward, n, m, 2, offsets)
+
+    with torch.no_grad():
+        for mine, want in zip(torch.func.vmap(one)(x), zip(*map(one, x), strict=True), strict=True):
+            torch.testing.assert_close(mine, torch.stack(want), rtol=1e-5, atol=1e-5)

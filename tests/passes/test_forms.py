@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import slope_fx
 from forms import FORMS, WIDTH, Mixture
 from formulas import assert_gradients_match, formula_model
-from slope_fx.passes import OFF
 from strategies import seeds
 
 PATTERNS = ["1:2", "2:4", "1:4", "2:8", "4:8"]
@@ -24,7 +23,7 @@ def two_steps(forms, shared, sparsity, adapters, seed):
     x = torch.randn(2, 5, WIDTH)
     model = slope_fx.compile(
         copy.deepcopy(dense), sparsity, adapter_rank=2, example_inputs=x, backend="aot_eager",
-        on_fallback="error", enable_passes=OFF,
+        on_fallback="error",
     )  # fmt: skip
     kinds = {r.name: (r.kind, r.reason) for r in slope_fx.explain(model).linears}
     silent = {n: r for n, (kind, r) in kinds.items() if kind == "dense"}

@@ -196,7 +196,7 @@ def test_untraceable_models_fall_back_to_module_types(given):
     model = DataDependent()
     inputs = torch.zeros(2, dtype=torch.long) if given else None
     why = "torch.export failed" if given else "no example_inputs"
-    with pytest.warns(slope_fx.UntracedModelWarning, match=why):
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match=why):
         slope_fx.compile(model, example_inputs=inputs, backend=None)
     assert set(slope_fx.sparse_weights(model)) == {"second", "head"}
     dense = reasons(model)
@@ -208,7 +208,7 @@ def test_untraceable_models_fall_back_to_module_types(given):
 def test_experts_in_a_loop_are_told():
     """Which experts are hit depends on the data, so the model can't be traced."""
     model = plain_experts(ARCHITECTURES["Mixtral"]())
-    with pytest.warns(slope_fx.UntracedModelWarning):
+    with pytest.warns(slope_fx.errors.ArgumentWarning):
         slope_fx.compile(model, backend=None)
     dense = reasons(model)
     for name in ("gate_up_proj", "down_proj"):

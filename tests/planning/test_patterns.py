@@ -1,7 +1,7 @@
 import pytest
 
 import slope_fx
-from slope_fx.patterns import Pattern, PatternRules
+from slope_fx.planning.patterns import Pattern, PatternRules
 
 
 @pytest.mark.parametrize("text", ["2:4", "1:2", "7:8", "15:16", "1:16"])
@@ -13,13 +13,13 @@ def test_pattern_round_trip(text):
     "text", ["5:4", "4:4", "0:4", "2:3", "2:3x", "2:32", "-2:4", "2", "", " 2:4", 2, None, ("2", 4)]
 )
 def test_bad_patterns_name_the_argument_and_what_is_allowed(text):
-    with pytest.raises(slope_fx.PatternError, match=r"sparsity=.*allowed is \"N:M\""):
+    with pytest.raises(slope_fx.errors.ArgumentError, match=r"sparsity=.*allowed is \"N:M\""):
         Pattern.parse(text)
 
 
 @pytest.mark.parametrize("numbers", [(4, 4), (0, 4), (2, 3), (2, 32), (2.0, 4), (True, 2)])
 def test_patterns_made_by_hand_are_checked_too(numbers):
-    with pytest.raises(slope_fx.PatternError, match="allowed is"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="allowed is"):
         Pattern(*numbers)
 
 
@@ -41,5 +41,5 @@ def test_names_without_a_rule_stay_dense():
 
 @pytest.mark.parametrize("mapping", [{}, {"*": "9:4"}, {3: "2:4"}])
 def test_bad_mappings(mapping):
-    with pytest.raises(slope_fx.PatternError, match="sparsity"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="sparsity"):
         PatternRules(mapping)

@@ -14,11 +14,13 @@ import slope_fx
 from forms import EXPERTS, FORMS, WIDTH, Experts, Written
 from formulas import top_n_mask
 from models import batch
-from slope_fx import activations
-from slope_fx.adapters import low_rank
-from slope_fx.patterns import PatternRules
-from slope_fx.plan import Skips, plan_linears
-from slope_fx.trace import trace
+from slope_fx.errors import ArgumentError
+from slope_fx.planning.adapters import low_rank
+from slope_fx.planning.calibration import observe
+from slope_fx.planning.config import SlopeConfig
+from slope_fx.planning.patterns import PatternRules
+from slope_fx.planning.plan import plan_linears, sparse_plans
+from slope_fx.planning.trace import trace
 from strategies import normal, seeds
 
 BACKEND = {"backend": "eager", "on_fallback": "error"}
@@ -27,12 +29,10 @@ BATCHES = [{"input_ids": batch(seed, rows=3)} for seed in range(3)]
 
 def observed(model, calibration, example_inputs=None, **skips):
     """The sums over the calibration inputs, by layer; the model stays dense."""
-    plans = plan_linears(
-        model, trace(model, example_inputs), PatternRules("2:4"),
-        Skips(**skips),
-    )  # fmt: skip
-    sparse = [plan for plan in plans if plan.pattern]
-    return activations.observe(model, sparse, calibration, grams=True)
+    config = SlopeConfig(**{f"skip_{part}": skip for part, skip in skips.items()})
+    traced = trace(model, example_inputs)
+    plans = plan_linears(model, traced, config, PatternRules(config.sparsity))
+    return observe(model, sparse_plans(plans), calibration, grams=True)
 
 
 def hooked(model, names):
@@ -82,7 +82,7 @@ def test_however_a_linear_is_written_it_is_seen(form):
     x = torch.randn(2, 5, WIDTH)
     told = contextlib.nullcontext()
     if form == "one of a stack":
-        told = pytest.warns(slope_fx.CalibrationWarning, match=r"w's matrices 1 \(of 3\)")
+        told = pytest.warns(slope_fx.errors.ArgumentWarning, match=r"w's matrices 1 \(of 3\)")
     with told:
         found = observed(layer, [x, 2 * x], x, first=False, head=False)
     assert found
@@ -206,7 +206,7 @@ def test_the_schedule_leaves_adapters_that_are_at_work_at_work():
     schedule = slope_fx.Schedule(model, 10)
     assert schedule.phase == "adapter"
     assert all(weight.adapter_active for weight in slope_fx.sparse_weights(model).values())
-    with pytest.warns(slope_fx.ScheduleWarning, match="trained already"):
+    with pytest.warns(slope_fx.errors.TrainingWarning, match="trained already"):
         slope_fx.Schedule(model, 10, adapter_start=0.5).step()
 
 
@@ -243,38 +243,38 @@ class Never(nn.Module):
 
 
 MISTAKES = {
-    "no calibration": ({"mask": "wanda"}, slope_fx.CalibrationError, 'mask="wanda" needs'),
+    "no calibration": ({"mask": "wanda"}, ArgumentError, 'mask="wanda" needs'),
     "a lone batch": (
-        {"mask": "wanda", "calibration": torch.ones(2, 16)}, slope_fx.CalibrationError,
+        {"mask": "wanda", "calibration": torch.ones(2, 16)}, ArgumentError,
         "calibration is a Tensor",
     ),
-    "no batch": ({"mask": "wanda", "calibration": []}, slope_fx.CalibrationError, "no batch"),
+    "no batch": ({"mask": "wanda", "calibration": []}, ArgumentError, "no batch"),
     "not inputs": (
-        {"mask": "wanda", "calibration": [3]}, slope_fx.ExampleInputsError, "batch 0 is a int",
+        {"mask": "wanda", "calibration": [3]}, ArgumentError, "batch 0 is a int",
     ),
     "wrong inputs": (
-        {"mask": "wanda", "calibration": [torch.ones(2, 3)]}, slope_fx.CalibrationError,
+        {"mask": "wanda", "calibration": [torch.ones(2, 3)]}, ArgumentError,
         "fails on batch 0",
     ),
     "NaN": (
         {"mask": "wanda", "calibration": [torch.full((2, 16), torch.nan)]},
-        slope_fx.CalibrationError, "NaN",
+        ArgumentError, "NaN",
     ),
     "unseen": (
         {"mask": "wanda", "calibration": [(torch.ones(2, 16), False)]},
-        slope_fx.CalibrationError, "no input of b",
+        ArgumentError, "no input of b",
     ),
-    "no rank": ({"adapter_init": "svd"}, slope_fx.ArgumentError, "adapter_rank is None"),
-    "no such": ({"adapter_init": "pca", "adapter_rank": 2}, slope_fx.ArgumentError, "allowed are"),
+    "no rank": ({"adapter_init": "svd"}, ArgumentError, "adapter_rank is None"),
+    "no such": ({"adapter_init": "pca", "adapter_rank": 2}, ArgumentError, "allowed are"),
     "wrong factors": (
-        {"adapter_init": lambda *a: 3, "adapter_rank": 2}, slope_fx.AdapterInitError,
+        {"adapter_init": lambda *a: 3, "adapter_rank": 2}, ArgumentError,
         "returned int",
     ),
     "wrong shapes": (
         {"adapter_init": lambda n, w, m, r: (w, w), "adapter_rank": 2},
-        slope_fx.AdapterInitError, "returned shapes",
+        ArgumentError, "returned shapes",
     ),
-    "no mask of that name": ({"mask": "Wanda"}, slope_fx.ArgumentError, '"wanda"'),
+    "no mask of that name": ({"mask": "Wanda"}, ArgumentError, '"wanda"'),
 }  # fmt: skip
 
 
@@ -293,5 +293,5 @@ def test_mistakes_leave_the_model_as_it_was(mistake):
 
 
 def test_calibration_that_nothing_uses_is_told():
-    with pytest.warns(slope_fx.IgnoredArgumentWarning, match="calibration has no effect"):
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match="calibration has no effect"):
         slope_fx.compile(models.gpt2(), "2:4", calibration=BATCHES, **BACKEND)

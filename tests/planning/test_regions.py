@@ -12,7 +12,8 @@ import models
 import slope_fx
 from architectures import ARCHITECTURES, inputs_of, logits_of
 from formulas import assert_gradients_match, formula_model
-from slope_fx.compiler import compilation_of
+from slope_fx.backend.rewriting import backend_of
+from slope_fx.record import record_of
 
 
 class Wide(nn.Module):
@@ -72,13 +73,13 @@ def swin():
 def compiled(model, x, **more):
     more = {"backend": "aot_eager", "on_fallback": "error", "adapter_rank": 2, **more}
     model = slope_fx.compile(model, example_inputs=x, **more)
-    regions = compilation_of(model).regions
+    regions = record_of(model).regions
     return model, regions, len(set(regions.kinds))
 
 
 def run(model, x, dense=None):
     """A step in each phase, against the formulas; returns the graphs it took."""
-    backend = slope_fx.backend.backend_of(compilation_of(model).settings)
+    backend = backend_of(record_of(model).settings)
     before = backend.graphs
     schedule = slope_fx.Schedule(model, 2, adapter_start=0.5)
     for _ in range(2):
@@ -167,7 +168,7 @@ def test_kinds_of_real_models(name, more, kinds):
     if not regions.whole:
         assert found == kinds
         inputs = inputs_of(model)
-        backend = slope_fx.backend.backend_of(compilation_of(model).settings)
+        backend = backend_of(record_of(model).settings)
         before = backend.graphs
         logits_of(model, inputs).sum().backward()
         assert backend.graphs - before == kinds  # the estimate is what it takes
@@ -178,7 +179,7 @@ def test_a_loaded_model_has_the_regions_of_the_saved(tmp_path):
     model, regions, _ = compiled(Chain(0, 0, 1, 1, 0, 1, 0, 1), x)
     slope_fx.save_pretrained(model, tmp_path / "a")
     loaded = slope_fx.load_pretrained(tmp_path / "a", model=Chain(*[0] * 8), backend="aot_eager")
-    assert compilation_of(loaded).regions == regions
+    assert record_of(loaded).regions == regions
 
 
 # --- caches, and routers ----------------------------------------------------------------------
@@ -200,9 +201,9 @@ def test_a_cache_that_forward_takes_through_its_kwargs(name):
             )
         )  # fmt: skip
     with warnings.catch_warnings():
-        warnings.simplefilter("error", slope_fx.UntracedModelWarning)
+        warnings.simplefilter("error", slope_fx.errors.ArgumentWarning)
         model, _, _ = compiled(model, None)
-    assert not compilation_of(model).untraced_because
+    assert not record_of(model).untraced_because
     inputs = {**inputs_of(model), "labels": models.batch()[:, :8].contiguous()}
     if name == "SwitchTransformers":  # which fails without one
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])

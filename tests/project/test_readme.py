@@ -15,7 +15,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.inductor
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_snippet_runs(index, tmp_path):
-    strict = "import slope_fx, warnings; warnings.simplefilter('error', slope_fx.SlopeWarning)\n"
+    strict = (
+        "import slope_fx, warnings; warnings.simplefilter('error', slope_fx.errors.SlopeWarning)\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", strict + SNIPPETS[index]],
         cwd=tmp_path, capture_output=True, text=True,

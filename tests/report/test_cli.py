@@ -14,7 +14,7 @@ import models
 import slope_fx
 from models import batch
 from slope_fx import cli
-from slope_fx.explain import Explanation
+from slope_fx.report.explain import Explanation
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from torch import nn
 
 import slope_fx
 from formulas import assert_gradients_match, formula_model
-from slope_fx import ExpandedWeightError, ExpandedWeightWarning
+from slope_fx.attach import _compile
+from slope_fx.errors import ExpandedWeightError, ExpandedWeightWarning
 
 X = torch.randn(3, 16)
 
@@ -149,11 +150,11 @@ def test_dynamo_switched_off_is_told():
 
 
 def test_the_recompile_limit_is_told(monkeypatch):
-    monkeypatch.setattr("slope_fx.backend.RECOMPILE_LIMIT", 1)
-    monkeypatch.setattr("slope_fx.backend.VARIANTS", 1)
+    monkeypatch.setattr("slope_fx.dynamo.RECOMPILE_LIMIT", 1)
+    monkeypatch.setattr("slope_fx.dynamo.VARIANTS", 1)
     model = compiled()
     with torch._dynamo.config.patch(recompile_limit=1):
-        slope_fx.compiler._compile_regions(model)
+        _compile(model)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model(X).sum().backward()

@@ -1,0 +1,282 @@
+"""The torch.compile backend that runs the passes and hands the graph on."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule, Node
+from torch.nn.parallel import DistributedDataParallel
+
+from slope_fx import ops
+from slope_fx.backend.settings import Settings, UserPass, resolve
+from slope_fx.dynamo import BackendFunction, CompiledFunction
+from slope_fx.errors import (
+    ArgumentError,
+    EngineWarning,
+    SlopeError,
+    StateError,
+    UnsupportedError,
+)
+from slope_fx.kernels import selection
+from slope_fx.kernels.cache import digest
+from slope_fx.kernels.engines import AUTO
+from slope_fx.passes import Context, Leftover, Rewrites, run_passes
+from slope_fx.passes.graph import nested_calls
+from slope_fx.sparse.weight import Choices, SparseWeight, find_alive
+from slope_fx.version import __version__
+
+log = logging.getLogger(__name__)
+
+
+class RewritingBackend:
+    """Rewrites a Dynamo graph with the passes, then compiles it with another backend.
+
+    Get one from :func:`rewriting_backend`: Dynamo keeps its compiled code by the identity
+    of the backend, so there must be one object for equal settings.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.graphs = 0
+        """Graphs compiled so far, recompiles included."""
+        self._told: set[frozenset[tuple[int, int, int, int]]] = set()
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
+        self.graphs += 1
+        before, after = self.settings.own_passes()
+        context = Context.here(self.settings.engine, self.settings.replays)
+        # None of the caller's modes sees any of this, or changes it.
+        with context.in_force():
+            gm = _run_own(gm, before)
+            rewrites = run_passes(gm, context, self.settings.disable_passes)
+            compiled = _run_own(gm, after)
+        try:
+            self._tell(gm, rewrites, example_inputs, context.training)
+        except SlopeError as error:
+            return _raiser(error)  # from here it would reach the user wrapped in Dynamo's own
+        return self._compile(compiled, example_inputs)
+
+    def _tell(
+        self, gm: GraphModule, rewrites: Rewrites, example_inputs: Sequence[Any], training: bool
+    ) -> None:
+        """Say what became of the sparse weights of a graph, and note their engines on them.
+
+        Raises:
+            UnsupportedError: the graph writes to a weight.
+            ExpandedWeightError: a weight is expanded, and that is to be an error.
+            StateError: the graph runs in a DistributedDataParallel made before ``compile``.
+        """
+        owners = _Owners(gm, example_inputs)
+        for write in rewrites.writes:
+            raise _write_error(owners.of(write.gm, write.mask), write)
+        if not training:
+            self._note_choices(rewrites, owners)
+            return
+        for leftover in rewrites.leftovers:
+            for weight in owners.of(leftover.gm, leftover.mask):
+                weight.fallback.note(self._why(leftover), trains=weight.values.requires_grad)
+        for call in rewrites.calls:
+            for weight in owners.of(call.gm, call.mask):
+                _check_wrapper(weight)
+        weights = self._note_choices(rewrites, owners)
+        line = nothing_gains(weights, training=True)
+        if line and frozenset(weights) not in self._told:
+            self._told.add(frozenset(weights))
+            warnings.warn(line, EngineWarning, stacklevel=3)
+
+    def _note_choices(self, rewrites: Rewrites, owners: "_Owners") -> "Sizes":
+        """Note the engines of a graph's products on its weights, and return them by weight."""
+        found: Sizes = {}
+        for call in rewrites.calls:
+            request = call.request
+            chosen = {
+                selection.Problem.of(op, request): selection.chosen(op, request)
+                for op in call.products
+            }
+            size = (request.d_out, request.d_in, request.n, request.m)
+            found.setdefault(size, {}).update(chosen)
+            for weight in owners.of(call.gm, call.mask):
+                weight.choices.update(chosen)
+        return found
+
+    def _why(self, leftover: Leftover) -> str:
+        """Why a weight is left expanded."""
+        if leftover.used_by == ("output",):
+            return (
+                "Dynamo compiled the reading of its weight by itself, as it does below a graph "
+                "break in one of torch's own containers (nn.Sequential, nn.LSTM)"
+            )
+        disabled = self.settings.disable_passes
+        reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
+        return reason + (f" (disabled are {', '.join(disabled)})" if disabled else "")
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
+        tag = f"{torch.compiler.config.cache_key_tag} slope_fx {_cache_tag()}"
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            return self._compile_within(gm, example_inputs)
+
+    def _compile_within(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
+        settings = self.settings
+        if settings.backend == "inductor":
+            patches = settings.inductor_options()
+            return cast(CompiledFunction, compile_fx(gm, example_inputs, config_patches=patches))
+        more: dict[str, Any] = {}
+        if settings.mode not in (None, "default"):
+            more["mode"] = settings.mode
+        if settings.options:
+            more["options"] = dict(settings.options)
+        return resolve(settings.backend or "eager")(gm, example_inputs, **more)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RewritingBackend":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return backend_of, (self.settings,)
+
+
+@functools.cache
+def _cache_tag() -> str:
+    """What torch.compile's caches on disk must tell apart besides the graph.
+
+    The graph names our ops, not what their gradients and fake tensors are, which is in their
+    sources: another version's would be taken for this one's.
+    """
+    sources = sorted(Path(ops.__file__).parent.glob("*.py"))
+    return digest(__version__, *(path.read_text() for path in sources))
+
+
+def _run_own(gm: GraphModule, passes: Sequence[UserPass]) -> GraphModule:
+    """Run the user's passes; one may change the graph in place, or return another."""
+    for own in passes:
+        name = getattr(own, "__name__", repr(own))
+        result = own(gm)
+        if result is not None and not isinstance(result, GraphModule):
+            raise ArgumentError(
+                f"passes: {name} returned a {type(result).__name__}; a pass changes the "
+                "GraphModule it is given and returns None, or returns another GraphModule."
+            )
+        gm = gm if result is None else result
+        gm.graph.lint()
+        gm.recompile()
+    return gm
+
+
+Sizes = dict[tuple[int, int, int, int], Choices]
+"""The engines chosen for weights, by (d_out, d_in, N, M)."""
+
+
+def nothing_gains(weights: Sizes, training: bool) -> str:
+    """The line for a model whose sparse linears gain no speed, as far as was measured, or "".
+
+    Args:
+        weights: the engines chosen for its sparse linears.
+        training: whether all three products count, or the forward product alone.
+    """
+    gains = [selection.gain(chosen.items(), training) for chosen in weights.values()]
+    measured = [gain for gain in gains if gain is not None]
+    if not measured or len(measured) < len(gains) or max(measured)[0] >= 1:
+        return ""
+    best, tokens = max(measured)
+    return (
+        f"No sparse linear is faster here than its dense one was (at best {best:.2f}x, for "
+        f"{tokens} tokens): all are too small to gain speed. What is saved is memory."
+    )
+
+
+def rewriting_backend(
+    inner: str | BackendFunction = "inductor",
+    engine: str = AUTO,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    passes: Sequence[Any] = (),
+    disable_passes: Sequence[str] = (),
+) -> RewritingBackend:
+    """The backend that rewrites for slope_fx ahead of ``inner``.
+
+    For compiling parts of a model by hand, as in
+    ``block.compile(backend=slope_fx.rewriting_backend("inductor"))``. ``compile`` does
+    this for you.
+
+    Args:
+        inner: a torch.compile backend, by name or as a function.
+        engine: what may compute the sparse products, as for ``compile``.
+        mode, options: as of torch.compile, for ``inner``.
+        passes: your own passes, functions of a GraphModule, after ours or around ``...``.
+        disable_passes: names of ours to leave out.
+
+    Raises:
+        ArgumentError: there is no backend, engine, mode, option or pass of that name.
+    """
+    return backend_of(
+        Settings.of(
+            backend=inner, engine=engine, mode=mode, options=options, passes=passes,
+            disable_passes=disable_passes,
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def backend_of(settings: Settings) -> RewritingBackend:
+    """The one backend of such settings."""
+    return RewritingBackend(settings)
+
+
+class _Owners:
+    """From the nodes of a graph to the layers that they belong to."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        self._gm = gm
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        self._inputs = dict(zip(placeholders, example_inputs, strict=False))
+
+    def of(self, gm: GraphModule, mask: Node) -> list[SparseWeight]:
+        """The layers with the forward mask that a node of ``gm`` is, in a nested graph or not."""
+        value = self._inputs.get(_outer_placeholder(self._gm, gm, mask))
+        return [] if value is None else find_alive(lambda weight: weight.forward_bits is value)
+
+
+def _write_error(weights: Iterable[SparseWeight], write: Leftover) -> UnsupportedError:
+    names = [weight.name for weight in weights]
+    return UnsupportedError(
+        f"{' and '.join(names) or 'a sparse layer'}: the model's forward writes to its `weight` "
+        f"({', '.join(write.used_by)}), which is made from its values at each reading, so that "
+        "the write would be lost. Keep the layer dense with sparsity={...: None}, switch the "
+        "write off in the model (RWKV: config.rescale_every = 0), or write outside of forward, "
+        "with slope_fx.sparse_weights(model)[name].write_(dense)."
+    )
+
+
+def _check_wrapper(weight: SparseWeight) -> None:
+    """See that the DistributedDataParallel that runs, if one does, knows the layer's values."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or any(p is weight.values for p in wrapper._module_parameters):
+        return
+    raise StateError(
+        f"{weight.name}: the DistributedDataParallel around the model goes on synchronising the "
+        "parameters that compile replaced. Call slope_fx.compile first, then wrap."
+    )
+
+
+def _outer_placeholder(outer: GraphModule, gm: GraphModule, node: Node) -> Node:
+    """The placeholder of the outermost graph that a nested graph's placeholder stands for."""
+    if gm is outer or node.op != "placeholder":
+        return node
+    for parent in (m for m in outer.modules() if isinstance(m, GraphModule)):
+        for _, nested, operands in nested_calls(parent):
+            if nested is gm and operands is not None:
+                index = gm.graph.find_nodes(op="placeholder").index(node)
+                return _outer_placeholder(outer, parent, operands[index])
+    return node
+
+
+def _raiser(error: Exception) -> CompiledFunction:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    return fail

@@ -1,0 +1,122 @@
+"""The arguments of ``compile``: how they are read, what is refused, what is without effect."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from slope_fx.backend.settings import RunOptions, Settings
+from slope_fx.errors import ArgumentError, ArgumentWarning, StateError
+from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity
+from slope_fx.planning.patterns import PatternRules
+from slope_fx.record import sparse_weights_in
+
+
+class CompileOptions(ConfigOptions, RunOptions, total=False):
+    """The keyword arguments of :func:`compile`: what is pruned, and how it is run."""
+
+
+def split_options(
+    sparsity: Sparsity | SlopeConfig, options: Mapping[str, Any]
+) -> tuple[SlopeConfig, Settings]:
+    """The configuration and the settings in the keyword arguments of ``compile``.
+
+    Raises:
+        ArgumentError: there is an unknown argument, or a value that isn't allowed.
+    """
+    known = (*ConfigOptions.__annotations__, *RunOptions.__annotations__)
+    if unknown := [name for name in options if name not in known]:
+        raise ArgumentError(f"there is no argument {unknown[0]!r}; there are {', '.join(known)}.")
+    of_config = {name: options[name] for name in ConfigOptions.__annotations__ if name in options}
+    of_run = {name: options[name] for name in RunOptions.__annotations__ if name in options}
+    config = SlopeConfig.of(sparsity, cast(ConfigOptions, of_config))
+    return config, Settings.of(**cast(RunOptions, of_run))
+
+
+def check_model(model: nn.Module) -> None:
+    """See that ``model`` can be compiled, and isn't compiled or wrapped yet.
+
+    Raises:
+        StateError: it is compiled.
+        ArgumentError: it can't be compiled as it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
+    if any(c.__name__ == "LightningModule" for c in type(model).__mro__):
+        raise ArgumentError(
+            "model is a LightningModule, whose training_step Lightning calls past any compiled "
+            "forward. Compile the model in it: self.model = slope_fx.compile(self.model, ...)."
+        )
+    already = list(sparse_weights_in(model))
+    if already:
+        raise StateError(
+            f"model is compiled already: {already[0]} holds a sparse weight, and {len(already)} "
+            "layers in all. Compile a fresh dense model, or keep using this one."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise ArgumentError(
+                f"model is wrapped in {type(module).__name__}, which goes on synchronising the "
+                "parameters that compile replaces. Call slope_fx.compile first, then wrap."
+            )
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            raise ArgumentError(
+                f"{name or 'model'} is compiled by torch.compile already, with a backend that "
+                "knows no sparse weights. Pass the model as it was before: slope_fx.compile "
+                "compiles it, with backend= and region= to say how."
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ArgumentError(
+                f"{name} is not initialised yet. Run a lazy module once before compile."
+            )
+        if parameter.is_meta:
+            raise ArgumentError(
+                f"{name} is on the meta device and has no values to choose a mask from. Give the "
+                "model storage first, with model.to_empty(device=...) and an initialisation."
+            )
+
+
+def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibration: bool) -> None:
+    """Warn of arguments, or parts of arguments, that have no effect."""
+    lines = [
+        f"{what} has no effect with backend=None; give it to rewriting_backend or to torch.compile."
+        for what in settings.without_effect()
+    ]
+    lines += [
+        f"sparsity[{key!r}] matches no linear of the model that an earlier key doesn't match; see "
+        "slope_fx.explain(model) for the names."
+        for key in rules.unmatched()
+    ]
+    if unused_calibration:
+        lines.append('calibration has no effect: only mask="wanda" and adapter_init="eora" use it.')
+    for line in lines:
+        warnings.warn(line, ArgumentWarning, stacklevel=3)
+
+
+def say_untraced(because: str, *, given: bool) -> None:
+    """Warn that the model was not traced, if it wasn't.
+
+    Args:
+        because: the reason; "" for a traced model.
+        given: whether example inputs were given.
+    """
+    if not because:
+        return
+    advice = "Pass example_inputs that the model's forward accepts to have its graph decide."
+    if given:
+        advice = (
+            "Its forward runs on the example_inputs, but torch.export can't follow it: see "
+            'TORCH_LOGS="+slope_fx" for where.'
+        )
+    warnings.warn(
+        f"The model was not traced ({because}); its nn.Linear and Conv1D modules were taken "
+        "instead, the first for the one that reads the input and the last for the output head. "
+        f"{advice}",
+        ArgumentWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,138 @@
+"""For PEFT: the adapters of a compiled model as a LoRA adapter."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from slope_fx.errors import ArgumentError, UnsupportedError, first_line
+from slope_fx.planning.plan import sparse_name
+from slope_fx.planning.trace import linear_modules
+from slope_fx.record import record_of, sparse_weights
+from slope_fx.sparse.weight import SparseWeight, whole
+
+
+def export_peft(
+    model: nn.Module, path: str | os.PathLike[str], *, base_model: str | None = None
+) -> Path:
+    """Write the adapters of ``model`` as a PEFT LoRA adapter.
+
+    ``peft.PeftModel.from_pretrained(dense, path)`` on ``densify(model, "drop")``, or on a
+    checkpoint of that, gives the same outputs.
+
+    Args:
+        model: what ``compile`` or ``load_pretrained`` returned, its adapters taking part.
+        path: the folder to write ``adapter_config.json`` and ``adapter_model.safetensors`` to.
+        base_model: name or folder of the dense model, to be put into the configuration.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StateError: ``model`` is not the object that ``compile`` returned.
+        UnsupportedError: no adapter takes part, or one is on something that PEFT knows no LoRA
+            for: a bare parameter, the experts of a mixture, some layers of Mamba.
+    """
+    record_of(model)
+    layers = adapted(model)
+    peft = library()
+    ranks = {path: weight.rank for path, (_, weight) in layers.items()}
+    alphas = {path: weight.scale * (weight.rank or 0) for path, (_, weight) in layers.items()}
+    first = next(iter(layers))
+    config = peft.LoraConfig(
+        r=ranks[first],
+        lora_alpha=alphas[first],
+        # A pattern, which PEFT takes for whole paths; a name would be the end of any path.
+        target_modules="|".join(map(re.escape, layers)),
+        rank_pattern={f"^{re.escape(p)}$": r for p, r in ranks.items() if r != ranks[first]},
+        alpha_pattern={f"^{re.escape(p)}$": a for p, a in alphas.items() if a != alphas[first]},
+        fan_in_fan_out=any(not isinstance(m, nn.Linear) for m, _ in layers.values()),
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    _check_peft_takes(peft, config, model, layers)
+    tensors: dict[str, Tensor] = {}
+    for name, (_, weight) in layers.items():
+        for part in ("lora_A", "lora_B"):
+            stored = whole(getattr(weight, part).detach()).cpu().contiguous().clone()
+            tensors[f"base_model.model.{name}.{part}.weight"] = stored
+    from safetensors.torch import save_file
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
+
+
+def _check_peft_takes(peft: Any, config: Any, model: nn.Module, names: Iterable[str]) -> None:
+    """Raise where PEFT knows a LoRA for the type of a layer, and refuses this layer."""
+    check = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
+    if check is None:
+        return
+    for name in names:
+        try:
+            check(config, model, name.rpartition(".")[2])
+        except ValueError as error:
+            raise UnsupportedError(
+                f"{name}: {first_line(error)} Merge the adapters instead: densify(model, 'merge')."
+            ) from None
+
+
+def adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
+    """The modules that PEFT is to give an adapter, by path, with the weights they have one of.
+
+    Raises:
+        UnsupportedError: there is none, or one that PEFT can't have.
+    """
+    active = [w for w in sparse_weights(model).values() if w.adapter_active and w.rank]
+    if not active:
+        raise UnsupportedError(
+            "the model has no adapters that take part: it was compiled without adapter_rank, or "
+            "they haven't begun. Nothing can be exported; densify(model, 'drop') is all of it."
+        )
+    linears = {id(module) for module in linear_modules(model).values()}
+    found = {}
+    for weight, paths in _places(model):
+        if not (weight.adapter_active and weight.rank):
+            continue
+        for path, attribute in paths:
+            module = model.get_submodule(path)
+            if id(module) not in linears or attribute != "weight":
+                raise UnsupportedError(
+                    f"{weight.name} is not the weight of a linear module, and PEFT has no LoRA "
+                    "for it. Merge the adapters instead: densify(model, 'merge')."
+                )
+            found[path] = (module, weight)
+    return found
+
+
+def _places(model: nn.Module) -> Iterator[tuple[SparseWeight, list[tuple[str, str]]]]:
+    """Each sparse weight, with the modules that have it and the attribute it is there."""
+    places: dict[SparseWeight, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute in _attributes(module):
+            weight = cast(SparseWeight, module._modules[sparse_name(attribute)])
+            places.setdefault(weight, []).append((path, attribute))
+    yield from places.items()
+
+
+def _attributes(module: nn.Module) -> tuple[str, ...]:
+    kind = getattr(type(module), "_slope_kind", None)
+    return () if kind is None else kind.attributes
+
+
+def library() -> Any:
+    """The library.
+
+    Raises:
+        ArgumentError: it can't be imported.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ArgumentError(f"PEFT can't be imported: {error}. `pip install peft`.") from error
+    return peft

@@ -1,0 +1,117 @@
+"""Which modules are compiled, each as one graph: the whole model, or its repeated blocks."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from slope_fx.planning.plan import LinearPlan, SparsePlan
+
+Region = Literal["auto", "model", "blocks"]
+GRAPH = 4
+"""What a graph of its own costs to compile besides its ops, in linears."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The modules to compile.
+
+    Attributes:
+        paths: of the modules, "" for the model itself.
+        kinds: a number for each; those of one kind share a graph.
+    """
+
+    paths: tuple[str, ...] = ("",)
+    kinds: tuple[int, ...] = (0,)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model is compiled as one graph."""
+        return self.paths == ("",)
+
+
+def choose_regions(
+    model: nn.Module, region: Region, plans: Iterable[LinearPlan], graphs: Mapping[str, int]
+) -> Regions:
+    """The modules to compile.
+
+    Args:
+        model: the model.
+        region: "model" for one graph; "blocks" for the repeated blocks, compiled one by
+            one (the same code serves all of a kind), and for each sparse linear outside of
+            them the module that calls it. "auto": the blocks, if less is to be compiled so
+            and three quarters of the linears are in them.
+        plans: of its linears; the modules whose forward calls a sparse one are compiled.
+        graphs: for each module the number of its graph as it was traced; those that it lacks are
+            compared by their types and the shapes of their parameters.
+    """
+    sparse = [plan for plan in plans if isinstance(plan, SparsePlan)]
+    if region == "model":
+        return Regions()
+    graph_of = _graph_of(model, graphs)
+    blocks = _repeated_blocks(model, graph_of)
+    chosen = set()
+    for scope in {scope for plan in sparse for scope in plan.scopes}:
+        containing = [block for block in blocks if _within(scope, block)]
+        chosen.add(min(containing, key=len) if containing else scope)
+    chosen -= {c for c in chosen if any(c != other and _within(c, other) for other in chosen)}
+    paths = sorted(chosen)
+    numbers: dict[object, int] = {}
+    kinds = []
+    for path in paths:
+        inside = sorted(
+            (scope.removeprefix(path), str(plan.pattern), plan.shape)
+            for plan in sparse
+            for scope in plan.scopes
+            if _within(scope, path)
+        )
+        key = (type(model.get_submodule(path)), graph_of(path), tuple(inside))
+        kinds.append(numbers.setdefault(key, len(numbers)))
+    # Of each kind one is compiled, with as many linears as it has.
+    linears = {kind: _linears_in(path, sparse) for path, kind in zip(paths, kinds, strict=True)}
+    one_by_one = sum(linears.values()) + GRAPH * len(linears)
+    worse = one_by_one > _linears_in("", sparse) + GRAPH
+    # Around a linear that is compiled alone everything stays eager.
+    alone = sum(_linears_in(path, sparse) for path in chosen - blocks)
+    if region == "auto" and (worse or 4 * alone > _linears_in("", sparse)):
+        return Regions()
+    return Regions(tuple(paths), tuple(kinds))
+
+
+def _linears_in(path: str, plans: list[SparsePlan]) -> int:
+    return sum(_within(scope, path) for plan in plans for scope in plan.scopes)
+
+
+def _within(path: str, module: str) -> bool:
+    return module in ("", path) or path.startswith(f"{module}.")
+
+
+def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], object]:
+    """What two modules have alike if their graphs are equal."""
+
+    def structure(path: str) -> object:
+        module = model.get_submodule(path)
+        types = tuple((name, type(part)) for name, part in module.named_modules())
+        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+        return types, tuple((name, t.shape, t.dtype) for name, t in tensors)
+
+    return lambda path: graphs[path] if path in graphs else structure(path)
+
+
+def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
+    """Members of each ModuleList or Sequential that holds two or more with the same graph."""
+    blocks = set()
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        prefix = f"{path}." if path else ""
+        alike: dict[type, list[str]] = {}
+        for name, member in module.named_children():
+            if next(member.children(), None) is not None:
+                alike.setdefault(type(member), []).append(prefix + name)
+        for members in alike.values():
+            if len({graph_of(member) for member in members}) < len(members):
+                blocks |= set(members)
+    return blocks

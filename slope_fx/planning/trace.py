@@ -1,0 +1,271 @@
+"""Learn, without touching data, what a model does with its parameters."""
+
+import copy
+import inspect
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx.errors import ArgumentError, first_line
+from slope_fx.hub import takes_cache
+from slope_fx.passes import WeightRole, graph_kinds, weight_roles
+from slope_fx.passes.views import Read
+
+log = logging.getLogger(__name__)
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What is known of a model's weights.
+
+    Attributes:
+        roles: parameter name (its first, if it has several) to role.
+        untraced_because: why there is no graph, and module types had to serve; "" for a
+            traced model.
+        graphs: for each module that is called the number of its graph; equal ones are alike.
+    """
+
+    roles: dict[str, WeightRole]
+    untraced_because: str = ""
+    graphs: dict[str, int] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
+    """Trace ``model`` by ``torch.export`` with fake tensors, in its current mode.
+
+    Args:
+        model: left as it was, random state included.
+        example_inputs: a tensor or a sequence of arguments, a mapping of keyword
+            arguments, or the pair (arguments, keyword arguments). None: a transformers
+            model brings its own; another model is not traced.
+
+    Raises:
+        ArgumentError: the inputs don't fit the model's forward.
+    """
+    given = example_inputs is not None
+    inputs = split_inputs(example_inputs) if given else _transformers_inputs(model)
+    if inputs is None:
+        return Trace(_roles_by_type(model), "no example_inputs were given")
+    args, kwargs = inputs
+    if takes_cache(model):
+        # A cache would return keys and values, whose projections aren't the output head.
+        kwargs.setdefault("use_cache", False)
+    _check_signature(model, args, kwargs)
+    try:
+        exported = _exported(model, args, kwargs)
+    except Exception as error:
+        log.info("torch.export failed", exc_info=True)
+        if given:
+            _check_inputs_run(model, args, kwargs)
+        reason = f"torch.export failed: {type(error).__name__}: {first_line(error)}".rstrip(".")
+        try:  # some models of transformers fail without a mask, or with one
+            masked = None if given else _masked(model, kwargs)
+            if masked is None:
+                return Trace(_roles_by_type(model), reason)
+            exported = _exported(model, args, masked)
+        except Exception:
+            log.info("torch.export failed with a mask too", exc_info=True)
+            return Trace(_roles_by_type(model), reason)
+    signature = exported.graph_signature
+    first = first_names(model)
+    parameters = {
+        placeholder: first[id(model.get_parameter(name))]
+        for placeholder, name in signature.inputs_to_parameters.items()
+    }
+    user_inputs = [name for name in signature.user_inputs if isinstance(name, str)]
+    gm = exported.graph_module
+    return Trace(weight_roles(gm, parameters, user_inputs), graphs=graph_kinds(gm))
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # With gradients, for without them torch's own modules take paths of their own.
+    quiet = _quiet_fake_tensors()
+    with quiet, _random_state_kept(), _attributes_kept(model), torch.enable_grad():
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _masked(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The inputs with an attention mask, for a model that takes one."""
+    ids, accepted = kwargs.get("input_ids"), inspect.signature(model.forward).parameters
+    if ids is None or "attention_mask" not in accepted:
+        return None
+    return {**kwargs, "attention_mask": torch.ones_like(ids)}
+
+
+def first_names(model: nn.Module) -> dict[int, str]:
+    """The first qualified name of each parameter, by the parameter's id."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are linears by their type: ``nn.Linear`` and transformers' ``Conv1D``."""
+    types: tuple[type[nn.Module], ...] = (nn.Linear, *_conv1d())
+    return {name: module for name, module in model.named_modules() if isinstance(module, types)}
+
+
+def _conv1d() -> tuple[type[nn.Module], ...]:
+    # Not imported for this: a model has one only if transformers is loaded already.
+    utilities = sys.modules.get("transformers.pytorch_utils")
+    return () if utilities is None else (utilities.Conv1D,)
+
+
+def split_inputs(
+    given: ExampleInputs, argument: str = "example_inputs"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: positional and keyword arguments.
+
+    Raises:
+        ArgumentError: ``given`` is none of the allowed forms.
+    """
+    if isinstance(given, Tensor):
+        return (given,), {}
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
+            return given[0], dict(given[1])
+        return tuple(given), {}
+    raise ArgumentError(
+        f"{argument} is a {type(given).__name__}; allowed are a tensor, a sequence of "
+        "arguments, a mapping of keyword arguments, or the pair (arguments, keyword arguments)."
+    )
+
+
+def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentError(
+            f"example_inputs don't fit {type(model).__name__}.forward{signature}: {error}. "
+            "Pass what you would call the model with."
+        ) from None
+
+
+def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell inputs that don't fit from a forward that can't be traced, by running it.
+
+    On a copy, for a forward may keep things; it is only done when a trace has failed.
+    """
+    try:
+        clone = copy.deepcopy(model)
+    except Exception:
+        log.info("the model can't be copied, so example_inputs weren't tried", exc_info=True)
+        return
+    try:
+        with torch.no_grad(), _random_state_kept():
+            clone(*args, **kwargs)
+    except Exception as error:
+        raise ArgumentError(
+            f"example_inputs don't fit: {type(model).__name__} fails on them with "
+            f"{type(error).__name__}: {first_line(error)} Pass what you would call the model "
+            "with, on the model's device."
+        ) from error
+
+
+def _random_state_kept() -> AbstractContextManager[None]:
+    """A traced or tried dropout must not move the random state of the training to come."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a traced forward sets on its modules: the values are fake."""
+    before = {
+        module: {k: dict(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+        for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            kept = {}
+            for name, value in attributes.items():
+                now = module.__dict__.get(name)
+                if isinstance(now, dict) and isinstance(value, dict):
+                    # The same dict, for others may hold it.
+                    if [(k, id(v)) for k, v in now.items()] != [
+                        (k, id(v)) for k, v in value.items()
+                    ]:
+                        now.clear()
+                        now.update(value)
+                    value = now
+                kept[name] = value
+            module.__dict__.clear()
+            module.__dict__.update(kept)
+
+
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """A failed trace is told in our own words, not in pages of torch's log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Inputs for a transformers model: one short sequence, or one image."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return None
+    device = next(iter(model.parameters())).device
+    accepted = inspect.signature(model.forward).parameters
+    ids = torch.ones((1, 8), dtype=torch.long, device=device)
+    if main == "input_ids":
+        kwargs: dict[str, Any] = {"input_ids": ids}
+    elif main == "pixel_values":
+        size = getattr(config, "image_size", None)
+        if size is None:
+            return None
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        dtype = next(iter(model.parameters())).dtype
+        kwargs = {"pixel_values": torch.zeros(1, channels, height, width, dtype=dtype).to(device)}
+    else:
+        return None
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        kwargs["decoder_input_ids"] = ids
+    return (), kwargs
+
+
+def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
+    """A guess at the roles where there is no graph: linears by module type, in module order."""
+    first = first_names(model)
+    linears = linear_modules(model)
+    roles: dict[str, WeightRole] = {}
+    for path, module in linears.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            role = roles.setdefault(first[id(weight)], WeightRole())
+            role.scopes.append(path)
+            role.reads.add(_whole(weight, transposed=not isinstance(module, nn.Linear)))
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and path not in linears and first[id(parameter)] in roles:
+                roles[first[id(parameter)]].other_uses.append(f"{type(module).__name__}.{name}")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = list(roles)
+    if names:
+        roles[names[0]].reads_input = True
+        head_weight = getattr(head, "weight", None)
+        roles[first.get(id(head_weight), names[-1])].makes_output = True
+    return roles
+
+
+def _whole(weight: Tensor, *, transposed: bool) -> Read:
+    """All of a linear module's weight."""
+    d_in, d_out = weight.shape if transposed else reversed(weight.shape)
+    return Read(transposed, d_in, d_out, 0, d_out, 1)

@@ -1,0 +1,82 @@
+"""What was decided for a model, kept on it; and what a compiled model holds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from slope_fx.backend.settings import Settings
+from slope_fx.errors import StateError
+from slope_fx.planning.config import SlopeConfig
+from slope_fx.planning.plan import LinearPlan, SparsePlan
+from slope_fx.planning.regions import Regions
+from slope_fx.sparse.weight import SparseWeight
+
+RECORD = "_slope_fx"
+"""The attribute of a compiled model that holds its record."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``compile`` decided.
+
+    Attributes:
+        config: what is pruned, and how.
+        settings: how the model is run.
+        plans: what became of each linear.
+        untraced_because: why the model could not be traced; "" if it was.
+        graphs: for each module of the traced model that holds a linear the number of its graph.
+        regions: the modules that are compiled.
+    """
+
+    config: SlopeConfig
+    settings: Settings
+    plans: tuple[LinearPlan, ...]
+    untraced_because: str = ""
+    graphs: Mapping[str, int] = field(default_factory=dict)
+    regions: Regions = field(default_factory=Regions)
+
+
+def record_of(model: nn.Module) -> Record:
+    """What ``compile`` decided for ``model``.
+
+    Raises:
+        StateError: ``compile`` has not been called on it.
+    """
+    record = getattr(model, "__dict__", {}).get(RECORD)
+    if not isinstance(record, Record):
+        raise StateError(
+            f"model is a {type(model).__name__} that slope_fx.compile has not been called on. "
+            "Pass the object that compile returned, not a part or a wrapper of it."
+        )
+    return record
+
+
+def compiled_models(module: nn.Module) -> list[nn.Module]:
+    """The compiled models in ``module``, itself included."""
+    return [m for m in module.modules() if isinstance(m.__dict__.get(RECORD), Record)]
+
+
+def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
+    """The sparse weights of a compiled model, by the qualified name of the layer.
+
+    Raises:
+        StateError: ``model`` is not the object that ``compile`` returned.
+    """
+    record_of(model)
+    return sparse_weights_in(model)
+
+
+def sparse_weights_in(module: nn.Module) -> dict[str, SparseWeight]:
+    """The sparse weights of a module and its parts, by the name of the layer; empty if none."""
+    return {m.name: m for m in module.modules() if isinstance(m, SparseWeight)}
+
+
+def sparsity_of(module: nn.Module) -> float:
+    """The fraction of the weights of all linears of its compiled models that is zero."""
+    plans = [plan for model in compiled_models(module) for plan in record_of(model).plans]
+    sizes = [
+        (math.prod(p.shape), p.pattern.density if isinstance(p, SparsePlan) else 1.0) for p in plans
+    ]
+    return 1 - sum(size * kept for size, kept in sizes) / sum(size for size, _ in sizes)

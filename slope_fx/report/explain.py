@@ -1,0 +1,197 @@
+"""``explain``: what became of every linear, and why."""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from slope_fx.backend.rewriting import nothing_gains
+from slope_fx.hub import takes_cache
+from slope_fx.kernels.engines import kept_bytes
+from slope_fx.kernels.packing import packed_width
+from slope_fx.kernels.selection import Choice, Problem, gain
+from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
+from slope_fx.planning.trace import linear_modules
+from slope_fx.record import Record, record_of, sparse_weights
+from slope_fx.report.tables import PRODUCTS, Explanation, LinearReport, ProductReport
+from slope_fx.sparse.storage import storage_named
+from slope_fx.sparse.weight import SparseWeight
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What became of every linear of a compiled model.
+
+    Args:
+        model: what :func:`slope_fx.compile` returned.
+
+    Raises:
+        StateError: ``model`` is not the object that ``compile`` returned.
+    """
+    record = record_of(model)
+    weights = sparse_weights(model)
+    notes = []
+    if record.untraced_because:
+        notes.append(
+            f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
+            "Conv1D modules, and first and last are by module order."
+        )
+    met: dict[tuple[int, int, int, int], dict[Problem, Choice]] = {}
+    for plan in record.plans:
+        weight = weights.get(plan.name)
+        if weight is not None and isinstance(plan, SparsePlan):
+            for rows in plan.rows:
+                size = (rows, weight.d_in, weight.n, weight.m)
+                met[size] = dict(_choices(weight, [rows]))
+    trained = any(gain(choices.items(), training=True) for choices in met.values())
+    if line := nothing_gains(met, trained):
+        notes.append(line)
+    if line := _regions(model, record):
+        notes.append(line)
+    reports = [_report(model, plan, weights.get(plan.name)) for plan in record.plans]
+    reports += _added(model, record)
+    return Explanation(tuple(reports), "\n".join(notes))
+
+
+def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, Choice]]:
+    """The engines chosen for products of a weight's size in the model, so for this weight too."""
+    size = (weight.d_in, weight.n, weight.m)
+    return [
+        (problem, choice)
+        for problem, choice in weight.choices.items()
+        if problem.d_out in rows and (problem.d_in, problem.n, problem.m) == size
+    ]
+
+
+def _regions(model: nn.Module, record: Record) -> str:
+    """What is compiled, if not the model as one graph."""
+    if record.settings.backend is None or record.regions.whole:
+        return ""
+    paths, kinds = record.regions.paths, len(set(record.regions.kinds))
+    line = (
+        f"Compiled one by one: {len(paths)} modules, {paths[0]} and so on, with {kinds} "
+        f"{'graph' if kinds == 1 else 'graphs'} among them."
+    )
+    if record.settings.region == "auto" and takes_cache(model):
+        line += (
+            " While it trains the model is called with use_cache=False; where a cache is used it "
+            "is compiled as a whole."
+        )
+    return line
+
+
+def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> LinearReport:
+    if weight is None or not isinstance(plan, SparsePlan):
+        return report_dense(_as_it_is_now(model, plan))
+    values = weight.values
+    # The sizes as they are, whatever dtype the model was moved to.
+    return report_sparse(
+        plan,
+        weight.storage.name,
+        weight.rank,
+        values.element_size(),
+        products=product_reports(_choices(weight, plan.rows)),
+        reason=weight.expanded_because or "",
+        operand_bytes=kept_bytes(values),
+    )
+
+
+def _as_it_is_now(model: nn.Module, plan: LinearPlan) -> DensePlan:
+    """The plan of a linear without a sparse weight; a new plan if its layer was replaced."""
+    try:
+        parameter = model.get_parameter(plan.parameter_name)
+    except AttributeError:
+        parameter = None
+    if isinstance(plan, DensePlan) and (parameter is not None or not plan.parameter_name):
+        return plan
+    about = (plan.name, plan.parameter_name)
+    if parameter is None:
+        reason = "its layer was removed, moved or replaced after compile"
+        return DensePlan(*about, plan.shape, plan.scopes, 0, reason)
+    size = parameter.numel() * parameter.element_size()
+    reason = "its layer was replaced after compile"
+    return DensePlan(*about, tuple(parameter.shape), plan.scopes, size, reason)
+
+
+def _added(model: nn.Module, record: Record) -> list[LinearReport]:
+    """The linear modules that weren't there when the model was compiled."""
+    known = {plan.name for plan in record.plans} | {plan.parameter_name for plan in record.plans}
+    sparse = {id(weight.values) for weight in sparse_weights(model).values()}
+    reports = []
+    for name, module in linear_modules(model).items():
+        weight = module._parameters.get("weight")
+        held = weight is None or any(id(p) in sparse for p in module.parameters())
+        if weight is None or held or name in known or f"{name}.weight" in known:
+            continue
+        size = weight.numel() * weight.element_size()
+        why = "it was added after compile"
+        plan = DensePlan(name, f"{name}.weight", tuple(weight.shape), (), size, why)
+        reports.append(report_dense(plan))
+    return reports
+
+
+def report_dense(plan: DensePlan) -> LinearReport:
+    """The report on a dense linear."""
+    size = plan.bytes_dense
+    state = 2 * size + 8 * math.prod(plan.shape)
+    return LinearReport(
+        plan.name, "dense", plan.shape, None, (), None, plan.reason, size, size, state, state
+    )
+
+
+def report_sparse(
+    plan: SparsePlan,
+    storage: str,
+    rank: int | None,
+    size: int,
+    *,
+    products: tuple[ProductReport, ...] = (),
+    reason: str = "",
+    operand_bytes: int = 0,
+) -> LinearReport:
+    """The report on a sparse linear.
+
+    Args:
+        plan: of the linear.
+        storage: name of the storage format.
+        rank: of its adapter, or None.
+        size: bytes of an element.
+        products, reason, operand_bytes: as in :class:`LinearReport`.
+    """
+    layout, pattern, count = plan.layout, plan.pattern, math.prod(plan.shape)
+    rows, width = layout.stack * layout.d_out, layout.d_in * pattern.n // pattern.m
+    masks = rows * (packed_width(layout.d_in) + packed_width(width))
+    stored = storage_named(storage)
+    adapter = (rank or 0) * (rows + layout.stack * layout.d_in)
+    trained = math.prod(stored.shape(rows, layout.d_in, pattern)) + adapter
+    kept = stored.nbytes(rows, layout.d_in, pattern, size) + adapter * size
+    return LinearReport(
+        name=plan.name,
+        kind="sparse",
+        shape=plan.shape,
+        pattern=str(pattern),
+        products=products,
+        rank=rank,
+        reason=reason,
+        bytes_before=count * size,
+        bytes_after=kept + masks,
+        state_before=count * (2 * size + 8),
+        state_after=kept + trained * (size + 8) + masks,
+        operand_bytes=operand_bytes,
+    )
+
+
+def product_reports(chosen: Iterable[tuple[Problem, Choice]]) -> tuple[ProductReport, ...]:
+    """The engines chosen for products, by tokens, dtype and product."""
+    reports = (
+        ProductReport(
+            PRODUCTS[problem.op],
+            problem.tokens,
+            problem.dtype,
+            problem.threads,
+            choice.engine,
+            choice.speedup,
+        )
+        for problem, choice in chosen
+    )
+    order = list(PRODUCTS.values())
+    return tuple(sorted(reports, key=lambda r: (-r.tokens, r.dtype, order.index(r.product))))

@@ -1,0 +1,182 @@
+"""What would become of a model, told from its configuration alone."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from typing_extensions import Unpack
+
+from slope_fx.checkpoints.manifest import MANIFEST, Manifest, read_manifest
+from slope_fx.errors import ArgumentError, ArgumentWarning, NoEligibleLinearError, first_line
+from slope_fx.hub import class_of, config_of
+from slope_fx.kernels.selection import PRODUCTS, Problem, Request, chosen
+from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity, parse_dtype
+from slope_fx.planning.patterns import PatternRules
+from slope_fx.planning.plan import (
+    DensePlan,
+    SparsePlan,
+    layer_rank,
+    plan_linears,
+    sparse_plans,
+    values_name,
+)
+from slope_fx.planning.trace import trace
+from slope_fx.report.explain import product_reports, report_dense, report_sparse
+from slope_fx.report.tables import Explanation, LinearReport, ProductReport
+
+MOST_WIDTH = 2048
+"""Products are measured on weights of at most this width: what is gained hardly changes beyond,
+and takes seconds to measure."""
+
+
+def preview(
+    source: str | os.PathLike[str],
+    sparsity: Sparsity | SlopeConfig = "2:4",
+    *,
+    dtype: str | torch.dtype | None = None,
+    tokens: int = 1024,
+    measure: bool = True,
+    **options: Unpack[ConfigOptions],
+) -> Explanation:
+    """What ``compile`` would make of a model of transformers, without its weights.
+
+    The model is made on the meta device, which takes no memory, and traced as ``compile`` would.
+    Of a checkpoint of slope_fx it reports what the checkpoint holds.
+
+    Args:
+        source: a ``config.json``, a folder that has one, a name on the hub, or a checkpoint
+            that ``save_pretrained`` wrote.
+        sparsity, options: what to prune, as for :func:`slope_fx.compile`.
+        dtype: of the weights; None for the configuration's, or float32.
+        tokens: in a step, for which the products are measured.
+        measure: time the products on this machine, to tell which layers gain.
+
+    Raises:
+        ArgumentError: there is no such configuration, or no model of transformers of its class.
+        SlopeError: as ``compile`` does for the other arguments.
+    """
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
+    if unknown := [name for name in options if name not in ConfigOptions.__annotations__]:
+        raise ArgumentError(
+            f"there is no argument {unknown[0]!r}; there are "
+            f"{', '.join(ConfigOptions.__annotations__)}."
+        )
+    if (Path(source) / MANIFEST).is_file():
+        ignored = {"sparsity": sparsity != "2:4", "dtype": dtype is not None, **options}
+        for argument in (name for name, given in ignored.items() if given not in (None, False)):
+            warnings.warn(
+                f"{argument} has no effect: {source} is a sparse checkpoint, and what it holds is "
+                "reported.",
+                ArgumentWarning,
+                stacklevel=2,
+            )
+        return _of_checkpoint(Path(source), tokens if measure else None)
+    config = SlopeConfig.of(sparsity, options)
+    rules = PatternRules(config.sparsity)
+    model = _meta_model(source, parse_dtype(dtype))
+    traced = trace(model, None)
+    plans = plan_linears(model, traced, config, rules)
+    sparse = sparse_plans(plans)
+    if not sparse:
+        raise NoEligibleLinearError(f"No linear of {source} can be made {config.sparsity}.")
+    first = next(model.parameters())
+    products = _measured(sparse, first.dtype, tokens) if measure else {}
+    reports: list[LinearReport] = []
+    for plan in plans:
+        if isinstance(plan, SparsePlan):
+            rank, met = layer_rank(config, plan), products.get(plan.name, ())
+            size = first.element_size()
+            reports.append(report_sparse(plan, config.storage, rank, size, products=met))
+        elif isinstance(plan, DensePlan):
+            reports.append(report_dense(plan))
+    notes = []
+    if traced.untraced_because:
+        notes.append(f"The model was not traced ({traced.untraced_because}).")
+    if products:
+        notes.append(_gains(reports, tokens))
+    for key in rules.unmatched():
+        notes.append(f"sparsity[{key!r}] matches no linear that an earlier key doesn't match.")
+    return Explanation(tuple(reports), "\n".join(notes))
+
+
+def _of_checkpoint(folder: Path, tokens: int | None) -> Explanation:
+    manifest = read_manifest(folder)
+    sparse = sparse_plans(manifest.plans)
+    dtype = _dtype_of(folder, manifest)
+    products = {} if tokens is None else _measured(sparse, dtype, tokens)
+    reports: list[LinearReport] = []
+    for plan in manifest.plans:
+        if isinstance(plan, SparsePlan):
+            rank, met = manifest.sparse[plan.name].rank, products.get(plan.name, ())
+            size = plan.bytes_dense // max(1, torch.Size(plan.shape).numel())
+            reports.append(report_sparse(plan, manifest.config.storage, rank, size, products=met))
+        elif isinstance(plan, DensePlan):
+            reports.append(report_dense(plan))
+    active = sum(entry.adapter_active for entry in manifest.sparse.values())
+    note = f"A sparse checkpoint; adapters take part in {active} of its layers."
+    if tokens is not None:
+        note += f"\n{_gains(reports, tokens)}"
+    return Explanation(tuple(reports), note)
+
+
+def _dtype_of(folder: Path, manifest: Manifest) -> torch.dtype:
+    """Of the values of its sparse weights."""
+    name = next(name for name in manifest.tensors if name.endswith(values_name("")))
+    with safe_open(folder / manifest.tensors[name], framework="pt") as file:
+        return file.get_tensor(name).dtype
+
+
+def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn.Module:
+    """The model that a configuration describes, on the meta device."""
+    config = config_of(source)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    kind = class_of(config)
+    # The Auto classes have it in public, the models' own for them.
+    make = getattr(kind, "from_config", None) or kind._from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = make(config, dtype=dtype)
+    except Exception as error:
+        raise ArgumentError(
+            f"source={str(source)!r} describes no model that transformers can make: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    return model
+
+
+def _measured(
+    plans: list[SparsePlan], dtype: torch.dtype, tokens: int
+) -> dict[str, tuple[ProductReport, ...]]:
+    """What computes the products of each sparse linear here, and how much faster than dense."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {}
+    for plan in plans:
+        n, m = plan.pattern.n, plan.pattern.m
+        d_out, d_in = _capped(max(plan.rows), m), _capped(plan.shape[-1], m)
+        request = Request(tokens, d_out, d_in, n, m, dtype, device)
+        pairs = [(Problem.of(op, request), chosen(op, request)) for op in PRODUCTS]
+        found[plan.name] = product_reports(pairs)
+    return found
+
+
+def _capped(width: int, m: int) -> int:
+    return width if width <= MOST_WIDTH else MOST_WIDTH // m * m
+
+
+def _gains(reports: list[LinearReport], tokens: int) -> str:
+    gaining = [r for r in reports if r.products and _speedup(r) > 1]
+    sparse = sum(r.kind == "sparse" for r in reports)
+    return (
+        f"{len(gaining)} of {sparse} sparse linears train faster than dense here, by all three "
+        f"products at {tokens} tokens (measured on weights of at most {MOST_WIDTH} a side)."
+    )
+
+
+def _speedup(report: LinearReport) -> float:
+    """Of the three products together: each takes the same time dense, nearly."""
+    speedups = [p.speedup for p in report.products if p.speedup is not None]
+    return len(speedups) / sum(1 / s for s in speedups) if speedups else 0.0

@@ -1,0 +1,264 @@
+"""Put compressed weights into a model, in place, and take them out again if that fails.
+
+A layer keeps its identity and its attributes; its class becomes a subclass on which
+``weight`` is a property. The subclass is shared by all layers of a kind, because Dynamo
+reuses one compiled graph only for modules of one class.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx.errors import UnsupportedError
+from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
+from slope_fx.sparse.fallback import Fallback, OnFallback
+from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.storage import Storage
+from slope_fx.sparse.weight import Parts, Shared, SparseWeight
+
+
+class _Kind(NamedTuple):
+    """What a generated class adds to its base: weight properties, and a hook on copies."""
+
+    base: type[nn.Module]
+    attributes: tuple[str, ...]
+    after_copy: Callable[[nn.Module], None] | None
+
+
+@functools.cache
+def _class_of(kind: _Kind) -> type[nn.Module]:
+    """The one class of a kind. It passes for its base: same name, ``isinstance`` holds."""
+    body: dict[str, Any] = {
+        "__module__": kind.base.__module__,
+        "__qualname__": kind.base.__qualname__,
+        "__doc__": kind.base.__doc__,
+        "_slope_kind": kind,
+        "__reduce_ex__": _reduce,
+        "requires_grad_": _requires_grad,
+        "register_parameter": _register_parameter,
+        "qconfig": property(_no_qconfig, _refuse_qconfig),
+        "_load_from_state_dict": _load_from_state_dict,
+        **{attribute: _weight_property(attribute) for attribute in kind.attributes},
+    }
+    if kind.after_copy is not None:
+        body["__setstate__"] = _setstate
+    return type(kind.base.__name__, (kind.base,), body)
+
+
+def _weight_property(attribute: str) -> property:
+    sparse, values = sparse_name(attribute), values_name(attribute)
+
+    def read(module: nn.Module) -> Tensor:
+        weight: Tensor = getattr(module, sparse).read(getattr(module, values))
+        return weight
+
+    def write(module: nn.Module, value: object) -> None:
+        _refuse_replacement(module, attribute)
+
+    def delete(module: nn.Module) -> None:
+        _refuse_replacement(module, attribute)
+
+    doc = f"The dense W^R, rebuilt at each reading; what trains is `{values}`."
+    return property(read, write, delete, doc=doc)
+
+
+def _refuse_replacement(module: nn.Module, attribute: str) -> NoReturn:
+    """``layer.weight = other``: by hand, by functional_call, by libraries that quantise."""
+    name = getattr(module, sparse_name(attribute)).name
+    raise UnsupportedError(
+        f"{name}: its `{attribute}` can't be replaced or deleted, for it is made from "
+        f"`{values_name(attribute)}` and its masks. To write a dense weight call "
+        f"slope_fx.sparse_weights(model)[{name!r}].write_(dense); for functional_call name "
+        f"`{values_name(attribute)}`; to quantise, prune or parametrise it otherwise make the "
+        "model dense first: slope_fx.densify(model)."
+    )
+
+
+def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
+    for attribute in kind.attributes:  # "_orig" is torch.nn.utils.prune's
+        if name in (attribute, f"{attribute}_orig"):
+            _refuse_replacement(module, attribute)
+    kind.base.register_parameter(module, name, param)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    # Generated classes can't be imported by name; copies and pickles name their kind.
+    return _blank, tuple(type(module)._slope_kind), module.__getstate__()  # type: ignore[attr-defined]
+
+
+def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
+    # As nn.Module's, but for the masks, which can't.
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(requires_grad)
+    return module
+
+
+def _load_from_state_dict(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    # With strict=False, as the Trainer has it, torch would pass over a dense weight in silence.
+    kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
+    for attribute in kind.attributes:
+        if f"{prefix}{attribute}" in state_dict and f"{prefix}{values_name(attribute)}" not in (
+            state_dict
+        ):
+            error_msgs.append(
+                f"{prefix}{attribute} is the weight of a dense model, where this one has "
+                f"{prefix}{values_name(attribute)}. Load dense weights before slope_fx.compile."
+            )
+    kind.base._load_from_state_dict(
+        module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+        error_msgs,
+    )  # fmt: skip
+
+
+def _no_qconfig(module: nn.Module) -> NoReturn:
+    raise AttributeError("qconfig")
+
+
+def _refuse_qconfig(module: nn.Module, qconfig: object) -> NoReturn:
+    # torch.ao.quantization sets it on every module, and would pass over the sparse ones in silence.
+    raise UnsupportedError(
+        "torch.ao.quantization can't quantise a model with sparse weights. Quantise a dense copy: "
+        "slope_fx.densify(model)."
+    )
+
+
+def _blank(*kind: Any) -> nn.Module:
+    cls = _class_of(_Kind(*kind))
+    return cls.__new__(cls)
+
+
+def _setstate(module: nn.Module, state: dict[str, Any]) -> None:
+    nn.Module.__setstate__(module, state)
+    type(module)._slope_kind.after_copy(module)  # type: ignore[attr-defined]
+
+
+def set_kind(
+    module: nn.Module,
+    attributes: tuple[str, ...] = (),
+    after_copy: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Make ``module`` an instance of its class with the given additions, and keep earlier ones."""
+    kind = getattr(type(module), "_slope_kind", _Kind(type(module), (), None))
+    kind = _Kind(
+        kind.base, tuple(sorted({*kind.attributes, *attributes})), after_copy or kind.after_copy
+    )
+    module.__class__ = _class_of(kind)
+
+
+def install(
+    model: nn.Module,
+    plans: Sequence[SparsePlan],
+    make_parts: Callable[[SparsePlan, Tensor], Parts],
+    storage: Storage,
+    on_fallback: OnFallback,
+    undo: ExitStack,
+) -> list[Tensor]:
+    """Replace the weight of each sparse plan.
+
+    Args:
+        model: changed in place.
+        plans: of the sparse linears.
+        make_parts: from the plan and the dense parameter to the tensors that replace it.
+        storage: how the weights are kept.
+        on_fallback: what a layer does when it runs with its dense weight rebuilt.
+        undo: gets what it takes to put the model back as it was.
+
+    Returns:
+        The dense parameters that were replaced.
+    """
+    locations: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                locations.setdefault(id(parameter), []).append((module, attribute))
+
+    shared = Shared(storage, Phase(), {})
+    replaced: list[Tensor] = []
+    with _plain_modes():
+        for plan in plans:
+            dense = model.get_parameter(plan.parameter_name)
+            places = locations[id(dense)]
+            _replace(
+                plan, dense, places, make_parts, shared, Fallback(plan.name, on_fallback), undo
+            )
+            replaced.append(dense)
+    return replaced
+
+
+def _replace(
+    plan: SparsePlan,
+    dense: nn.Parameter,
+    places: list[tuple[nn.Module, str]],
+    make_parts: Callable[[SparsePlan, Tensor], Parts],
+    shared: Shared,
+    fallback: Fallback,
+    undo: ExitStack,
+) -> None:
+    """Replace one dense parameter wherever a module has it: a shared weight stays shared."""
+    with torch.no_grad():
+        parts = make_parts(plan, dense.detach())
+    values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
+    sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
+    for module, name in places:
+        undo.callback(restore, module, type(module), dict(module.__dict__))
+        module.__dict__["_parameters"] = dict(module._parameters)
+        module.__dict__["_modules"] = dict(module._modules)
+        del module._parameters[name]
+        module.register_parameter(values_name(name), values)
+        module.add_module(sparse_name(name), sparse)
+        set_kind(module, (name,))
+
+
+@contextmanager
+def _plain_modes() -> Iterator[None]:
+    """Whatever mode the caller is in, parameters are to train, and to be as they are computed."""
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        for device in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
+            modes.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> None:
+    """Give every layer a dense weight again, in place of its values, masks and adapter.
+
+    Args:
+        model: changed in place.
+        dense_of: the weight as the layer's own parameter was shaped.
+    """
+    made: dict[SparseWeight, nn.Parameter] = {}
+    for module in list(model.modules()):
+        kind = getattr(type(module), "_slope_kind", None)
+        if kind is None:
+            continue
+        for attribute in kind.attributes:
+            sparse = cast(SparseWeight, module._modules[sparse_name(attribute)])
+            if sparse not in made:
+                trains = sparse.values.requires_grad
+                made[sparse] = nn.Parameter(dense_of(sparse), requires_grad=trains)
+            del module._modules[sparse_name(attribute)], module._parameters[values_name(attribute)]
+            # Ahead of the bias, where torch's own layers have it.
+            module.__dict__["_parameters"] = {attribute: made[sparse], **module._parameters}
+        module.__class__ = kind.base
+
+
+def restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
+    """Give ``module`` back a class and a ``__dict__`` that it had."""
+    module.__class__ = cls
+    module.__dict__.clear()
+    module.__dict__.update(state)

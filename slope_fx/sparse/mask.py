@@ -1,0 +1,83 @@
+"""The parameters that hold masks: bits, which never train and are no numbers to compute with."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx.errors import UnsupportedError
+
+_ADVICE = (
+    "Masks are bit-packed parameters without gradients, so that they are sharded and saved with "
+    "the values. Take the parameters that train: [p for p in model.parameters() if "
+    "p.requires_grad]."
+)
+_ARITHMETIC = (
+    "norm", "pow", "square", "abs", "__pow__", "__mul__", "__rmul__", "mul", "mul_", "__imul__",
+    "add_", "__iadd__", "sub_", "__isub__", "div_", "__itruediv__", "lerp", "lerp_", "addcmul_",
+    "addcdiv_", "clamp_", "normal_", "uniform_",
+)  # fmt: skip
+"""What norms, penalties, averages and optimizers of all parameters do to each, as a method."""
+
+
+class Mask(nn.Parameter):
+    """A packed mask, uint8. It says what is wrong where it is taken for a weight.
+
+    ``requires_grad = True``, as in unfreezing all parameters, leaves it as it is.
+
+    Raises:
+        UnsupportedError: at arithmetic, and at ``data =`` anything but bits of its shape.
+    """
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> "Mask":
+        return super().__new__(cls, data, requires_grad=False)
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Mask":
+        return self
+
+    @property
+    def data(self) -> Tensor:
+        return _data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.dtype is not torch.uint8 or value.shape != self.shape:
+            raise UnsupportedError(
+                f"data of a mask {tuple(self.shape)} uint8 was set to {tuple(value.shape)} "
+                f"{value.dtype}. {_ADVICE}"
+            )
+        _data.__set__(self, value)
+
+    @property
+    def _is_flat_param(self) -> bool:
+        # FSDP1 asks this of each parameter ahead of all else that it checks.
+        raise UnsupportedError(
+            "FullyShardedDataParallel (FSDP1) makes one flat tensor of all parameters, which masks "
+            "can't be part of. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Mask, (self.data,)
+
+
+_data: Any = torch._C.TensorBase.data
+
+
+def _refused(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: Mask, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UnsupportedError(f"{name} of a mask. {_ADVICE}")
+
+    return refuse
+
+
+for _name in _ARITHMETIC:
+    setattr(Mask, _name, _refused(_name))

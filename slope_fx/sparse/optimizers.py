@@ -1,0 +1,95 @@
+"""What is done and said at the steps of optimizers that hold sparse weights."""
+
+import functools
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from slope_fx.errors import ArgumentError, TrainingWarning
+from slope_fx.sparse.mask import Mask
+from slope_fx.sparse.reading import note_step
+from slope_fx.sparse.weight import SparseWeight, find_alive
+
+_replaced = WeakTensorKeyDictionary()
+"""The dense parameters that sparse weights have replaced, as long as something holds them."""
+
+
+def watch(replaced: Sequence[Tensor]) -> None:
+    """Look at each optimizer's step in this process from now on.
+
+    Args:
+        replaced: dense parameters that no module holds any more. An optimizer that was made before
+            ``compile`` does, and would train nothing.
+    """
+    for parameter in replaced:
+        _replaced[parameter] = True
+    _register()
+
+
+@functools.cache
+def _register() -> None:
+    register_optimizer_step_pre_hook(torch.compiler.disable(_begins))
+
+
+def _begins(optimizer: Optimizer, *_: object) -> None:
+    note_step()
+    parameters = list(_parameters(optimizer))
+    idle = find_alive(lambda weight: weight.rank is not None and not weight.adapter_active)
+    asleep = {id(factor) for weight in idle for factor in (weight.lora_A, weight.lora_B)}
+    for parameter in parameters:
+        if id(parameter) in asleep:
+            # An adapter that takes no part gets no step though its gradients were set to zeros: by
+            # zero_grad(set_to_none=False), or by torch.distributed.checkpoint, which makes the
+            # state of a new optimizer so, and asks for one of each parameter: an empty one.
+            parameter.grad = None
+            optimizer.state[parameter]
+    _tell_of_missing_schedule(parameters, idle)
+    _tell_of_replaced(optimizer, parameters)
+    if isinstance(optimizer, LBFGS) and any(isinstance(p, Mask) for p in parameters):
+        raise ArgumentError(
+            "LBFGS moves every parameter that it holds, and it holds masks. Give it those that "
+            "train: LBFGS([p for p in model.parameters() if p.requires_grad])."
+        )
+
+
+def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight]) -> None:
+    """Say, once for a model, that its adapters will never take part."""
+    stepped = {id(p) for p in parameters if p.grad is not None}
+    without = [w for w in idle if not (w.phase.scheduled or w.phase.told)]
+    trained = [weight for weight in without if id(weight.values) in stepped]
+    for weight in trained:
+        weight.phase.told = True
+    if trained:
+        warnings.warn(
+            f"{len(trained)} layers ({trained[0].name} and so on) have adapters, but no "
+            "slope_fx.Schedule was made for their model, so the adapters never take part. Make "
+            "slope_fx.Schedule(model, total_steps=...) ahead of training, and step it after the "
+            "optimizer.",
+            TrainingWarning,
+            stacklevel=4,
+        )
+
+
+def _tell_of_replaced(optimizer: Optimizer, parameters: list[Any]) -> None:
+    """Say, once, that an optimizer holds dense weights that sparse weights have replaced."""
+    stale = [p for p in parameters if p in _replaced]
+    for parameter in stale:
+        del _replaced[parameter]
+    if stale:
+        warnings.warn(
+            f"The {type(optimizer).__name__} holds {len(stale)} dense weights that "
+            "slope_fx.compile has replaced: it was made before, and trains none of the sparse "
+            "layers. Make the optimizer after compile.",
+            TrainingWarning,
+            stacklevel=4,
+        )
+
+
+def _parameters(optimizer: Optimizer) -> Iterable[Any]:
+    return (p for group in optimizer.param_groups for p in group["params"])

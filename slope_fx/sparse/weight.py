@@ -1,0 +1,385 @@
+"""``SparseWeight``: the masks and the adapter of one pruned weight."""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from slope_fx import ops
+from slope_fx.errors import ArgumentError, ExpandedWeightWarning
+from slope_fx.kernels.engines import forget_operands
+from slope_fx.kernels.packing import unpack
+from slope_fx.kernels.selection import Choice, Problem
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
+from slope_fx.ops.weights import expand_grad_observers
+from slope_fx.planning.adapters import Adapter
+from slope_fx.planning.masks import packed_masks_problem
+from slope_fx.planning.patterns import Pattern
+from slope_fx.planning.plan import SparsePlan, values_name
+from slope_fx.sparse.fallback import Fallback
+from slope_fx.sparse.mask import Mask
+from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.reading import DenseWeight
+from slope_fx.sparse.storage import Storage
+
+# To tell, from a tensor met in a compiled graph, which layer it belongs to.
+_alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
+
+Choices = dict[Problem, Choice]
+"""The engines chosen for products of a model's weights."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors that replace the dense weight of a layer.
+
+    Attributes:
+        kept: the data of the layer's parameter, as its storage format has it, any floating dtype.
+        forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
+        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)); None to choose it from the
+            values.
+        adapter: None for no adapter.
+    """
+
+    kept: Tensor
+    forward_bits: Tensor
+    backward_bits: Tensor | None = None
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all sparse weights of a model have in common.
+
+    Attributes:
+        storage: how the weights are kept.
+        phase: whether the adapters take part.
+        choices: the engines chosen so far for products of these weights.
+    """
+
+    storage: Storage
+    phase: Phase
+    choices: Choices
+
+
+class SparseWeight(nn.Module):
+    """The submodule ``weight_sparse`` that ``compile`` puts beside a layer's ``weight_values``.
+
+    What trains stays on the layer, as a plain parameter. This module holds the two masks as frozen
+    bit-packed parameters, so that they are sharded, moved and saved like the values, and the
+    adapter if there is one.
+
+    Attributes:
+        name: the qualified name of the layer.
+        n, m: the pattern.
+        d_out, d_in: the size of the linear.
+        stack: number of such linears, as the experts of a mixture; 1 for a plain linear. Values,
+            masks and adapters of each lie one below the other.
+        layout: how the layer's own ``weight`` holds them.
+        forward_bits: uint8 (stack * d_out, ceil(d_in / 8)), one bit per element.
+        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)), one bit per value.
+        lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None.
+        scale: alpha / r, the factor of the product of the adapter.
+        storage, phase, choices: as of :class:`Shared`.
+        fallback: what the layer says when it runs with its dense weight rebuilt.
+        is_copy: whether this is a deep copy that follows the phase of its original.
+    """
+
+    forward_bits: nn.Parameter
+    backward_bits: nn.Parameter
+    lora_A: nn.Parameter | None  # noqa: N815
+    lora_B: nn.Parameter | None  # noqa: N815
+
+    def __init__(
+        self,
+        plan: SparsePlan,
+        owner: nn.Module,
+        attribute: str,
+        parts: Parts,
+        shared: Shared,
+        fallback: Fallback,
+    ) -> None:
+        super().__init__()
+        self.name, self.layout = plan.name, plan.layout
+        self.n, self.m = plan.pattern.n, plan.pattern.m
+        self.stack, self.d_out, self.d_in = plan.layout.stack, plan.layout.d_out, plan.layout.d_in
+        self.storage, self.phase, self.choices = shared.storage, shared.phase, shared.choices
+        self.fallback = fallback
+        self.is_copy = False
+        # In a tuple, so that the layer doesn't become a submodule of its own submodule.
+        self._owner = (owner,)
+        self._values_name = values_name(attribute)
+        self.forward_bits = Mask(parts.forward_bits)
+        backward_bits = parts.backward_bits
+        if backward_bits is None:
+            backward_bits = self._backward_mask(parts.kept, parts.forward_bits)
+        self.backward_bits = Mask(backward_bits)
+        adapter = parts.adapter
+        self.lora_A = None if adapter is None else nn.Parameter(adapter.lora_A)
+        self.lora_B = None if adapter is None else nn.Parameter(adapter.lora_B)
+        self.scale = 0.0 if adapter is None else adapter.scale
+        self.phase.active |= adapter is not None and adapter.active
+        _alive.add(self)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The N:M pattern."""
+        return Pattern(self.n, self.m)
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The parameter that trains: the kept values, (stack * d_out, d_in * N / M)."""
+        # torch.func.functional_call puts a plain tensor there.
+        return self._owner[0]._parameters[self._values_name]  # type: ignore[return-value]
+
+    @property
+    def installed(self) -> bool:
+        """Whether its layer still has the values that it belongs to."""
+        return self._owner[0]._parameters.get(self._values_name) is not None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank of the adapter, or None without one."""
+        return None if self.lora_B is None else self.lora_B.shape[1]
+
+    @property
+    def adapter_active(self) -> bool:
+        """Whether its adapter takes part."""
+        return self.phase.active and self.lora_B is not None
+
+    @property
+    def expanded_because(self) -> str | None:
+        """Why it trained with its dense weight rebuilt; None if it didn't."""
+        return self.fallback.because
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d_out, d_in), or (stack, d_out, d_in)."""
+        return (self.d_out, self.d_in) if self.stack == 1 else (self.stack, self.d_out, self.d_in)
+
+    def forward_mask(self) -> Tensor:
+        """The elements of ``W^R``: bool (d_out, d_in), or (stack, d_out, d_in)."""
+        return unpack(self.forward_bits, self.d_in).view(self.shape)
+
+    def backward_mask(self) -> Tensor:
+        """The elements of ``W^{R,C}``, a subset of the forward mask, and of its shape."""
+        bits = unpack(self.backward_bits, self.d_in * self.n // self.m).to(torch.uint8)
+        both = ops.expand(bits, self.forward_bits, self.backward_bits, self.n, self.m)
+        return both.bool().view(self.shape)
+
+    def masks_problem(self) -> str:
+        """What keeps its masks from being N:M, which only a write to them can; "" for nothing."""
+        forward, backward = whole(self.forward_bits), whole(self.backward_bits)
+        return packed_masks_problem(forward, backward, self.d_in, self.pattern)
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """A copy of ``W^R``, of the shape of the masks, without the adapter and gradients."""
+        return self._expanded(self.values).view(self.shape)
+
+    @torch.no_grad()
+    def refresh_backward_mask(self) -> None:
+        """Choose the backward mask from the current values."""
+        bits = self._backward_mask(whole(self.values), whole(self.forward_bits))
+        if isinstance(self.backward_bits, DTensor):
+            mesh, placements = self.backward_bits.device_mesh, self.backward_bits.placements
+            bits = distribute_tensor(bits, mesh, placements)
+        self.backward_bits.copy_(bits)
+
+    def _backward_mask(self, kept: Tensor, forward_bits: Tensor) -> Tensor:
+        values = self.storage.values(kept.detach(), forward_bits, self.pattern)
+        return ops.backward_mask(values, forward_bits, self.n, self.m)
+
+    def read(self, kept: Tensor) -> Tensor:
+        """What the layer's ``weight`` reads as: the markers that the passes look for."""
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():
+                _tell_of_export()
+            return self.layout.to_parameter(self._markers(kept))
+        if torch.is_grad_enabled():
+            self.fallback.note(
+                "its weight was read outside of a compiled graph",
+                trains=self.values.requires_grad,
+            )
+        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            # In a frame that Dynamo gave up; the next may be compiled, and takes no subclass. An
+            # inference tensor refuses to be written to.
+            with torch.inference_mode(not torch.is_grad_enabled()):
+                return self.layout.to_parameter(self._markers(kept))
+        with torch.inference_mode(False):  # whose tensors don't count what is written to them
+            dense = self._markers(kept)
+            return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
+
+    def _expanded(self, kept: Tensor) -> Tensor:
+        values = self.storage.values(kept, self.forward_bits, self.pattern)
+        dense: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
+        return dense
+
+    def _markers(self, kept: Tensor) -> Tensor:
+        weight = self._expanded(kept)
+        if self.adapter_active:
+            weight = ADD_ADAPTER(weight, self.lora_A, self.lora_B, self.scale)
+        return weight
+
+    def write_(self, dense: Tensor) -> "SparseWeight":
+        """Write a dense weight: its elements where the forward mask keeps them, in place.
+
+        Elements that the mask prunes are dropped. The forward mask and the adapter stay; the
+        backward mask is chosen from the new values.
+
+        Args:
+            dense: (d_out, d_in), or (stack, d_out, d_in), as :meth:`to_dense` gives it; any
+                floating dtype and device.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ArgumentError: ``dense`` has another shape, or isn't of floating point.
+        """
+        good = isinstance(dense, Tensor) and dense.is_floating_point()
+        if not good or tuple(dense.shape) != self.shape:
+            got = f"{tuple(dense.shape)} {dense.dtype}" if isinstance(dense, Tensor) else dense
+            raise ArgumentError(
+                f"{self.name}: write_ was given {got}; it takes a tensor of floating point of "
+                f"shape {self.shape}, as to_dense() gives it."
+            )
+        self.store(dense.reshape(-1, self.d_in))
+        return self
+
+    @torch.no_grad()
+    def store(self, matrix: Tensor) -> None:
+        """Write the kept elements of a dense (stack * d_out, d_in) matrix, as :meth:`write_`."""
+        values = self.values
+        matrix = matrix.detach().to(values.device, values.dtype)
+        kept = self.storage.keep(matrix, whole(self.forward_bits), self.pattern)
+        if isinstance(values, DTensor):
+            kept = distribute_tensor(kept, values.device_mesh, values.placements)
+        values.copy_(kept)
+        self.note_write()
+        self.refresh_backward_mask()
+
+    def note_write(self) -> None:
+        """Tell that the values were written to in a way that PyTorch doesn't count.
+
+        An engine may keep an operand that it made of a weight until the weight changes. It sees
+        a change by the version of the parameter, or by an optimizer's step. Call this after other
+        writes, with ``SLOPE_FX_KEEP_OPERANDS=1`` or between two micro-batches of one optimizer
+        step: writes to ``.data``, collectives of ``torch.distributed`` into a parameter, writes
+        by kernels and libraries that are given its address. Elsewhere it does no harm.
+        """
+        forget_operands(self.values)
+
+    @torch.no_grad()
+    def expanded(self) -> Tensor:
+        """What ``weight`` is made of now, (stack * d_out, d_in), without autograd."""
+        return self._markers(self.values)
+
+    @torch.no_grad()
+    def has_pruned(self, matrix: Tensor) -> bool:
+        """Whether a dense (stack * d_out, d_in) matrix has an element that the mask prunes."""
+        pruned = ~unpack(self.forward_bits, self.d_in)
+        return bool((matrix.detach() * pruned != 0).any())
+
+    def extra_repr(self) -> str:
+        adapter = f", rank={self.rank}" if self.rank else ""
+        stack = f", stack={self.stack}" if self.stack > 1 else ""
+        return f"{self.pattern}, d_in={self.d_in}, d_out={self.d_out}{stack}{adapter}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseWeight":
+        # The model moves to another device or dtype: what engines made of it stays behind.
+        self.note_write()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _alive.add(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseWeight":
+        made = SparseWeight.__new__(SparseWeight)
+        memo[id(self)] = made
+        for shared in (self.phase, self.storage):  # the copy follows the phase
+            memo[id(shared)] = shared
+        made.__setstate__({**copy.deepcopy(self.__dict__, memo), "is_copy": True})
+        return made
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A mask of another pattern can have the right shape (2:4 and 4:8 do). The engines rely
+        # on exactly N a group, so nothing else may get in.
+        problem = self._stored_mask_problem(
+            state_dict.get(f"{prefix}forward_bits"), state_dict.get(f"{prefix}backward_bits")
+        )
+        if problem:
+            error_msgs.append(f"{prefix}{problem}; the layer is {self.pattern}.")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.lora_B is not None and f"{prefix}lora_B" in state_dict and whole(self.lora_B).any():
+            # While B is zero the adapter adds nothing, so a checkpoint needs no flag to
+            # evaluate as it was saved. Only on, never off: that is the Schedule's to say.
+            if self.is_copy:
+                self.phase = Phase()
+            self.phase.active = True
+
+    def _stored_mask_problem(self, forward: object, backward: object) -> str:
+        """What is wrong with masks about to be loaded, or "". Missing masks are torch's to tell."""
+        if not isinstance(forward, Tensor) or forward.shape != self.forward_bits.shape:
+            return ""
+        if not isinstance(backward, Tensor) or backward.shape != self.backward_bits.shape:
+            backward = None
+        else:
+            backward = whole(backward.detach()).to(torch.uint8)
+        forward = whole(forward.detach()).to(torch.uint8)
+        return packed_masks_problem(forward, backward, self.d_in, self.pattern)
+
+
+def _tell_of_export() -> None:
+    warnings.warn(
+        "torch.export of a model with sparse weights: the program rebuilds each dense weight "
+        "at every call, and needs slope_fx to be loaded. For a plain one export a dense copy: "
+        "slope_fx.densify(model).",
+        ExpandedWeightWarning,
+        stacklevel=3,
+    )
+
+
+def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
+    """The last resort: what neither the reading nor the backend noticed, the ops do.
+
+    That is a model compiled by another hand, by ``torch.compile(model)`` for example.
+    """
+    for weight in find_alive(lambda w: w.forward_bits.data_ptr() == forward_mask.data_ptr()):
+        weight.fallback.gradient_arrived()
+
+
+expand_grad_observers.append(_tell_of_expanded_gradient)
+
+
+def find_alive(matches: Callable[[SparseWeight], bool]) -> list[SparseWeight]:
+    """The living sparse weights that ``matches`` holds for, of those that a layer still has.
+
+    A weight that ``densify(inplace=True)`` took away, or whose layer was stripped of its values,
+    lives on until it is collected.
+    """
+    return [weight for weight in list(_alive) if weight.installed and matches(weight)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP has sharded; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
