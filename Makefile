@@ -73,7 +73,7 @@ readme: $(INSTALLED) ## write the generated parts of the README and of docs/ fro
 	$(BIN)/python docs/generate.py
 
 docs: $(INSTALLED) ## build the documentation's site into build/site
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(INSTALLED) ## build the wheel and the sdist into build/dist
 	$(BIN)/python -m build --no-isolation --outdir build/dist
