@@ -58,7 +58,7 @@ def products() -> None:
             bars(axis, series, sizes, fontsize=7)
             axis.set_title(f"{dtype}, {pattern}", fontsize=10)
         axes[0].set_ylabel("times faster than dense")
-        axes[0].legend(fontsize=7)
+        axes[-1].legend(fontsize=7)
 
 
 def training_step() -> None:
@@ -99,7 +99,7 @@ def paper_plot(dry: Result, result: Result | None, path: Path) -> None:
                 series["measured"] = [found.get(name, 0) for name in names]
             bars(axis, series, names, rotation=20)
             axis.set_ylabel(f"{kind},\ntimes faster")
-        axes[0].legend(loc="lower right", fontsize=8)
+        axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
 
 
 def _first(value: Any) -> float:
