@@ -62,7 +62,7 @@ gpu-kernels: ## of these, the tests and the kernels; nine minutes at most
 	mkdir -p build && rm -f build/gpu-tests.xml
 	-PYTHONPATH=. timeout 220 $(PYTHON) -m pytest -n 8 --maxschedchunk 1 \
 		--junitxml build/gpu-tests.xml tests/kernels/test_cuda.py tests/kernels/test_triton_engine.py \
-		tests/kernels/test_cusparselt.py
+		tests/kernels/test_triton_launches.py tests/kernels/test_cusparselt.py
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --seconds 200 --tests build/gpu-tests.xml
 
 gpu-paper: ## of these, the paper's table on two blocks of three models; eight minutes at most

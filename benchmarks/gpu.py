@@ -36,13 +36,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import slope_fx
-from slope_fx.kernels import dense as plain
-from slope_fx.kernels import triton
-from slope_fx.kernels.engines import ENGINES
+from slope_fx.kernels import ENGINES
 from slope_fx.kernels.packing import unpack
+from slope_fx.kernels.triton import Triton, interpreted
 from slope_fx.kernels.triton.traffic import bytes_per_weight
 
 N, M = 2, 4
+plain, triton = ENGINES["dense"], Triton()
 DECODING_TOKENS = (1, 4, 16, 64)
 PRODUCT_ENGINES = ("triton", "triton-dense", "cusparselt")
 BLOCKS = ("OPT-6.6B", "LLaMA-3-8B", "OPT-13B")
@@ -163,41 +163,6 @@ def able(engine: str, product: str, device: torch.device) -> bool:
     return not ENGINES[engine].why_not(device, DTYPE)
 
 
-def adapters(bench: Bench, d_in: int, d_out: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """The up-projection of an adapter of rank d_in / 64: by itself, and in the epilogue."""
-    if not bench.in_time(f"adapters {d_in} to {d_out}"):
-        return
-    _, values, forward, _ = layer(bench, d_in, d_out)
-    rank = max(d_in // 64, 1)
-    lora_a, lora_b = bench.normal(rank, d_in) / d_in**0.5, bench.normal(d_out, rank)
-    y, down = bench.normal(tokens, d_out), bench.normal(tokens, rank)
-    x = bench.normal(1, d_in)
-
-    def fused() -> Tensor:
-        low = nn.functional.linear(x, lora_a)
-        return triton.sparse_linear(x, values, forward, None, N, M, low, lora_b, 0.5)
-
-    def apart() -> Tensor:
-        low = nn.functional.linear(x, lora_a)
-        product = triton.sparse_linear(x, values, forward, None, N, M)
-        return torch.addmm(product, low, lora_b.t(), alpha=0.5)
-
-    cases: dict[str, tuple[int, Runs]] = {
-        "low-rank update, against addmm": (tokens, {
-            "dense": lambda: torch.addmm(y, down, lora_b.t(), alpha=0.5),
-            "sparse": lambda: triton.low_rank_update(y, down, lora_b, 0.5),
-        }),
-        "product with the update in its epilogue, against both apart": (
-            1, {"dense": apart, "sparse": fused}),
-    }  # fmt: skip
-    for name, (count, runs) in cases.items():
-        agree(runs["sparse"](), runs["dense"](), f"{name}, {d_in} to {d_out}", 3e-2)
-        result = compare(bench.seconds(runs), "dense", "sparse")
-        yield {
-            "case": name, "d_in": d_in, "d_out": d_out, "tokens": count, "rank": rank, **result,
-        }  # fmt: skip
-
-
 def blocks(bench: Bench, name: str, tokens: int, backend: str) -> Iterator[dict[str, Any]]:
     """A training step, a forward pass and peak memory, against the compiled dense block."""
     if not bench.in_time(f"block of {name}"):
@@ -256,7 +221,7 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=2048)
     args = arguments.parse_args()
     device = torch.device(args.device)
-    if device.type == "cpu" and not triton.interpreted():
+    if device.type == "cpu" and not interpreted():
         raise SystemExit("--device cpu needs TRITON_INTERPRET=1 in the environment.")
     if reason := triton.why_not(device, DTYPE):
         raise SystemExit(f"--device {args.device}: the Triton engine can't serve: {reason}.")
@@ -274,8 +239,7 @@ def main() -> None:
         ("decoding", 0.25, decoding, sizes),
         ("kernels", 0.4, kernels, sizes),
         ("blocks", 0.7, blocks, [(name, args.tokens, backend) for name in names]),
-        ("products", 0.9, products, [(*size, args.tokens) for size in sizes]),
-        ("adapters", 1.0, adapters, [(*size, args.tokens) for size in sizes]),
+        ("products", 1.0, products, [(*size, args.tokens) for size in sizes]),
     ]
     for name, share, each, cases in sections:
         found[name] = bench.section(share, each, cases)

@@ -129,7 +129,7 @@ def _progress(folder: Path) -> tuple[int, str]:
     """Steps and phase of the last checkpoint, which must be whole after every kill."""
     if not folder.is_dir():
         return 0, "sparse"
-    report = slope_fx.verify(folder)
+    report = slope_fx.checkpoints.verify(folder)
     tree = json.loads((folder / "training.json").read_text())
     steps = dict(tree["schedule"]["items"])["last_step"]
     return steps, "adapter" if report.adapters_active else "sparse"

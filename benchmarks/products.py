@@ -15,8 +15,9 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from slope_fx.kernels import cpu
+from slope_fx.kernels.cpu import Cpu
 
+cpu = Cpu()
 SHAPES = ((768, 768), (768, 3072), (3072, 768), (2048, 2048), (4096, 4096))
 """(d_in, d_out)."""
 

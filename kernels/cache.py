@@ -1,6 +1,6 @@
-"""Where compiled kernels and measured choices are kept, and what names them.
+"""The cache directory of compiled kernels and measured choices, and names for what is in it.
 
-Nothing is loaded from a place that another user could have written to.
+Nothing is loaded from a directory that another user can write to.
 """
 
 import functools
@@ -11,16 +11,16 @@ from pathlib import Path
 
 
 class CacheError(RuntimeError):
-    """There is no place to keep things in; the message says why."""
+    """The cache directory cannot be used. The message gives the reason."""
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels and measured choices are kept: a directory of the user's own.
+    """The directory of compiled kernels and measured choices. It is created if necessary.
 
-    ``SLOPE_FX_CACHE_DIR``, or ``slope_fx`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
+    It is ``SLOPE_FX_CACHE_DIR``, or ``slope_fx`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
-        CacheError: it can't be made, or somebody else may write to it.
+        CacheError: the directory cannot be created, or another user can write to it.
     """
     named = os.environ.get("SLOPE_FX_CACHE_DIR")
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
@@ -29,15 +29,15 @@ def cache_directory() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         check_private(path)
     except OSError as error:
-        raise CacheError(f"the cache directory {path} can't be used: {error}") from None
+        raise CacheError(f"the cache directory {path} cannot be used: {error}") from None
     return path
 
 
 def check_private(path: Path) -> None:
-    """See that nobody but the user may have written to ``path``.
+    """Check that only the user can write to ``path``.
 
     Raises:
-        CacheError: somebody may.
+        CacheError: another user can.
     """
     if not hasattr(os, "getuid"):
         return
@@ -45,12 +45,12 @@ def check_private(path: Path) -> None:
     if found.st_uid != os.getuid():
         raise CacheError(f"{path} belongs to another user; set SLOPE_FX_CACHE_DIR")
     if found.st_mode & 0o022:
-        raise CacheError(f"others may write to {path} (run chmod go-w on it)")
+        raise CacheError(f"other users can write to {path} (run chmod go-w on it)")
 
 
 @functools.cache
 def cpu_identity() -> str:
-    """What tells this CPU from one that the same library or timings would not suit."""
+    """The model and the instruction sets of the CPU, which libraries and timings depend on."""
     parts = [platform.machine(), platform.processor()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -62,5 +62,5 @@ def cpu_identity() -> str:
 
 
 def digest(*parts: str) -> str:
-    """A short name for ``parts``."""
+    """A short hash of ``parts``."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]

@@ -69,7 +69,7 @@ class Engine:
         return False
 
     def warns(self, allowed: tuple[str, ...], named: bool) -> bool:
-        """Whether the user is told the reason if the engine supports no products of a kind.
+        """Whether a warning gives the reason if the engine cannot compute some products.
 
         Args:
             allowed: names of the allowed engines.

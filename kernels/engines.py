@@ -35,7 +35,7 @@ ENGINES: dict[str, Engine] = {
         Reference(),
     )
 }
-"""All engines by name. The first of several candidates is the one that is used unmeasured."""
+"""All engines by name. Where no measurement is possible, the first candidate is used."""
 
 AUTO = "auto"
 
@@ -136,7 +136,7 @@ def _warn(name: str, reason: str, alone: bool, unexpected: bool) -> None:
     if unexpected:
         say_once(f"slope_fx does not use the {name} engine: {reason}.")
     elif alone:
-        say_once(f"slope_fx uses the dense engine in the place of {name}: {reason}.")
+        say_once(f"slope_fx uses the dense engine, because the {name} engine cannot run: {reason}.")
 
 
 @functools.cache

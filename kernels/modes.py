@@ -1,7 +1,8 @@
-"""Work of our own in the middle of a caller's: none of the caller's modes may see it, or change it.
+"""Isolation of slope_fx's own work from the modes of the caller.
 
-A graph is rewritten, and engines are timed, when a compiled module first runs: within a region
-that the caller checkpoints, say, or under a mode that counts operations.
+slope_fx rewrites graphs and measures engines when a compiled module first runs. This can be within
+a region that the caller checkpoints, or under a mode that counts operations. The modes must neither
+see this work nor change it.
 """
 
 import contextlib
@@ -14,11 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Run without the modes of the caller, and leave them, and the random state, as they were.
+    """Disable the modes of the caller within this context, and keep the random state.
 
-    Off are: gradients, inference mode, saved-tensor hooks (activation checkpointing counts what
-    they see), autocast, TorchFunction and TorchDispatch modes (``with torch.device(...)`` is one),
-    functorch's transforms, deterministic algorithms, and the default dtype.
+    The context disables gradients, inference mode, hooks of saved tensors (activation checkpointing
+    counts the tensors that they see), autocast, TorchFunction and TorchDispatch modes (``with
+    torch.device(...)`` is one), transforms of functorch and deterministic algorithms. It sets the
+    default dtype to fp32.
     """
     autograd = torch._C._autograd
     with contextlib.ExitStack() as modes:

@@ -1,26 +1,28 @@
-"""What is made from a weight, and used again where that pays and the weight hasn't changed.
+"""The operands that engines make from weights and keep while the weights do not change.
 
-An operand takes as much memory as the weight's values do. So it is kept only where a graph that
-trains was seen to use it again between two steps of an optimizer, as under gradient accumulation
-and activation checkpointing, and is gone while the optimizer steps. At inference and evaluation
-none is kept, nor used. ``SLOPE_FX_KEEP_OPERANDS`` says otherwise: 1 keeps all, for speed, 0 none.
+An operand takes as much memory as the values of the weight. It is therefore kept only where a graph
+that trains used it again between two steps of an optimizer, for example under gradient accumulation
+or activation checkpointing. It is removed when the optimizer steps. At inference and evaluation no
+operand is kept. ``SLOPE_FX_KEEP_OPERANDS`` overrides this: 1 keeps all operands, which is faster,
+and 0 keeps none.
 
-A kept operand is never used after its weight changed. It is made anew when
+A kept operand is never used after its weight changed. A new operand is made when
 
-- the values or a mask were written in place, replaced or moved (their versions, which autograd
-  keeps for the same purpose, and their addresses);
-- any optimizer began or ended a step: many write to memory without a version showing it, through
-  ``.data``, or fused. During a step nothing is kept;
-- the memory of the values was given back in between, as FSDP does with a gathered weight, whose
-  version says nothing either. For such values nothing is kept any more, which would also gather
-  what FSDP means to spread. The same holds for weights that are stepped by a CUDA graph, whose
-  replays call no hook.
+- the values or a mask were written in place, replaced or moved. Their versions, which autograd
+  counts for the same purpose, and their addresses show this;
+- any optimizer began or ended a step. Many optimizers write without a change of the version,
+  through ``.data`` or in fused kernels. During a step no operand is kept;
+- the memory of the values was freed in between. FSDP does this with a gathered weight, and does
+  not change its version. No operand is kept for such values from then on: it would keep gathered
+  what FSDP shards. The same holds for weights that a CUDA graph steps, because its replays call no
+  hook.
 
-It isn't kept at all for values whose changes nobody sees (inference tensors), nor while a CUDA
-graph is captured or prepared: a replay would use it without asking.
+No operand is kept for values without a version (inference tensors), or while a CUDA graph is
+captured or prepared: its replays would use the operand without a check.
 
-Writes that escape: those to ``.data`` or by address (collectives, other kernels) between two
-micro-batches, or between two uses if all are kept; :meth:`Operands.forget` is for them.
+Some writes are not detected: writes to ``.data`` or by address (collectives, other kernels) between
+two micro-batches, or between any two uses if all operands are kept. Call :meth:`Operands.forget`
+after such writes.
 """
 
 import functools
@@ -48,10 +50,10 @@ Made = TypeVar("Made", bound=Operand)
 
 
 def policy() -> Literal["", "0", "1"]:
-    """What ``SLOPE_FX_KEEP_OPERANDS`` says: "1" keep all, "0" none, "" those that are used again.
+    """``SLOPE_FX_KEEP_OPERANDS``: "1" keeps all operands, "0" none, "" those that are used again.
 
     Raises:
-        ArgumentError: it says something else.
+        ArgumentError: the value is another one.
     """
     value = os.environ.get("SLOPE_FX_KEEP_OPERANDS", "").strip()
     if value not in ("", "0", "1"):
@@ -64,7 +66,7 @@ def policy() -> Literal["", "0", "1"]:
 
 
 class _Stamp:
-    """What a weight was like at some time."""
+    """The versions and addresses of a weight and its masks at some time."""
 
     def __init__(self, values: Tensor, masks: tuple[Tensor, ...]) -> None:
         self._values = (values.data_ptr(), values._version)
@@ -72,7 +74,7 @@ class _Stamp:
         self._masks = [TensorWeakRef(mask) for mask in masks]
 
     def holds(self, values: Tensor, masks: tuple[Tensor, ...]) -> bool:
-        """Whether it still is."""
+        """Whether the values and the masks are unchanged."""
         return (
             self.of_values(values)
             and self._of_masks == [(mask.data_ptr(), mask._version) for mask in masks]
@@ -80,7 +82,7 @@ class _Stamp:
         )
 
     def of_values(self, values: Tensor) -> bool:
-        """Whether the values still are, whatever the masks."""
+        """Whether the values are unchanged. The masks may have changed."""
         return self._values == (values.data_ptr(), values._version)
 
 
@@ -97,14 +99,14 @@ class _Kept:
 
 @dataclass
 class _Weight:
-    """What is known of a weight.
+    """The operands of a weight and its history.
 
     Attributes:
-        kept: operands by purpose.
-        seen: the weight as it was when an operand was last asked for, by purpose.
-        reused: purposes for which operands were asked for again between two steps.
-        stepped: whether an optimizer stepped, with the weight's memory there.
-        passing: whether its memory comes and goes, or is written to by a CUDA graph.
+        kept: the kept operands by purpose.
+        seen: the stamp of the weight at the last use of an operand, by purpose.
+        reused: purposes whose operands were used again between two steps.
+        stepped: whether an optimizer stepped while the memory of the weight was allocated.
+        passing: whether the memory is freed and allocated again, or written by a CUDA graph.
     """
 
     kept: dict[Hashable, _Kept] = field(default_factory=dict)
@@ -115,13 +117,13 @@ class _Weight:
 
 
 class Operands:
-    """The operands of one engine."""
+    """The operands of one engine, for all weights."""
 
     def __init__(self) -> None:
         self._weights = WeakTensorKeyDictionary()
-        self._used = WeakTensorKeyDictionary()  # of them, those used since the last step
-        self._young = WeakTensorKeyDictionary()  # and those kept that no step has passed
-        # Optimizers in a step; one that failed in it is forgotten when it is gone.
+        self._used = WeakTensorKeyDictionary()  # the weights used since the last step
+        self._young = WeakTensorKeyDictionary()  # weights with operands, without a step so far
+        # Optimizers within a step. An optimizer that failed in its step leaves when it is deleted.
         self._steps: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._epoch = 0
         self._watching = False
@@ -135,13 +137,14 @@ class Operands:
         make: Callable[[], Made],
         training: bool,
     ) -> Made:
-        """The operand for a purpose: the kept one if nothing changed, else a new one.
+        """The operand for a purpose: the kept operand if nothing changed, or a new operand.
 
         Args:
-            values, masks: what it is made from.
-            purpose: what it is for, of all that may be made from the same values.
-            make: makes it.
-            training: whether a graph asks for it that trains.
+            values: (d_out, d_in * N / M).
+            masks: the packed masks that the operand depends on.
+            purpose: key of the operand among those of the same values.
+            make: makes the operand.
+            training: whether the caller is a graph that trains.
         """
         keep_all = policy() == "1"
         if not (training or keep_all) or policy() == "0" or replayed(values.device):
@@ -161,7 +164,8 @@ class Operands:
             if kept is not None and kept.stamp.holds(values, masks):
                 kept.used_again = True
                 return cast(Made, kept.operand)
-            # Before successors take memory too; of other purposes, what is of other values.
+            # Free the memory before new operands are made. Operands of other purposes go too if
+            # they were made from other values.
             weight.kept.pop(key, None)
             kept = None
             if not all(other.stamp.of_values(values) for other in weight.kept.values()):
@@ -181,7 +185,7 @@ class Operands:
         return operand
 
     def forget(self, values: Tensor | None = None) -> None:
-        """Forget what is known and kept of ``values``, or of all."""
+        """Forget the operands and the history of ``values``, or of all weights."""
         with self._lock:
             self._epoch += 1
             for known in (self._weights, self._used, self._young):
@@ -191,7 +195,7 @@ class Operands:
                     known.pop(values, None)
 
     def nbytes(self, values: Tensor | None = None) -> int:
-        """Bytes of what is kept for ``values``, or for all."""
+        """The bytes of the operands that are kept for ``values``, or for all weights."""
         with self._lock:
             if values is None:
                 return sum(map(self.nbytes, list(self._weights)))
@@ -217,7 +221,7 @@ class Operands:
             self._drop()
 
     def _drop(self) -> None:
-        """Drop all operands, and note what they were good for."""
+        """Remove all operands, and remember which of them were used again."""
         self._epoch += 1
         if not self._used:
             return
@@ -248,7 +252,7 @@ def _capturing() -> bool:
 
 
 def replayed(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured now, or run once before that, by us or by Inductor."""
+    """Whether a CUDA graph is captured or warmed up now, by the user or by Inductor."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -260,15 +264,16 @@ def replayed(device: torch.device) -> bool:
 
 
 def _stream(device: torch.device) -> int:
-    # Part of the key: on another stream an operand might be used before it is made.
+    # A part of the key, because another stream could use an operand before it is made.
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @functools.cache
 def _say_inference() -> None:
     warnings.warn(
-        "SLOPE_FX_KEEP_OPERANDS=1 has no effect on weights that are inference tensors, whose "
-        "changes can't be seen. Load them outside of torch.inference_mode().",
+        "SLOPE_FX_KEEP_OPERANDS=1 has no effect on weights that are inference tensors, because "
+        "PyTorch does not record changes of them. Load the weights outside of "
+        "torch.inference_mode().",
         EngineWarning,
         stacklevel=2,
     )

@@ -1,7 +1,7 @@
 """Bit-packed masks: one bit per element, rows padded to whole bytes.
 
-Bit ``j`` of byte ``b`` in a row stands for column ``8 * b + j``. Rows are padded
-separately, so that a shard of rows holds the bits of just its rows.
+Bit ``j`` of byte ``b`` in a row belongs to column ``8 * b + j``. Each row is padded by itself, so
+that a shard of rows has exactly the bits of its rows.
 """
 
 import functools
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def packed_width(columns: int) -> int:
-    """Bytes in a packed row of ``columns`` bits."""
+    """The number of bytes of a packed row of ``columns`` bits."""
     return (columns + 7) // 8
 
 
@@ -29,7 +29,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, columns: int) -> Tensor:
-    """The bool mask ``(rows, columns)`` that ``bits`` was packed from."""
+    """Unpack uint8 ``(rows, ceil(columns / 8))`` into a bool mask ``(rows, columns)``."""
     rows, width = bits.shape
     table = byte_table(bits.device)
     flat = table.index_select(0, bits.reshape(-1).to(torch.int32)).view(torch.bool)
@@ -38,8 +38,10 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
 
 @functools.cache
 def byte_table(device: torch.device) -> Tensor:
-    # Each of the 256 bytes as eight bools, seen as one int64, so that unpacking is a
-    # single table look-up per byte instead of a shift and a mask per bit.
+    """For each of the 256 bytes, its eight bits as bools, viewed as one int64.
+
+    Unpacking is then one table lookup per byte.
+    """
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     bools = (codes.unsqueeze(1) >> shifts) & 1

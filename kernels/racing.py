@@ -1,8 +1,8 @@
-"""Races: which of several ways to compute the same thing is the fastest here, kept on disk.
+"""Races: measurements of which of several functions is the fastest here, kept on disk.
 
-``selection`` races engines, an engine may race its own tile sizes. What was measured is a
-:class:`Result`, which a file beside the compiled kernels keeps, one for each device, version
-and source of the engines, so that a machine measures a thing once.
+``selection`` races engines, and an engine can race its own tile sizes. A file beside the compiled
+kernels keeps the :class:`Result` of each race. There is one file for each device, version of
+PyTorch and state of the sources, so that a machine measures each case once.
 """
 
 import functools
@@ -23,29 +23,30 @@ from slope_fx.kernels.cache import CacheError, cache_directory, cpu_identity, di
 from slope_fx.kernels.modes import undisturbed
 
 MOST_TOKENS = 2048
-"""More tokens than these are measured as so many: time grows in proportion by then."""
+"""The largest number of tokens in a race. Beyond it, times grow in proportion to the tokens."""
 
 _MOST_ROUNDS = 25
 _SECONDS, _PATIENCE = 0.2, 2.0
-"""How long a race goes on, on a quiet machine and on a busy one."""
+"""The seconds of a race on a quiet machine, and on a busy machine."""
 _QUIET = 1.5
-"""What the median may be of the best run on a quiet machine."""
+"""The largest ratio of the median and the best time on a quiet machine."""
 _HOPELESS, _COSTLY = 3.0, 0.01
-"""A run that takes so many seconds, and so many times the fastest, isn't repeated."""
+"""A function is not repeated if its time is larger than both: this multiple of the fastest time,
+and these seconds."""
 
 _LAUNCH_CYCLES = 1_000_000
-"""Of a GPU's clock: what it is kept waiting for while something to be timed is launched."""
+"""The cycles for which the GPU waits while the kernels of a run are launched."""
 
 Runs = Mapping[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a race came to.
+    """The result of a race.
 
     Attributes:
-        winner: name of the fastest of those that could be taken.
-        seconds: best time by name; empty if nothing was measured.
+        winner: name of the fastest candidate.
+        seconds: best time by name.
     """
 
     winner: str
@@ -53,12 +54,12 @@ class Result:
 
 
 def bucket(tokens: int) -> int:
-    """Tokens rounded up to a power of two, at most :data:`MOST_TOKENS`."""
+    """The number of tokens rounded up to a power of two, at most :data:`MOST_TOKENS`."""
     return min(1 << max(tokens - 1, 0).bit_length(), MOST_TOKENS)
 
 
 def can_measure(device: torch.device) -> bool:
-    """Whether a race can be held now: not while a CUDA graph is captured."""
+    """Whether a race is possible now. During the capture of a CUDA graph it is not."""
     if device.type != "cuda":
         return True
     with torch.cuda.device(device):
@@ -66,7 +67,7 @@ def can_measure(device: torch.device) -> bool:
 
 
 def recall(entry: str, candidates: tuple[str, ...], device: torch.device) -> Result | None:
-    """What an earlier process measured under the name ``entry``, if it has kept it."""
+    """The result on disk under the name ``entry``, or None."""
     found = _stored(device).get(entry, {})
     try:
         result = Result(found["winner"], {k: float(v) for k, v in found["seconds"].items()})
@@ -78,26 +79,29 @@ def recall(entry: str, candidates: tuple[str, ...], device: torch.device) -> Res
 def run(
     entry: str, prepare: Callable[[], Runs], candidates: tuple[str, ...], device: torch.device
 ) -> Result:
-    """Time runs against each other; of the ``candidates`` the fastest wins.
+    """Race functions. The fastest of the candidates wins.
 
-    It is kept under the name ``entry``, unless the machine was too busy to tell. ``prepare``
-    makes the runs, and their data; of a candidate that can't run after all it makes none.
+    Args:
+        entry: name of the result on disk. It is not kept if the machine was too busy.
+        prepare: makes the functions and their data. It can leave out candidates that cannot run.
+        candidates: names of the functions that can win.
+        device: of the data.
     """
     with undisturbed():
         seconds, quiet = race(prepare(), device)
     running = [name for name in candidates if name in seconds]
     result = Result(min(running, key=lambda name: seconds[name]), seconds)
-    if quiet:  # a doubtful result serves this process, and no later one
+    if quiet:  # only this process uses an uncertain result
         _keep(entry, result, device)
     return result
 
 
 def race(runs: Runs, device: torch.device) -> tuple[dict[str, float], bool]:
-    """Seconds of each at its best, run in turns, and whether the machine was quiet.
+    """The best time of each function, which run in turns, and whether the machine was quiet.
 
-    The best run is the least disturbed one. Graphs are compiled at the same time, as a rule,
-    and a product that shares its cores with a compiler can take ten times as long; so
-    the race goes on for a while if its runs differ much.
+    The best run is the one with the fewest disturbances. Usually, graphs are compiled at the same
+    time, and a product that shares its cores with a compiler can take ten times as long. If the
+    times differ much, the race therefore takes longer.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     timed = timer(device)
@@ -120,7 +124,7 @@ def race(runs: Runs, device: torch.device) -> tuple[dict[str, float], bool]:
 
 
 def timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """What runs a thunk and returns the seconds that it took on ``device``."""
+    """A function that runs another function and returns its seconds on ``device``."""
     return _cuda_timer(device) if device.type == "cuda" else _cpu_timed
 
 
@@ -131,11 +135,11 @@ def _cpu_timed(thunk: Callable[[], Any]) -> float:
 
 
 def _cuda_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
-    """Seconds of a thunk between two events on the current stream.
+    """A timer by two events on the current stream.
 
-    Each run finds the L2 cache full of something else, as it does in a model whose weights
-    together are larger than that cache. The GPU is then kept waiting for some half of a
-    millisecond, while the thunk's kernels are launched, so that their launches don't count.
+    Before each run, the L2 cache is filled with other data, as in a model whose weights are larger
+    than this cache. Then the GPU waits for about half a millisecond while the kernels are launched,
+    so that the time of the launches is not measured.
     """
     properties = torch.cuda.get_device_properties(device)
     filler = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device=device)
@@ -159,7 +163,7 @@ def _cuda_timer(device: torch.device) -> Callable[[Callable[[], Any]], float]:
 
 @functools.cache
 def _store(device: torch.device) -> Path | None:
-    """The file of what was measured on such a device, or None if there is no place for one."""
+    """The file of the results for a device, or None if the cache directory cannot be used."""
     try:
         here = Path(__file__).parent
         sources = sorted(p for p in here.rglob("*") if p.suffix in (".c", ".h", ".py"))
@@ -173,7 +177,7 @@ def _store(device: torch.device) -> Path | None:
 def _identity(device: torch.device) -> str:
     if device.type != "cuda":
         return cpu_identity()
-    # Its name, memory, multiprocessors; not its number.
+    # The name, the memory and the multiprocessors identify a type of GPU.
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name} {properties.total_memory} {properties.multi_processor_count}"
 
@@ -204,10 +208,10 @@ def _keep(entry: str, result: Result, device: torch.device) -> None:
                 json.dump(stored, file, indent=0)
             os.replace(partial, path)
     except (OSError, TimeoutError):
-        return  # what isn't kept is measured again, no more
+        return  # the next process measures again
 
 
 def forget_disk() -> None:
-    """Read the files anew, and look for their place anew, at the next use."""
+    """Find the directory and read the files again at the next use."""
     _store.cache_clear()
     _stored.cache_clear()

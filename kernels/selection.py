@@ -1,4 +1,4 @@
-"""The choice of the engine for a product: the fastest by measurement, or the one that is named.
+"""The choice of the engine for a product: the fastest by measurement, or the named engine.
 
 A :class:`Request` describes a product of a layer. A :class:`Problem` has the properties that its
 time depends on. The first time a problem occurs, the engines that support it compute it in turns on
@@ -205,7 +205,7 @@ def gain(pairs: Iterable[tuple[Problem, Choice]], training: bool) -> tuple[float
         products was measured.
     """
     times: dict[tuple[int, str, int], dict[str, tuple[float, float]]] = {}
-    # Of two problems of a kind, the one of a weight that trains counts: it comes last.
+    # The problems of weights that train come last, and replace others of the same kind.
     for problem, choice in sorted(pairs, key=lambda pair: pair[0].makes_operand):
         if choice.speedup is not None:
             kind = (problem.tokens, problem.dtype, problem.threads)

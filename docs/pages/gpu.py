@@ -49,8 +49,8 @@ def gpu() -> str | None:
 
 def gpu_page(result: Result) -> str:
     return page(
-        GPU_INTRODUCTION, device(result), kernels(result), decoding(result), adapters(result),
-        products(result), blocks(result), notes(result),
+        GPU_INTRODUCTION, device(result), kernels(result), decoding(result), products(result),
+        blocks(result), notes(result),
     )  # fmt: skip
 
 
@@ -93,11 +93,6 @@ def decoding(result: Result) -> str:
         "The Triton engine against cuBLAS. The range in brackets holds half of the paired ratios.",
         table([(size, *rows[size]) for size in sizes], ("width", *(f"{t} rows" for t in tokens))),
     )
-
-
-def adapters(result: Result) -> str:
-    rows = [(e["case"], width(e), e["tokens"], e["rank"], speedup(e)) for e in result["adapters"]]
-    return section("Adapters", table(rows, ("", "width", "tokens", "rank", "times faster")))
 
 
 def products(result: Result) -> str:

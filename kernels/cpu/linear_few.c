@@ -147,7 +147,7 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 #undef DOTS
 }
 
-/* The product for at most MOST_B tokens, the first of which is `token`. */
+/* The product for at most MOST_B tokens from `token` on. */
 static int linear_few(const matrix_t *x, long token, const weight_t *w, const matrix_t *y, int threads) {
     int bf16 = STREAMS_BF16 && x->dtype == BF16;
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_B, x->rows - token);

@@ -119,8 +119,8 @@ INLINE void widen(float *to, const void *from, long count, int dtype) {
 
 /* --- expand and compress ------------------------------------------------------------- */
 
-/* The next values of a row, spread to the set bits of a VL-bit mask; zeros elsewhere.
- * Reads no more values than there are set bits. */
+/* The next values of a row at the set bits of a VL-bit mask, and zeros elsewhere. Reads no more
+ * values than there are set bits. */
 INLINE vf expand_f32(const float *values, uint32_t bits) {
 #if defined(__AVX512F__)
     return (vf)_mm512_maskz_expandloadu_ps((__mmask16)bits, values);
@@ -131,7 +131,7 @@ INLINE vf expand_f32(const float *values, uint32_t bits) {
 #endif
 }
 
-/* The lanes of x at the set bits, close together. Writes VL floats. */
+/* Stores the lanes of x at the set bits, one after the other. Writes VL floats. */
 INLINE void compress_f32(float *to, vf x, uint32_t bits) {
 #if defined(__AVX512F__)
     *(vf_any *)to = (vf)_mm512_maskz_compress_ps((__mmask16)bits, (__m512)x);
@@ -173,7 +173,7 @@ INLINE void compress_f32(float *to, vf x, uint32_t bits) {
 #define HIGH2 2, 3, 6, 7
 #endif
 
-/* One round: the off-diagonal S x S blocks of each 2S x 2S block change places. */
+/* One round: exchanges the off-diagonal S x S blocks of each 2S x 2S block. */
 #define TRANSPOSE_ROUND(v, S, LOW, HIGH)              \
     _Pragma("GCC unroll 16") for (int i = 0; i < VL; i++) { \
         if (i & S) continue;                          \

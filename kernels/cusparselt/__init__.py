@@ -55,7 +55,7 @@ class Cusparselt(VendorProducts):
         if dtype not in library.DTYPES:
             return f"sparse tensor cores support bf16 and fp16, not {dtype}"
         reason = self.around.why_not(device, dtype)
-        return reason and f"the {self.around.name} engine, which it needs, has a reason: {reason}"
+        return reason and f"it needs the {self.around.name} engine, which cannot run: {reason}"
 
     def why_not_pattern(self, n: int, m: int) -> str:
         if (n <= 2 and m % 4 == 0) or (n, m) == (1, 2):
@@ -67,7 +67,7 @@ class Cusparselt(VendorProducts):
         return op == "sparse_weight_grad" and other.expands_weights and other.around is self.around
 
     def warns(self, allowed: tuple[str, ...], named: bool) -> bool:
-        """With the library there, the dtype or the GPU is not supported, which is no fault."""
+        """No warning if the library is there, but does not support the GPU or the dtype."""
         return named or bool(self.unavailable())
 
     def sparse_linear(

@@ -45,34 +45,41 @@ class Config:
 
 def mask_configs(m: int) -> list[Config]:
     """For ``magnitude_mask``: rows, and columns in groups of 8 groups."""
-    return [_rows(rows, max(columns // m, 8), warps) for rows, columns, warps in (
-        (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4),
-    )]  # fmt: skip
+    return _weight_configs(m, 1, 8, (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4))
 
 
 def backward_mask_configs(m: int) -> list[Config]:
     """For ``backward_mask``: whole groups of M rows, and columns in groups of 8 groups."""
-    return [_rows(max(rows, m), max(columns // m, 8), warps) for rows, columns, warps in (
-        (16, 128, 4), (16, 256, 8), (32, 64, 4),
-    )]  # fmt: skip
+    return _weight_configs(m, m, 8, (16, 128, 4), (16, 256, 8), (32, 64, 4))
 
 
 def copy_configs(m: int) -> list[Config]:
     """For ``expand`` and ``compress``."""
-    return [_rows(rows, max(columns // m, 8), warps) for rows, columns, warps in (
-        (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4),
-    )]  # fmt: skip
+    return _weight_configs(m, 1, 8, (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4))
 
 
 def transpose_configs(m: int) -> list[Config]:
     """For ``transpose``: rows in groups of 8 groups, because they become bytes of its mask."""
-    return [_rows(max(rows, 8 * m), max(columns // m, 1), warps) for rows, columns, warps in (
-        (64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 32, 4),
-    )]  # fmt: skip
+    return _weight_configs(m, 8 * m, 1, (64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 32, 4))
 
 
-def _rows(rows: int, groups: int, warps: int) -> Config:
-    return Config((("BLOCK_OUT", rows), ("GROUPS", groups)), warps)
+def _weight_configs(
+    m: int, fewest_rows: int, fewest_groups: int, *sizes: tuple[int, int, int]
+) -> list[Config]:
+    """Configurations for tiles of a weight.
+
+    Args:
+        m: of the pattern.
+        fewest_rows, fewest_groups: lower bounds of a tile.
+        sizes: rows, columns and warps of each configuration.
+    """
+    return [
+        Config(
+            (("BLOCK_OUT", max(rows, fewest_rows)), ("GROUPS", max(columns // m, fewest_groups))),
+            warps,
+        )
+        for rows, columns, warps in sizes
+    ]
 
 
 def linear_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
@@ -109,8 +116,12 @@ def input_grad_configs(m: int, tokens: int, itemsize: int) -> list[Config]:
 
 def weight_grad_configs(m: int, itemsize: int) -> list[Config]:
     """For ``weight_grad``: outputs, tokens, columns, warps, stages, and the split of the sums."""
-    sizes = ((128, 64, 128, 8, 3, 1), (128, 64, 256, 8, 3, 1), (64, 64, 128, 4, 4, 2),
-             (128, 32, 128, 8, 4, 1))  # fmt: skip
+    sizes = (
+        (128, 64, 128, 8, 3, 1),
+        (128, 64, 256, 8, 3, 1),
+        (64, 64, 128, 4, 4, 2),
+        (128, 32, 128, 8, 4, 1),
+    )
     return [
         _product(out, tokens, columns, m, warps, stages, waves)
         for out, tokens, columns, warps, stages, waves in (
@@ -120,6 +131,7 @@ def weight_grad_configs(m: int, itemsize: int) -> list[Config]:
 
 
 def _few(tokens: int) -> int:
+    """The tokens of a tile for at most :data:`FEW` tokens."""
     return 16 if tokens <= 16 else 32 if tokens <= 32 else 64
 
 

@@ -44,12 +44,13 @@ def _launch_magnitude_mask(
     weight = _addressable(weight)
     d_out, d_in = weight.shape
 
+    tensors = (weight, bits, bits if values is None else values)
+    sizes = (d_out, d_in, *weight.stride(), bits.stride(0))
+
     def launch(config: Config) -> None:
         masks.magnitude_mask[_tiles(config, d_out, d_in, m)](
-            weight, bits, bits if values is None else values, d_out, d_in, *weight.stride(),
-            bits.stride(0),
-            N=n, M=m, VALUES=values is not None, **config.arguments(),
-        )  # fmt: skip
+            *tensors, *sizes, N=n, M=m, VALUES=values is not None, **config.arguments()
+        )
 
     key = (d_out, d_in, n, m, weight.dtype, values is not None)
     _run("magnitude_mask", key, configs.mask_configs(m), launch, weight)
@@ -61,18 +62,12 @@ def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tenso
     d_out, d_in = _dense_shape(values, n, m)
     bits = forward_mask.new_empty(d_out, packed_width(values.shape[1]))
 
+    tensors = (values, forward_mask, bits)
+    sizes = (d_out, d_in, forward_mask.stride(0), bits.stride(0))
+
     def launch(config: Config) -> None:
         masks.backward_mask[_tiles(config, d_out, d_in, m)](
-            values,
-            forward_mask,
-            bits,
-            d_out,
-            d_in,
-            forward_mask.stride(0),
-            bits.stride(0),
-            N=n,
-            M=m,
-            **config.arguments(),
+            *tensors, *sizes, N=n, M=m, **config.arguments()
         )
 
     key = (d_out, d_in, n, m, values.dtype)
@@ -100,12 +95,13 @@ def _expand(
     d_out, d_in = _dense_shape(values, n, m)
     dense = values.new_empty(d_out, d_in)
 
+    tensors = (values, forward_mask, twice, dense)
+    sizes = (d_out, d_in, forward_mask.stride(0), twice.stride(0))
+
     def launch(config: Config) -> None:
         weights.expand[_tiles(config, d_out, d_in, m)](
-            values, forward_mask, twice, dense, d_out, d_in,
-            forward_mask.stride(0), twice.stride(0),
-            N=n, M=m, TWICE=backward_mask is not None, **config.arguments(),
-        )  # fmt: skip
+            *tensors, *sizes, N=n, M=m, TWICE=backward_mask is not None, **config.arguments()
+        )
 
     key = (d_out, d_in, n, m, values.dtype, backward_mask is not None)
     _run("expand", key, configs.copy_configs(m), launch, values)
@@ -118,11 +114,13 @@ def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     d_out, d_in = dense.shape
     values = dense.new_empty(d_out, d_in * n // m)
 
+    tensors = (dense, forward_mask, values)
+    sizes = (d_out, d_in, *dense.stride(), forward_mask.stride(0))
+
     def launch(config: Config) -> None:
         weights.compress[_tiles(config, d_out, d_in, m)](
-            dense, forward_mask, values, d_out, d_in, *dense.stride(), forward_mask.stride(0),
-            N=n, M=m, **config.arguments(),
-        )  # fmt: skip
+            *tensors, *sizes, N=n, M=m, **config.arguments()
+        )
 
     _run("compress", (d_out, d_in, n, m, dense.dtype), configs.copy_configs(m), launch, dense)
     return values
@@ -138,12 +136,13 @@ def transpose(
     transposed = values.new_empty(d_in, d_out * n // m)
     bits = forward_mask.new_empty(d_in, packed_width(d_out))
 
+    tensors = (values, forward_mask, backward_mask, transposed, bits)
+    strides = (forward_mask.stride(0), backward_mask.stride(0), bits.stride(0))
+
     def launch(config: Config) -> None:
         weights.transpose[_tiles(config, d_out, d_in, m)](
-            values, forward_mask, backward_mask, transposed, bits, d_out, d_in,
-            forward_mask.stride(0), backward_mask.stride(0), bits.stride(0),
-            N=n, M=m, **config.arguments(),
-        )  # fmt: skip
+            *tensors, d_out, d_in, *strides, N=n, M=m, **config.arguments()
+        )
 
     key = (d_out, d_in, n, m, values.dtype)
     _run("transpose", key, configs.transpose_configs(m), launch, values)
@@ -168,16 +167,16 @@ def sparse_linear(
     tokens = x.shape[0]
     if not tokens:
         return y
-    bias = None if bias is None else bias.contiguous()
+    inputs = (x, values, forward_mask, x if bias is None else bias.contiguous())
+    sizes = (tokens, d_out, d_in, forward_mask.stride(0), x.stride(0))
+    constants = {"N": n, "M": m, "BIAS": bias is not None, "PRECISION": _precision(x)}
 
     def launch(config: Config) -> None:
         tiles = _cdiv(d_out, config["BLOCK_OUT"]) * _cdiv(tokens, config["BLOCK_TOKENS"])
         with _Split(config, tiles, _cdiv(d_in, config["GROUPS"] * m), y) as split:
             linear.linear[tiles, split.count](
-                x, values, forward_mask, x if bias is None else bias, split.target,
-                tokens, d_out, d_in, forward_mask.stride(0), x.stride(0), split.count,
-                N=n, M=m, BIAS=bias is not None, PRECISION=_precision(x), **config.arguments(),
-            )  # fmt: skip
+                *inputs, split.target, *sizes, split.count, **constants, **config.arguments()
+            )
 
     key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, values.dtype, bias is not None)
     space = configs.linear_configs(m, tokens, x.element_size())
@@ -197,15 +196,17 @@ def sparse_input_grad(
     if not tokens:
         return dx
 
+    inputs = (grad, values, forward_mask, backward_mask)
+    strides = (forward_mask.stride(0), backward_mask.stride(0), grad.stride(0))
+    sizes = (tokens, d_out, d_in, *strides)
+    constants = {"N": n, "M": m, "PRECISION": _precision(grad)}
+
     def launch(config: Config) -> None:
         tiles = _cdiv(d_in, config["GROUPS"] * m) * _cdiv(tokens, config["BLOCK_TOKENS"])
         with _Split(config, tiles, _cdiv(d_out, config["BLOCK_OUT"]), dx) as split:
             linear.input_grad[tiles, split.count](
-                grad, values, forward_mask, backward_mask, split.target,
-                tokens, d_out, d_in, forward_mask.stride(0), backward_mask.stride(0),
-                grad.stride(0), split.count,
-                N=n, M=m, PRECISION=_precision(grad), **config.arguments(),
-            )  # fmt: skip
+                *inputs, split.target, *sizes, split.count, **constants, **config.arguments()
+            )
 
     key = (racing.bucket(tokens), d_out, d_in, n, m, grad.dtype, values.dtype)
     space = configs.input_grad_configs(m, tokens, grad.element_size())
@@ -229,15 +230,16 @@ def sparse_weight_grad(
     if not tokens:
         return dw.zero_()
 
+    inputs = (grad, x, forward_mask)
+    sizes = (tokens, d_out, d_in, forward_mask.stride(0), grad.stride(0), x.stride(0))
+    constants = {"N": n, "M": m, "PRECISION": _precision(x)}
+
     def launch(config: Config) -> None:
         tiles = _cdiv(d_out, config["BLOCK_OUT"]) * _cdiv(d_in, config["GROUPS"] * m)
         with _Split(config, tiles, _cdiv(tokens, config["BLOCK_TOKENS"]), dw) as split:
             weight_grad.weight_grad[tiles, split.count](
-                grad, x, forward_mask, split.target,
-                tokens, d_out, d_in, forward_mask.stride(0), grad.stride(0), x.stride(0),
-                split.count,
-                N=n, M=m, PRECISION=_precision(x), **config.arguments(),
-            )  # fmt: skip
+                *inputs, split.target, *sizes, split.count, **constants, **config.arguments()
+            )
 
     key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, dw.dtype)
     space = configs.weight_grad_configs(m, x.element_size())
@@ -275,10 +277,9 @@ class _Split:
         each = _cdiv(blocks, max(1, min(wanted, blocks)))
         self.count = _cdiv(blocks, each)
         self._result = result
-        self.target = (
-            result if self.count == 1
-            else result.new_empty(self.count, result.numel(), dtype=torch.float32)
-        )  # fmt: skip
+        self.target = result
+        if self.count > 1:
+            self.target = result.new_empty(self.count, result.numel(), dtype=torch.float32)
 
     def __enter__(self) -> "_Split":
         return self

@@ -1,4 +1,4 @@
-"""The choice of the forward and the backward mask, packed as it is made."""
+"""The kernels that compute the forward and the backward mask, and store them packed."""
 
 import triton
 import triton.language as tl
@@ -25,9 +25,9 @@ def magnitude_mask(
     N: tl.constexpr, M: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The packed forward mask of a weight, and with ``VALUES`` its kept values too.
+    """The packed forward mask of a weight, and with ``VALUES`` also its kept values.
 
-    Naive counterpart: ``reference.magnitude_mask`` (and ``reference.compress``).
+    Oracle: ``reference.magnitude_mask`` (and ``reference.compress``).
 
     Traffic per weight of s bytes: reads s, writes 1/8, and s * N / M with ``VALUES``.
     """
@@ -56,9 +56,9 @@ def backward_mask(
     N: tl.constexpr, M: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The packed backward mask from the kept values: the groups are rebuilt in registers only.
+    """The packed backward mask from the kept values. Groups are expanded in registers only.
 
-    Naive counterpart: ``reference.backward_mask``.
+    Oracle: ``reference.backward_mask``.
 
     Traffic per weight of s bytes: reads s * N / M and 1/8, writes N / M / 8.
     """
@@ -72,7 +72,7 @@ def backward_mask(
     scores = ()
     for i in tl.static_range(N):
         scores = scores + (magnitude(kept[i]),)
-    # Pruned elements score below any kept one, a kept zero included.
+    # The score of a pruned element is lower than that of any kept element, zero included.
     score = tile_of(expand_planes(scores, code, N, M, -1))
     # Groups of M consecutive rows, side by side.
     C: tl.constexpr = GROUPS * M

@@ -1,4 +1,4 @@
-"""The sum of the partial results of a split product."""
+"""The sum of the partial results of a product."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def add_up(partial, result, length, parts, BLOCK: tl.constexpr):
-    """``result = partial.sum(0)``, in the order of the parts, from fp32 (parts, length).
+    """``result = partial.sum(0)`` for an fp32 (parts, length), added in the order of the parts.
 
     Traffic per element of s bytes: reads 4 * parts, writes s.
     """

@@ -1,12 +1,12 @@
-"""What the kernels share: tiles of a weight, its groups as planes, its masks as codes.
+"""The functions that the kernels share: tiles of a weight, groups as planes, masks as codes.
 
-A *tile* is two-dimensional, (rows, columns). The groups of M consecutive columns of a tile are
-its M *planes*, each (rows, groups): plane j has element j of each group. What a group does to
-itself is then the same few instructions on whole planes, in registers, for any N:M. A *code* is
-a group's bits as an integer, lowest column in the lowest bit.
+A *tile* is two-dimensional, (rows, columns). The groups of M consecutive columns of a tile are its
+M *planes*, each (rows, groups): plane j has element j of each group. An operation within groups is
+then a few instructions on whole planes, in registers, for any N:M. A *code* has the mask bits of a
+group as an integer, with the lowest column in the lowest bit.
 
-A code with another number of bits than N comes from a mask that something wrote into. A kernel
-can't raise, so it puts NaN where such a group is used.
+A code with another number of bits than N comes from a corrupted mask. A kernel cannot raise an
+error. It stores NaN where such a group is used.
 """
 
 import triton
@@ -14,14 +14,14 @@ import triton.language as tl
 
 from slope_fx.kernels.triton import interpreted
 
-# A constant to the compiler, a number to the interpreter.
+# A constant for the compiler, a number for the interpreter.
 _INTERPRETED: tl.constexpr = tl.constexpr(interpreted())
 
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
     """``total + a b``, summed in fp32."""
-    if _INTERPRETED:  # the interpreter multiplies no bf16; products of widened ones are the same
+    if _INTERPRETED:  # it has no bf16 products; fp32 products of the same numbers are equal
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -68,22 +68,24 @@ def tile_of(parts):
 def load_codes(
     bits, bits_stride, row, first_group, rows_within, groups, W: tl.constexpr, G: tl.constexpr
 ):  # fmt: skip
-    """The codes (rows, G) of W bits from packed rows; 0 where there is none.
+    """The codes (rows, G) of W bits from packed rows; 0 for groups that do not exist.
 
     Args:
         bits: pointer to uint8.
-        bits_stride: bytes of a row, an argument of the kernel: Triton then knows of what it is a
-            multiple, and loads several bytes at once, ahead of their use.
+        bits_stride: bytes of a row. It is an argument of the kernel, so that Triton knows its
+            divisors, and loads several bytes at once before their use.
         row: (rows, 1): number of each row.
         first_group: number of the tile's first group, a multiple of G.
         rows_within: (rows, 1): which rows exist.
-        groups: how many a row has.
-        W: bits a code, at most 16.
-        G: groups a row of the tile.
+        groups: number of groups of a row.
+        W: bits of a code, at most 16.
+        G: groups in a row of the tile.
     """
     start = bits + row * bits_stride
     group = first_group + tl.arange(0, G)[None, :]
-    if (W & (W - 1)) == 0 and (G * W) % 8 == 0:  # whole bytes, apart in registers
+    if (W & (W - 1)) == 0 and (
+        G * W
+    ) % 8 == 0:  # load whole bytes, then separate the codes in registers
         column = first_group * W // 8 + tl.arange(0, G * W // 8)[None, :]
         byte = tl.load(start + column, mask=rows_within & (column < bits_stride), other=0)
         return _codes_of(byte.to(tl.int32), W)
@@ -120,9 +122,9 @@ def store_codes(bits, bits_stride, row, first_group, codes, rows_within, W: tl.c
         bits_stride: bytes of a row.
         row: (rows, 1): number of each row.
         first_group: number of the tile's first group, a multiple of 8.
-        codes: int32 or narrower, 0 for groups that don't exist.
+        codes: int32 or narrower, 0 for groups that do not exist.
         rows_within: (rows, 1): which rows exist.
-        W: bits a code, at most 16.
+        W: bits of a code, at most 16.
     """
     of_8 = planes(codes, 8)
     R: tl.constexpr = codes.shape[0]
@@ -142,7 +144,7 @@ def store_codes(bits, bits_stride, row, first_group, codes, rows_within, W: tl.c
 
 @triton.jit
 def slots(code, M: tl.constexpr):
-    """For each of the M columns of a group: which of its values it holds, or -1."""
+    """For each of the M columns of a group: the number of its value, or -1."""
     result = ()
     before = code * 0
     for j in tl.static_range(M):
@@ -156,7 +158,7 @@ def slots(code, M: tl.constexpr):
 def is_not(code, N: tl.constexpr, M: tl.constexpr):
     """Whether a code has another number of bits than N."""
     if N == 2 and M == 4:
-        return ((0b0001011001101000 >> code) & 1) == 0  # a bit for each of the six that have two
+        return ((0b0001011001101000 >> code) & 1) == 0  # the six codes with two bits
     else:
         count = code * 0
         for j in tl.static_range(M):
@@ -165,8 +167,8 @@ def is_not(code, N: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def told_of_bad_codes(parts, code, within, N: tl.constexpr, M: tl.constexpr):
-    """Planes with NaN in the first where a code within isn't N:M."""
+def nan_where_bad(parts, code, within, N: tl.constexpr, M: tl.constexpr):
+    """The planes, with NaN in the first plane where an existing code is not N:M."""
     nan = tl.full(code.shape, float("nan"), tl.float32).to(parts[0].dtype)
     result = (tl.where(is_not(code, N, M) & within, nan, parts[0]),)
     for i in tl.static_range(1, len(parts)):
@@ -179,12 +181,12 @@ def told_of_bad_codes(parts, code, within, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def expand_planes(values, code, N: tl.constexpr, M: tl.constexpr, PRUNED: tl.constexpr = 0):
-    """The M planes of a group's columns from the N of its values; PRUNED where there is none."""
+    """The M planes of columns from the N planes of values; PRUNED where a column has no value."""
     if PRUNED == 0:
         pruned = tl.zeros(code.shape, values[0].dtype)
     else:
         pruned = tl.full(code.shape, PRUNED, values[0].dtype)
-    if N == 2 and M == 4:  # the first two columns tell the place of each, and so do the last two
+    if N == 2 and M == 4:  # the bits of the first two columns determine theirs, as do the last two
         a, b, c, d = _bits_of_4(code)
         return (
             tl.where(a, values[0], pruned),
@@ -206,7 +208,7 @@ def expand_planes(values, code, N: tl.constexpr, M: tl.constexpr, PRUNED: tl.con
 
 @triton.jit
 def compress_planes(columns, code, N: tl.constexpr, M: tl.constexpr):
-    """The N planes of a group's values from the M of its columns."""
+    """The N planes of values from the M planes of columns."""
     if N == 2 and M == 4:
         a, b, c, d = _bits_of_4(code)
         first = tl.where(a, columns[0], tl.where(b, columns[1], columns[2]))
@@ -230,11 +232,11 @@ def _bits_of_4(code):
 
 @triton.jit
 def keep_top(scores, N: tl.constexpr):
-    """The code of the N largest of each group's scores; ties go to the lower column.
+    """The code of the N largest scores of each group; ties go to the lower column.
 
-    An element's rank is the number of elements that beat it: M (M - 1) / 2 comparisons, as the
-    compiler finds that each is wanted twice. At 2:4 the kept ones are those that win two of their
-    three, without any adding up.
+    The rank of an element is the number of elements with a higher score. This takes M (M - 1) / 2
+    comparisons, because the compiler finds that each occurs twice. At 2:4, an element is kept if
+    it is higher in two of its three comparisons, which needs no additions.
     """
     M: tl.constexpr = len(scores)
     code = tl.zeros(scores[0].shape, tl.int32)
@@ -264,7 +266,7 @@ def _two_of(a, b, c):
 
 @triton.jit
 def magnitude(x):
-    """An integer of the width of ``x`` that orders as |x| does, NaN as infinity; at least 0."""
+    """An integer >= 0 as wide as ``x`` with the order of abs(x); NaN has the place of infinity."""
     if x.dtype == tl.float32:
         return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
     elif x.dtype == tl.bfloat16:
@@ -278,7 +280,7 @@ def load_groups(
     values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Values, forward and backward code, and whether they exist, of groups of some rows.
+    """The values, forward codes, backward codes and existence of the groups of some rows.
 
     Args:
         values, forward, backward: pointers to a compressed weight.
@@ -287,7 +289,7 @@ def load_groups(
         first: number of the first group, a multiple of GROUPS.
         rows_within: (rows, 1): which rows exist.
         d_in: columns of the dense weight.
-        TWICE: whether the backward mask is read, and the values it drops set to zero.
+        TWICE: whether to read the backward mask and to set the values that it drops to zero.
     """
     groups = d_in // M
     group = first + tl.arange(0, GROUPS)[None, :]
@@ -315,19 +317,21 @@ def load_tile(
     values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The dense tile (rows, GROUPS * M) of a compressed weight, rebuilt in registers."""
+    """The dense tile (rows, GROUPS * M) of a compressed weight, expanded in registers."""
     kept, code, _, within = load_groups(
         values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
         N, M, TWICE, GROUPS,
     )  # fmt: skip
     columns = expand_planes(kept, code, N, M)
-    return tile_of(told_of_bad_codes(columns, code, within, N, M))
+    return tile_of(nan_where_bad(columns, code, within, N, M))
 
 
 @triton.jit
 def place(groups, GROUPS: tl.constexpr):
-    """Of a program for a tile of a weight: the number of its block of rows, and of its first
-    group. Programs of the same rows run side by side; one dimension has room for any weight."""
+    """The number of the block of rows, and of the first group, of the tile of this program.
+
+    Programs of the same rows run side by side. One grid dimension is enough for any weight.
+    """
     blocks = tl.cdiv(groups, GROUPS)
     program = tl.program_id(0)
     return program // blocks, (program % blocks) * GROUPS
@@ -338,18 +342,18 @@ def place(groups, GROUPS: tl.constexpr):
 
 @triton.jit
 def load_planes(pointer, row, first, rows_within, length, stride, N: tl.constexpr, G: tl.constexpr):
-    """The N planes of G groups of N elements, from ``first`` on; zeros past ``length``.
+    """The N planes of G groups of N elements, from ``first`` on; zeros after ``length``.
 
     Args:
         pointer: to the elements.
         row: (rows, 1): offset of each row.
         first: number of the first element in its row.
         rows_within: (rows, 1): which rows exist.
-        length: elements a row has.
-        stride: between them.
-        N, G: elements a group, groups a row of the tile.
+        length: number of elements of a row.
+        stride: between the elements.
+        N, G: elements of a group, and groups in a row of the tile.
     """
-    if (N & (N - 1)) == 0:  # one run of memory, then apart in registers
+    if (N & (N - 1)) == 0:  # load one run of memory, then separate the planes in registers
         column = first + tl.arange(0, G * N)[None, :]
         within = rows_within & (column < length)
         tile = tl.load(pointer + row + column * stride, mask=within, other=0)
@@ -366,7 +370,7 @@ def load_planes(pointer, row, first, rows_within, length, stride, N: tl.constexp
 
 @triton.jit
 def store_planes(pointer, row, first, parts, rows_within, length):
-    """Store planes as :func:`load_planes` loads them, elements side by side."""
+    """Store planes in the layout of :func:`load_planes`, with a stride of 1."""
     N: tl.constexpr = len(parts)
     G: tl.constexpr = parts[0].shape[1]
     if (N & (N - 1)) == 0:

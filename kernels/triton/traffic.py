@@ -1,17 +1,17 @@
-"""What each kernel that is bound by memory moves, on paper.
+"""The bytes that each kernel moves if memory bounds it.
 
-The kernels' docstrings say it in words, a test counts it in the interpreter, and the GPU
-benchmark holds their times against it.
+The docstrings of the kernels give the same numbers. A test counts the bytes in the interpreter, and
+the GPU benchmark compares the times of the kernels with them.
 """
 
 
 def bytes_per_weight(kernel: str, itemsize: int, n: int, m: int) -> tuple[float, float]:
-    """Bytes read and bytes written for each element of the dense weight.
+    """The bytes read and the bytes written for each element of the dense weight.
 
     Args:
-        kernel: its name; "prune" is ``magnitude_mask`` with values, "expand_twice_pruned" is
-            ``expand`` with the backward mask, "linear" the product with one tile of tokens,
-            its inputs and outputs aside.
+        kernel: its name. "prune" is ``magnitude_mask`` with values, "expand_twice_pruned" is
+            ``expand`` with the backward mask. "linear", "input_grad" and "weight_grad" are the
+            products with one tile of tokens; their inputs and outputs do not count.
         itemsize: bytes of an element of the weight.
         n, m: the pattern.
     """

@@ -1,8 +1,8 @@
-"""Which of its tile sizes a kernel runs with: the fastest in a race on the tensors at hand.
+"""The choice of the tile sizes of a kernel: the fastest in a race on the given tensors.
 
-The measured choice is kept as ``racing`` keeps it, by kernel, sizes and dtypes, with tokens up to
-a power of two. Where nothing can be measured (while a CUDA graph is captured, or in the
-interpreter) the first of the space serves, which is the one for common sizes.
+``racing`` keeps the result, by kernel, sizes, dtypes and the number of tokens up to a power of two.
+Where no race is possible (during the capture of a CUDA graph, or in the interpreter), the first
+entry of the list is used, which suits common sizes.
 """
 
 import json
@@ -24,14 +24,14 @@ def best(
     launch: Callable[[Config], None],
     device: torch.device,
 ) -> Config:
-    """The configuration of ``space`` for a kernel and what ``key`` says of its problem.
+    """The fastest configuration of a kernel.
 
     Args:
         kernel: its name.
-        key: what its time depends on.
-        space: what it may run with, the usual first.
-        launch: runs it once with a configuration.
-        device: where.
+        key: the sizes and dtypes that its time depends on.
+        space: the possible configurations, the default first.
+        launch: runs the kernel once with a configuration.
+        device: of the tensors.
     """
     known = (kernel, *key, device)
     if known not in _chosen:
@@ -56,20 +56,18 @@ def _measured(
 
 
 def _fitting(space: list[Config], launch: Callable[[Config], None]) -> list[Config]:
-    """Those that this device has the shared memory and the registers for."""
-    fitting, last = [], None
-    for config in space:
+    """The configurations that fit the shared memory and the registers of the device."""
+    fitting: list[Config] = []
+    for number, config in enumerate(space, 1):
         try:
             launch(config)
             fitting.append(config)
-        except OutOfResources as error:
-            last = error
-    if not fitting:
-        assert last is not None
-        raise last
+        except OutOfResources:
+            if number == len(space) and not fitting:
+                raise
     return fitting
 
 
 def forget() -> None:
-    """Forget the choices of this process; those on disk stay."""
+    """Forget the choices of this process, but not those on disk."""
     _chosen.clear()

@@ -1,4 +1,4 @@
-"""The weight gradient, compressed before it leaves the chip."""
+"""The weight gradient, compressed in registers before it is stored."""
 
 import triton
 import triton.language as tl
@@ -7,9 +7,9 @@ from slope_fx.kernels.triton.tiles import (
     compress_planes,
     dot,
     load_codes,
+    nan_where_bad,
     planes,
     store_planes,
-    told_of_bad_codes,
 )
 
 
@@ -20,15 +20,16 @@ def weight_grad(
     N: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """``grad_W = grad_Y^T X`` at the forward mask's positions.
+    """``grad_W = grad_Y^T X`` at the kept positions.
 
-    The sums over tokens are fp32, and only those of kept positions are stored. With several
-    parts, ``dw`` is fp32 (parts, d_out, d_in * N / M), to be added up.
+    The sums over tokens are fp32. Only the sums at kept positions are stored. With several parts,
+    ``dw`` is fp32 (parts, d_out, d_in * N / M), the partial sums.
 
-    Naive counterpart: ``reference.sparse_weight_grad``.
+    Oracle: ``reference.sparse_weight_grad``.
 
-    Traffic per weight of s bytes: reads 1/8, writes s * N / M; a dense product writes s, and
-    compressing that takes another s * (1 + N / M). (Inputs are read as by a dense product.)
+    Traffic per weight of s bytes: reads 1/8, writes s * N / M. A dense product writes s, and the
+    compression of its result moves another s * (1 + N / M). (Inputs are read as by a dense
+    product.)
     """
     BLOCK_IN: tl.constexpr = GROUPS * M
     in_tiles = tl.cdiv(d_in, BLOCK_IN)
@@ -54,7 +55,7 @@ def weight_grad(
     group = group_first + tl.arange(0, GROUPS)[None, :]
     code = load_codes(forward, forward_stride, row, group_first, rows_within, d_in // M, M, GROUPS)
     kept = compress_planes(planes(total, M), code, N, M)
-    kept = told_of_bad_codes(kept, code, rows_within & (group < d_in // M), N, M)
+    kept = nan_where_bad(kept, code, rows_within & (group < d_in // M), N, M)
     results = ()
     for i in tl.static_range(N):
         results = results + (kept[i].to(dw.dtype.element_ty),)

@@ -1,4 +1,4 @@
-"""Between kept values and dense weights, and the compressed transpose."""
+"""The kernels that expand, compress and transpose weights."""
 
 import triton
 import triton.language as tl
@@ -11,12 +11,12 @@ from slope_fx.kernels.triton.tiles import (
     load_groups,
     load_planes,
     load_tile,
+    nan_where_bad,
     place,
     planes,
     store_codes,
     store_planes,
     tile_of,
-    told_of_bad_codes,
 )
 
 
@@ -29,7 +29,7 @@ def expand(
 ):  # fmt: skip
     """The dense ``W^R``, or with ``TWICE`` the dense ``W^{R,C}``.
 
-    Naive counterpart: ``reference.expand``.
+    Oracle: ``reference.expand``.
 
     Traffic per weight of s bytes: reads s * N / M and 1/8, and N / M / 8 with ``TWICE``;
     writes s.
@@ -54,7 +54,7 @@ def compress(
 ):  # fmt: skip
     """The kept values of a dense weight.
 
-    Naive counterpart: ``reference.compress``.
+    Oracle: ``reference.compress``.
 
     Traffic per weight of s bytes: reads s and 1/8, writes s * N / M.
     """
@@ -67,7 +67,7 @@ def compress(
         dense, row * row_stride, first * M, rows_within, d_in, column_stride, M, GROUPS
     )
     code = load_codes(forward, forward_stride, row, first, rows_within, d_in // M, M, GROUPS)
-    kept = told_of_bad_codes(compress_planes(columns, code, N, M), code, within, N, M)
+    kept = nan_where_bad(compress_planes(columns, code, N, M), code, within, N, M)
     d_kept = d_in // M * N
     store_planes(values, row * d_kept, first * N, kept, rows_within, d_kept)
 
@@ -81,10 +81,10 @@ def transpose(
 ):  # fmt: skip
     """The compressed transpose of ``W^{R,C}``: its values and its packed mask.
 
-    A group of M outputs with fewer than N kept is filled up with zeros at its lowest free
-    places, so that every group has N.
+    A group of M outputs with fewer than N kept values gets zeros at its lowest free places, so
+    that every group has N values.
 
-    Naive counterpart: ``reference.transpose``.
+    Oracle: ``reference.transpose``.
 
     Traffic per weight of s bytes: reads s * N / M, 1/8 and N / M / 8; writes s * N / M and 1/8.
     """
@@ -95,8 +95,8 @@ def transpose(
         values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
         N, M, True, GROUPS,
     )  # fmt: skip
-    # Through shared memory go the values' bits alone: all ones, a NaN that no value is given,
-    # stand for what isn't kept.
+    # Only the bits of the values go through shared memory. All ones mean "not kept"; no value
+    # has these bits, because a NaN with them is replaced by another NaN.
     marked = ()
     for i in tl.static_range(N):
         marked = marked + (_marked(kept[i], ((twice >> i) & 1) == 1),)
@@ -124,14 +124,14 @@ def transpose(
     for i in tl.static_range(N):
         value = tl.where(kept_bits[i] == -1, 0, kept_bits[i])
         stored = stored + (value.to(values.dtype.element_ty, bitcast=True),)
-    stored = told_of_bad_codes(stored, full, exists & columns_within, N, M)
+    stored = nan_where_bad(stored, full, exists & columns_within, N, M)
     store_planes(transposed, column * d_kept_out, out_group * N, stored, columns_within, d_kept_out)
     store_codes(bits, bits_stride, column, out_group, full, columns_within, M)
 
 
 @triton.jit
 def _marked(part, is_kept):
-    """The bits of values as integers, and -1, all ones, for what isn't kept."""
+    """The bits of values as integers, and -1, all ones, for values that are not kept."""
     if part.dtype == tl.float32:
         bits = part.to(tl.int32, bitcast=True)
     else:
@@ -142,13 +142,13 @@ def _marked(part, is_kept):
 
 @triton.jit
 def _quiet_nan(dtype: tl.constexpr):
-    """The bits of a NaN that aren't all ones."""
+    """The bits of a NaN with a bit that is zero."""
     return 0x7FFFFFFF if dtype == tl.float32 else 0x7FFF
 
 
 @triton.jit
 def _filled(code, N: tl.constexpr, M: tl.constexpr):
-    """Codes of up to N bits filled up to N, from the lowest free place on."""
+    """Codes with up to N bits, with bits added at the lowest free places until they have N."""
     if N == 2 and M == 4:
         missing = tl.where(code <= 1, 3, 1)
         return tl.where((code & (code - 1)) == 0, code | missing, code)

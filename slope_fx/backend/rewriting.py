@@ -4,6 +4,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -221,9 +222,14 @@ def rewriting_backend(
     )  # fmt: skip
 
 
-@functools.cache
 def backend_of(settings: Settings) -> RewritingBackend:
-    """The one backend of such settings."""
+    """The backend of such settings: one object for all that a graph is compiled alike by."""
+    alike = replace(settings, dynamic=None, fullgraph=False, region="auto", on_fallback="warn")
+    return _backend_of(alike)
+
+
+@functools.cache
+def _backend_of(settings: Settings) -> RewritingBackend:
     return RewritingBackend(settings)
 
 

@@ -255,7 +255,7 @@ def tensor_names(file: Path) -> set[str]:
 def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, Any]:
     data = dataclasses.asdict(plan)
     if not isinstance(plan, SparsePlan):
-        return data
+        return {**data, "pattern": None}
     if entry is None:
         return {**data, "pattern": None, "reason": "its layer was replaced after compile"}
     return {**data, "pattern": str(plan.pattern), **dataclasses.asdict(entry)}

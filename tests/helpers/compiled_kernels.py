@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slope_fx.kernels.triton import configs, linear, low_rank, masks, reduce, weight_grad, weights
+from slope_fx.kernels.triton import configs, linear, masks, reduce, weight_grad, weights
 from slope_fx.kernels.triton.configs import Config
 
 TABLE = Path(__file__).with_name("compiled_kernels.json")
@@ -31,27 +31,22 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 FLAGS = {
     "magnitude_mask": [{"VALUES": True}],
     "expand": [{"TWICE": False}, {"TWICE": True}],
-    "linear": [
-        {"BIAS": True, "ADAPTER": False}, {"BIAS": True, "ADAPTER": True},
-        {"BIAS": False, "ADAPTER": True, "ones": True},
-        {"BIAS": True, "ADAPTER": False, "wide": True},
-    ],
+    "linear": [{"BIAS": True}, {"BIAS": False, "ones": True}, {"BIAS": True, "wide": True}],
     "input_grad": [{}, {"ones": True}, {"wide": True}],
     "weight_grad": [{}, {"ones": True}],
-    "low_rank_update": [{}, {"ones": True}],
     "add_up": [{}, {"ones": True}],
-}  # fmt: skip
-"""What a kernel can be asked for besides its pattern, the usual first. "ones": Triton makes a
-constant of an argument that is 1, so one token, one part or a rank of one is other code. "wide":
-fp32 values beside 16-bit inputs, as under autocast."""
-ONES = ("tokens", "parts", "rank", "down_stride", "lora_stride", "length")
+}
+"""The options of each kernel besides its pattern, the usual first. "ones": Triton makes a constant
+of an argument that is 1, so that one token or one part is other code. "wide": fp32 values with
+16-bit inputs, as under autocast."""
+ONES = ("tokens", "parts", "length")
 
-DOTS = ("linear", "input_grad", "weight_grad", "low_rank_update")
+DOTS = ("linear", "input_grad", "weight_grad")
 BYTES = ("bits", "forward", "backward")
 FLOATS = ("partial",)
 POINTERS = (
     *BYTES, *FLOATS, "weight", "values", "dense", "transposed", "x", "y", "grad", "dx", "dw",
-    "bias", "down", "lora_b", "result",
+    "bias", "result",
 )  # fmt: skip
 
 
@@ -84,7 +79,6 @@ KERNELS = {
     "linear": linear.linear,
     "input_grad": linear.input_grad,
     "weight_grad": weight_grad.weight_grad,
-    "low_rank_update": low_rank.low_rank_update,
     "add_up": reduce.add_up,
 }
 
@@ -103,7 +97,6 @@ def spaces(kernel: str, m: int, itemsize: int) -> list[Config]:
             c for t in tokens for c in configs.input_grad_configs(m, t, itemsize)
         ],
         "weight_grad": lambda: configs.weight_grad_configs(m, itemsize),
-        "low_rank_update": lambda: configs.low_rank_configs(),
         "add_up": lambda: [configs.REDUCE],
     }[kernel]()))  # fmt: skip
 
@@ -123,7 +116,7 @@ def variants() -> Iterator[Variant]:
             yield Variant(kernel, "fp16", 2, 4, usual, config, 90)
             for flags in others:
                 yield Variant(kernel, "bf16", 2, 4, flags, config, 90)
-        if kernel not in ("low_rank_update", "add_up"):
+        if kernel != "add_up":
             for n, m in ((1, 2), (2, 8), (3, 8), (8, 16)):
                 yield Variant(kernel, "bf16", n, m, usual, spaces(kernel, m, 2)[0], 90)
 
@@ -143,14 +136,12 @@ def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "scale":
-            signature[name] = "fp32"
         else:
             kind = "u8" if name in BYTES else "fp32" if name in FLOATS else variant.dtype
             if wide and name == "values":
                 kind = "fp32"
             signature[name] = f"*{kind}" if name in POINTERS else "i32"
-            if name not in ("tokens", "parts", "rank"):  # as sizes of layers are
+            if name not in ("tokens", "parts"):  # as sizes of layers are
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": variant.config.warps, "num_stages": variant.config.stages}

@@ -101,7 +101,7 @@ _library = torch.library.Library("aten", "IMPL")
 @contextlib.contextmanager
 def installed(monkeypatch):
     """The engine "cusparselt", on the CPU, with this in the library's place."""
-    from slope_fx.kernels import cpu, engines, selection
+    from slope_fx.kernels import engines, selection
     from slope_fx.kernels.cusparselt import Cusparselt, library
 
     if not calls["installed"]:  # for the process: a second time torch would refuse
@@ -109,14 +109,12 @@ def installed(monkeypatch):
         _library.impl("_cslt_compress", compress, "CPU")
         _library.impl("_cslt_sparse_mm", multiply, "CPU")
         _library.impl("_cslt_sparse_mm_search", search, "CPU")
-    engine = Cusparselt(cpu)
+    engine = Cusparselt(engines.ENGINES["cpu"])
     monkeypatch.setattr(library, "why_not", lambda device: "")
     monkeypatch.setattr(library, "unavailable", lambda: "")
     monkeypatch.setitem(engines.ENGINES, "cusparselt", engine)
-    monkeypatch.setattr(engine, "DEVICES", ("cpu",), raising=False)
-    engines._why_not.cache_clear()
+    monkeypatch.setattr(engine, "devices", ("cpu",))
     selection.forget()
     calls.update(compress=-calls["compress"], multiply=-calls["multiply"], search=-calls["search"])
     yield engine
-    engines._why_not.cache_clear()
     selection.forget()

@@ -9,8 +9,9 @@ import argparse
 
 import torch
 
-from slope_fx.kernels import triton
-from slope_fx.kernels.triton import tuning
+from slope_fx.kernels.triton import Triton, tuning
+
+triton = Triton()
 
 
 def launch_all(
@@ -42,9 +43,8 @@ def launch_all(
             for count in tokens:
                 x = torch.randn(count, d_in, device=device, dtype=torch.bfloat16)
                 grad = torch.randn(count, d_out, device=device, dtype=torch.bfloat16)
-                lora_b = torch.randn(d_out, 5, device=device, dtype=torch.bfloat16)
-                y = triton.sparse_linear(x, values, forward, lora_b[:, 0], n, m, x[:, :5], lora_b)
-                triton.low_rank_update(y, x[:, :5], lora_b, 0.5)
+                bias = torch.randn(d_out, device=device, dtype=torch.bfloat16)
+                triton.sparse_linear(x, values, forward, bias, n, m)
                 triton.sparse_input_grad(grad, values, forward, backward, n, m)
                 triton.sparse_weight_grad(grad, x, forward, n, m)
     finally:

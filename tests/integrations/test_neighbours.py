@@ -159,7 +159,7 @@ def test_arithmetic_on_masks_is_refused(how):
     bits = {n: w.forward_bits.clone() for n, w in slope_fx.sparse_weights(model).items()}
     with (
         torch.no_grad(),
-        pytest.raises(slope_fx.errors.ArgumentError, match=r"if p\.requires_grad"),
+        pytest.raises(slope_fx.errors.UnsupportedError, match=r"if p\.requires_grad"),
     ):
         MASKED[how](model)
     for name, weight in slope_fx.sparse_weights(model).items():
@@ -193,7 +193,7 @@ def test_fsdp1_is_refused(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        with pytest.raises(slope_fx.errors.ArgumentError, match="Use FSDP2"):
+        with pytest.raises(slope_fx.errors.UnsupportedError, match="Use FSDP2"):
             FullyShardedDataParallel(compiled(), device_id=torch.device("cpu"))
     finally:
         dist.destroy_process_group()

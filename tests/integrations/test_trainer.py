@@ -109,7 +109,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
 
     slope = SlopeCallback(adapter_start=0.5, backward_mask_interval=3)
     trainer_of(compiled(), tmp_path, [slope, StopAt(2)]).train()
-    with pytest.raises(slope_fx.errors.ArgumentError, match="adapter_step"):
+    with pytest.raises(slope_fx.errors.StateError, match="adapter_step"):
         trainer_of(compiled(), tmp_path, [SlopeCallback(0.9, 3)]).train(resume_from_checkpoint=True)
     with pytest.raises(RuntimeError, match="size mismatch"):
         trainer_of(compiled(sparsity="2:8"), tmp_path).train(resume_from_checkpoint=True)
@@ -117,7 +117,7 @@ def test_what_cannot_go_on_is_refused(tmp_path):
     told = json.loads(state.read_text())
     del told["stateful_callbacks"]["SlopeCallback"]
     state.write_text(json.dumps(told))
-    with pytest.raises(slope_fx.errors.ArgumentError, match="without a SlopeCallback"):
+    with pytest.raises(slope_fx.errors.StateError, match="without a SlopeCallback"):
         trainer_of(compiled(), tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -482,7 +482,7 @@ def test_what_lightning_cannot_do_is_refused(tmp_path):
     module = Module(net()[0])
     trainer.fit(module)
     trainer.fit_loop.max_epochs = 2
-    with pytest.raises(slope_fx.errors.ArgumentError, match="second fit"):
+    with pytest.raises(slope_fx.errors.StateError, match="second fit"):
         trainer.fit(module)
     with pytest.raises(slope_fx.errors.ArgumentError, match=r"self\.model = slope_fx\.compile"):
         slope_fx.compile(Module(nn.Linear(8, 8)), backend="eager")

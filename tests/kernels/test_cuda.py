@@ -1,6 +1,6 @@
 """What only a GPU can show: streams, graphs, several devices, measured choices, the sanitizer.
 
-``make gpu`` runs these, with ``test_triton_engine.py`` on the GPU, and then the benchmarks.
+``make gpu`` runs these, with ``test_triton_*.py`` on the GPU, and then the benchmarks.
 """
 
 import os
@@ -16,7 +16,8 @@ from torch import nn
 import models
 import slope_fx
 from oracle import DenseOracle, assert_same, assert_within_rounding
-from slope_fx.kernels import engines, racing, selection, triton
+from slope_fx.kernels import engines, racing, selection
+from slope_fx.kernels.selection import Request
 from strategies import normal
 
 pytestmark = [
@@ -24,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
 F16 = torch.bfloat16
+triton = engines.ENGINES["triton"]
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_engines_are_chosen_by_events_and_kept(fresh, monkeypatch):
     device = values.device
 
     def chosen(op):
-        return selection.choose(op, 64, tuple(values.shape), 2, 4, F16, device)
+        return selection.choose(op, Request(64, 256, 512, 2, 4, F16, device))
 
     first = {op: chosen(op) for op in selection.PRODUCTS}
     assert all(engine in candidates(op) for op, engine in first.items())

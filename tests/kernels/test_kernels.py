@@ -1,5 +1,7 @@
 """Each engine against the oracle, and the oracle against METHOD."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -7,12 +9,23 @@ from hypothesis import strategies as st
 
 import formulas
 from oracle import assert_same, assert_within_rounding
-from slope_fx.kernels import ENGINES, OPERATIONS, packing, reference
+from slope_fx.kernels import ENGINES, packing, reference
+from slope_fx.kernels.engine import Engine
 from slope_fx.planning.patterns import Pattern
 from strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
 
 engines = st.sampled_from(["cpu", "cpu-dense", "dense"]).map(ENGINES.get)
 """Those for a CPU; ``test_triton_engine.py`` has the others."""
+OPERATIONS = (
+    "magnitude_mask",
+    "backward_mask",
+    "expand",
+    "expand_twice_pruned",
+    "compress",
+    "sparse_linear",
+    "sparse_input_grad",
+    "sparse_weight_grad",
+)
 
 
 def serves(engine, dtype) -> bool:
@@ -20,8 +33,26 @@ def serves(engine, dtype) -> bool:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_engines_offer_every_operation(name):
-    assert all(callable(getattr(ENGINES[name], operation)) for operation in OPERATIONS)
+def test_engines_offer_every_operation_with_one_signature(name):
+    for operation in OPERATIONS:
+        ours, theirs = (
+            inspect.signature(getattr(engine, operation)) for engine in (ENGINES[name], Engine())
+        )
+        assert ours == theirs, operation
+
+
+def test_engines_are_listed_by_name():
+    assert list(ENGINES) == [engine.name for engine in ENGINES.values()]
+    assert all(isinstance(engine, Engine) for engine in ENGINES.values())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_values_for_gives_a_dtype_that_the_products_accept(name):
+    engine, values = ENGINES[name], torch.zeros(4, 2)
+    assert engine.values_for(values, torch.float32) is values
+    wide = engine.values_for(values, torch.bfloat16)
+    assert wide.dtype == (torch.float32 if engine.takes_wider_values else torch.bfloat16)
+    assert engine.values_for(values.half(), torch.bfloat16).dtype == torch.bfloat16
 
 
 @given(st.integers(1, 5), st.integers(1, 40), seeds)
@@ -78,6 +109,9 @@ def test_compress_and_expand(data, pattern, dtype, engine):
     dense = engine.expand(values, forward, n, m)
     assert_same(dense, torch.where(kept, weight, torch.zeros_like(weight)))
     assert_same(dense, reference.expand(values, forward, n, m))
+    backward = reference.backward_mask(values, forward, n, m)
+    twice = engine.expand_twice_pruned(values, forward, backward, n, m)
+    assert_same(twice, ENGINES["reference"].expand_twice_pruned(values, forward, backward, n, m))
     assert_same(engine.compress(dense, forward, n, m), values)
 
 
@@ -111,6 +145,7 @@ def test_products(data, pattern, dtype, engine, leading, seed, has_bias, contigu
     assert_within_rounding(dx, want, size, dtype)
 
     dw = engine.sparse_weight_grad(grad, x, forward, n, m)
+    assert_same(engine.sparse_weight_grad(grad, x, forward, n, m, torch.float64), dw.double())
     want = reference.sparse_weight_grad(grad64, x64, forward, n, m)
     size = reference.sparse_weight_grad(sizes_of[1], sizes_of[0], forward, n, m)
     assert_within_rounding(dw, want, size, dtype)

@@ -10,7 +10,7 @@ from torch import nn
 import models
 import slope_fx
 from slope_fx.kernels import engines, racing, selection
-from slope_fx.kernels.selection import Choice, Problem, choose
+from slope_fx.kernels.selection import Choice, Problem, Request, choose
 from slope_fx.ops.targets import SPARSE_LINEAR
 
 CPU = torch.device("cpu")
@@ -52,12 +52,12 @@ def timings(monkeypatch):
 
 
 def chosen(tokens=64, engines="auto", op="sparse_linear", dtype=F32):
-    return choose(op, tokens, (16, 8), 2, 4, dtype, CPU, engines)
+    return choose(op, Request(tokens, 16, 16, 2, 4, dtype, CPU, engines=engines))
 
 
 @pytest.mark.parametrize("op", selection.PRODUCTS)
 def test_candidates_and_plain_are_truly_timed(fresh, op):
-    assert chosen(op=op) in engines.COMPETING
+    assert chosen(op=op) in ("cpu", "cpu-dense")
     ((problem, choice),) = selection.choices(16, 16, 2, 4)
     assert problem == Problem(op, 64, 16, 16, 2, 4, "float32", 1)
     assert set(choice.seconds) == {"cpu", "cpu-dense", "plain"}
@@ -148,7 +148,7 @@ def test_measuring_disturbs_nothing(fresh):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
     with torch._subclasses.FakeTensorMode():
-        assert chosen(tokens=7) in engines.COMPETING
+        assert chosen(tokens=7) in ("cpu", "cpu-dense")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -340,3 +340,33 @@ def test_a_dynamic_number_of_tokens_is_chosen_for_its_hint(fresh, timings):
     for tokens in (5, 40, 41, 42):
         model(torch.rand(tokens, 16)).sum().backward()
     assert {p.tokens for p in timings.problems} == {8, 64}
+
+
+def test_a_gain_is_that_of_the_pairs_alone():
+    """The best number of tokens counts, with the times of a weight that trains."""
+
+    def pair(op, tokens, ours, **more):
+        problem = Problem(op, tokens, 16, 16, 2, 4, "float32", 1, **more)
+        return problem, Choice("cpu", {"cpu": ours, "plain": 2.0})
+
+    forward, grad = pair("sparse_linear", 8, 1.0), pair("sparse_weight_grad", 8, 3.0)
+    assert selection.gain([], training=True) is None
+    assert selection.gain([forward], training=True) is None
+    assert selection.gain([forward], training=False) == (2.0, 8)
+    assert selection.gain([forward, grad], training=True) == (1.0, 8)
+    assert selection.gain([forward, pair("sparse_linear", 64, 0.5)], training=False) == (4.0, 64)
+    trains = pair("sparse_linear", 8, 4.0, makes_operand=True)
+    for pairs in ([forward, trains], [trains, forward]):
+        assert selection.gain(pairs, training=False) == (0.5, 8)
+    unmeasured = (forward[0], Choice("cpu", {}))
+    assert selection.gain([unmeasured], training=False) is None
+
+
+def test_a_request_gives_the_problem_and_the_choice(fresh, timings):
+    request = Request(33, 16, 16, 2, 4, F32, CPU, values_dtype=torch.float64)
+    problem = Problem.of("sparse_linear", request)
+    assert problem == Problem("sparse_linear", 64, 16, 16, 2, 4, "float32", 1, "float64")
+    choice = selection.chosen("sparse_linear", request)
+    assert choice is selection.chosen("sparse_linear", request)
+    assert (choice.engine, choice.speedup) == ("cpu", 3.0)
+    assert selection.choices(16, 16, 2, 4) == [(problem, choice)]

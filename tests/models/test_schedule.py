@@ -74,8 +74,14 @@ def test_state_is_plain_numbers_and_resumes():
     assert all(w.adapter_active for w in slope_fx.sparse_weights(other).values())
     for _ in range(4):
         resumed.step()
-    with pytest.raises(slope_fx.errors.ArgumentError, match="total_steps=10"):
+    with pytest.raises(slope_fx.errors.StateError, match="total_steps=10"):
         resumed.step()
+
+
+OTHER_LENGTH = {
+    "last_step": 3, "total_steps": 11, "adapter_step": 5, "backward_mask_interval": 100
+}  # fmt: skip
+OTHER_START = {**OTHER_LENGTH, "total_steps": 10, "adapter_step": 6}
 
 
 @pytest.mark.parametrize(
@@ -83,15 +89,17 @@ def test_state_is_plain_numbers_and_resumes():
     [
         {},
         None,
-        {"last_step": 3, "total_steps": 11, "adapter_step": 5, "backward_mask_interval": 100},
+        OTHER_LENGTH,
         {"last_step": 11, "total_steps": 10, "adapter_step": 5, "backward_mask_interval": 100},
-        {"last_step": 3, "total_steps": 10, "adapter_step": 6, "backward_mask_interval": 100},
+        OTHER_START,
         {"last_step": None, "total_steps": 10, "adapter_step": 5, "backward_mask_interval": 100},
     ],
 )
 def test_states_that_do_not_fit(state):
     schedule = slope_fx.Schedule(compiled(), 10, adapter_start=0.5)
-    with pytest.raises(slope_fx.errors.ArgumentError, match="state"):
+    of_another_run = state in (OTHER_LENGTH, OTHER_START)
+    error = slope_fx.errors.StateError if of_another_run else slope_fx.errors.ArgumentError
+    with pytest.raises(error, match="state"):
         schedule.load_state_dict(state)
     assert schedule.last_step == 0
 

@@ -42,7 +42,7 @@ def test_it_runs_and_its_page_is_made(tmp_path, pages):
     assert "some failed" in done.stderr  # after the results are written
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["tests"] == {"tests": 9, "failures": 1, "errors": 0, "skipped": 2}
-    counts = {"kernels": 6, "decoding": 4, "adapters": 2, "blocks": 1, "products": 3}
+    counts = {"kernels": 6, "decoding": 4, "blocks": 1, "products": 3}
     assert {part: len(result[part]) for part in counts} == counts
     (block,) = result["blocks"]
     assert {r["engine"] for linear in block["explain"]["linears"] for r in linear["products"]} == {
@@ -54,7 +54,7 @@ def test_it_runs_and_its_page_is_made(tmp_path, pages):
     assert "Of 9 tests 6 passed, 2 were skipped." in page
     for kernel in result["kernels"]:
         assert kernel["kernel"] in page
-    assert len(re.findall(r"\*\*\d+\.\d\d\*\*", page)) == 4 + 2 + 2 * 3 + 3
+    assert len(re.findall(r"\*\*\d+\.\d\d\*\*", page)) == 4 + 2 * 3 + 3
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def in_process(monkeypatch):
 def test_what_time_does_not_allow_is_told(tmp_path, pages, in_process):
     in_process("--device", "cpu", "--out", tmp_path, "--seconds", 0)
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(result["left_out"]) == 4 + 1 + 1 + 1 + 1
+    assert len(result["left_out"]) == 4 + 1 + 1 + 1
     assert "Left out for lack of time: decoding 16 to 32, 1 tokens;" in pages.gpu_page(result)
 
 
