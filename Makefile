@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train train-dense test test-full mutants lint format bench gpu gpu-kernels gpu-paper readme clean
+.PHONY: help install train train-dense test test-full mutants lint format bench gpu gpu-kernels gpu-paper readme docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +29,7 @@ test: $(INSTALLED) ## all tests, a worker a core (at most four); each runs on on
 
 test-full: $(INSTALLED) ## those that take long too, and the matrix of consistency: over an hour on two cores
 	$(BIN)/python tests/helpers/full.py --write benchmarks/results/test_full.json
-	$(BIN)/python docs/make_consistency.py
+	$(BIN)/python docs/generate.py consistency
 
 mutants: $(INSTALLED) ## put faults into the sources, one by one: which does the consistency slice catch
 	$(BIN)/python tests/helpers/mutants.py --write benchmarks/results/mutants.json
@@ -51,7 +51,7 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; half 
 	$(BIN)/python benchmarks/state.py
 	$(BIN)/python benchmarks/paper.py --dry-run
 	$(BIN)/python benchmarks/coverage.py
-	$(BIN)/python benchmarks/passes.py
+	$(BIN)/python benchmarks/transposes.py
 	$(BIN)/python benchmarks/regions.py
 	$(BIN)/python benchmarks/kill_and_resume.py
 
@@ -67,17 +67,16 @@ gpu-kernels: ## of these, the tests and the kernels; nine minutes at most
 
 gpu-paper: ## of these, the paper's table on two blocks of three models; eight minutes at most
 	PYTHONPATH=. $(PYTHON) benchmarks/paper.py --quick
-	PYTHONPATH=. $(PYTHON) docs/make_paper.py
+	PYTHONPATH=. $(PYTHON) docs/generate.py paper
 
-readme: $(INSTALLED) ## write the README's table and figures, and docs/results.md, from the committed results
-	$(BIN)/python docs/make_readme.py
-	$(BIN)/python docs/make_results.py
-	$(BIN)/python docs/make_gpu.py
-	$(BIN)/python docs/make_paper.py
-	$(BIN)/python docs/make_passes.py
-	$(BIN)/python docs/make_consistency.py
-	$(BIN)/python docs/make_training.py
-	$(BIN)/python docs/make_api.py
+readme: $(INSTALLED) ## write the generated parts of the README and of docs/ from the committed results
+	$(BIN)/python docs/generate.py
+
+docs: $(INSTALLED) ## build the documentation's site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheel: $(INSTALLED) ## build the wheel and the sdist into build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist
 
 clean: ## remove .venv, caches and runs
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .hypothesis *.egg-info

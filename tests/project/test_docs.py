@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import slope_fx
-from slope_fx import cli
+from slope_fx import cli, errors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -21,6 +21,17 @@ BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL
 ELSEWHERE = ("make ", "source ", "pip ", "python examples/")
 """Commands that set up, or take an hour: CI itself makes the environment, and the example has a
 test of its own."""
+SOURCES = ("slope_fx", "passes", "ops", "kernels")
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """The script that writes the generated pages."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs"))
+        import generate
+
+        yield generate
 
 
 def with_code():
@@ -67,10 +78,24 @@ def test_snippets_run_as_written(page, tmp_path, monkeypatch):
                     run_command(line, page.name)
 
 
-def test_every_error_is_in_the_troubleshooting_page():
+def test_the_troubleshooting_page_has_a_heading_for_each_class():
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
-    names = [n for n in slope_fx.__all__ if n.endswith(("Error", "Warning"))]
-    assert not [name for name in names if f"`{name}" not in text and f".{name}`" not in text]
+    public = {name for name in errors.__all__ if isinstance(getattr(errors, name), type)}
+    headings = set(re.findall(r"^### `(\w+)`$", text, re.MULTILINE))
+    assert headings == public - {"SlopeError", "SlopeWarning"}
+
+
+def test_every_environment_variable_is_in_its_page():
+    """Those that the sources read; each that the page has, some source or torch reads."""
+    named = re.compile(r"""(?:environ(?:\.get)?|getenv)[(\[]\s*["'](\w+)["']""")
+    files = [p for room in SOURCES for s in ("py", "c", "h") for p in (ROOT / room).rglob(f"*.{s}")]
+    read = {name for file in files for name in named.findall(file.read_text())}
+    assert {"SLOPE_FX_ENGINES", "CC"} <= read
+    page = (ROOT / "docs" / "environment.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == read | {
+        "TORCH_LOGS",
+        "TORCH_TRACE",
+    }
 
 
 def test_links_lead_somewhere():
@@ -79,19 +104,44 @@ def test_links_lead_somewhere():
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_generated_parts_are_up_to_date(monkeypatch):
-    """`make readme` would change nothing."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import make_api
-    import make_training
+PAGES_MADE = (
+    "readme",
+    "index",
+    "results",
+    "gpu",
+    "paper",
+    "passes",
+    "consistency",
+    "checkpoints",
+    "pretrained",
+)
 
-    assert make_api.page() == make_api.PAGE.read_text()
-    for page in make_training.BLOCKS:
-        assert make_training.filled(page) == (ROOT / "docs" / page).read_text()
+
+@pytest.mark.parametrize("name", PAGES_MADE)
+def test_generated_parts_are_up_to_date(generate, name):
+    """`make readme` would change nothing."""
+    assert tuple(generate.PAGES) == PAGES_MADE
+    page = generate.PAGES[name]
+    text = page.text()
+    assert (text is None) == (not page.path.exists())
+    assert text is None or text == page.path.read_text()
+
+
+def test_an_unknown_page_is_told(generate, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "paper", "nowhere"])
+    with pytest.raises(SystemExit):
+        generate.main()
+    assert "no page nowhere; there are readme, index" in capsys.readouterr().err
 
 
 def test_the_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text()
-    modules = {"averaging", "debug", "ops", "__version__"}
-    for name in set(slope_fx.__all__) - modules:
-        assert f"`slope_fx.{name}`" in text or f"- `{name}`" in text, name
+    for name in set(slope_fx.__all__) - {"__version__"}:
+        assert re.search(rf"^::: (?:slope_fx\.)?[\w.]*\b{name}\b", text, re.MULTILINE), name
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(
+        re.findall(r"^ +- (?:\w+: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    )
+    assert listed == {page.name for page in PAGES}

@@ -17,11 +17,12 @@ JUNIT = '<testsuites><testsuite tests="9" failures="{}" errors="0" skipped="2"/>
 
 
 @pytest.fixture
-def make_gpu(monkeypatch):
+def pages(monkeypatch):
+    """The module that makes the page."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import make_gpu
+    from pages import gpu
 
-    return make_gpu
+    return gpu
 
 
 def benchmark(*arguments, **environment):
@@ -32,7 +33,7 @@ def benchmark(*arguments, **environment):
 
 
 @pytest.mark.full
-def test_it_runs_and_its_page_is_made(tmp_path, make_gpu):
+def test_it_runs_and_its_page_is_made(tmp_path, pages):
     junit = tmp_path / "tests.xml"
     junit.write_text(JUNIT.format(1))
     done = benchmark(
@@ -49,7 +50,7 @@ def test_it_runs_and_its_page_is_made(tmp_path, make_gpu):
     }
     state = block["state_bytes"]
     assert 0.5 < state["sparse"] / state["dense"] < 1
-    page = make_gpu.page(result)
+    page = pages.gpu_page(result)
     assert "Of 9 tests 6 passed, 2 were skipped." in page
     for kernel in result["kernels"]:
         assert kernel["kernel"] in page
@@ -70,11 +71,11 @@ def in_process(monkeypatch):
     return run
 
 
-def test_what_time_does_not_allow_is_told(tmp_path, make_gpu, in_process):
+def test_what_time_does_not_allow_is_told(tmp_path, pages, in_process):
     in_process("--device", "cpu", "--out", tmp_path, "--seconds", 0)
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert len(result["left_out"]) == 4 + 1 + 1 + 1
-    assert "Left out for lack of time: decoding 16 to 32, 1 tokens;" in make_gpu.page(result)
+    assert "Left out for lack of time: decoding 16 to 32, 1 tokens;" in pages.gpu_page(result)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -84,9 +85,3 @@ def test_without_a_gpu_it_says_so(tmp_path, in_process, monkeypatch):
         in_process("--out", tmp_path)
     with pytest.raises(SystemExit, match="--device cpu needs TRITON_INTERPRET=1"):
         in_process("--device", "cpu", "--out", tmp_path)
-
-
-def test_the_committed_page_is_that_of_the_committed_results(make_gpu):
-    assert make_gpu.PAGE.exists() == make_gpu.RESULTS.exists()
-    if make_gpu.RESULTS.exists():
-        assert make_gpu.PAGE.read_text() == make_gpu.page(json.loads(make_gpu.RESULTS.read_text()))

@@ -1,55 +1,25 @@
 """The package as it is installed."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = {
-    "slope_fx": "slope_fx",
-    "slope_fx.passes": "passes",
-    "slope_fx.ops": "ops",
-    "slope_fx.kernels": "kernels",
-}
-FOLDERS = {
-    **ROOMS,
-    "slope_fx.checkpoints": "slope_fx/checkpoints",
-    "slope_fx.integrations": "slope_fx/integrations",
-    "slope_fx.kernels.cpu": "kernels/cpu",
-    "slope_fx.kernels.triton": "kernels/triton",
-    "slope_fx.kernels.cusparselt": "kernels/cusparselt",
-}
-"""Of every package."""
+ROOMS = ("passes", "ops", "kernels")
+SOURCES = (".py", ".c", ".h", ".typed")
+WITH_THEM = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",
+             "CITATION.cff")  # fmt: skip
 
 
-def configuration():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-
-
-def test_the_list_of_packages_is_the_folders_on_disk():
-    listed = configuration()
-    assert listed["package-dir"] == FOLDERS
-    on_disk = {"slope_fx"}
-    for package, folder in ROOMS.items():
-        inside = (ROOT / folder).rglob("__init__.py")
-        links = [ROOT / "slope_fx" / room for room in ("passes", "ops", "kernels")]
-        for init in inside:
-            if package == "slope_fx" and any(link in init.parents for link in links):
-                continue  # seen where they are
-            inner = init.parent.relative_to(ROOT / folder)
-            on_disk.add(".".join([package, *inner.parts]))
-    assert set(listed["packages"]) == on_disk
-
-
-@pytest.mark.parametrize("room", ["passes", "ops", "kernels"])
+@pytest.mark.parametrize("room", ROOMS)
 def test_rooms_are_linked_for_tools_that_read_the_source(room):
     link = ROOT / "slope_fx" / room
     assert link.is_symlink()
@@ -76,27 +46,115 @@ def test_kernels_under_its_bare_name_is_an_empty_shell():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_wheel_holds_every_module_once(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-         "-w", tmp_path, ROOT],
-        check=True, capture_output=True,
+def run(*command, cwd, **environment):
+    done = subprocess.run(
+        [*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": "", **environment},
     )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
-    want = {"slope_fx/py.typed"}
-    for package, folder in FOLDERS.items():
-        files = [f for f in (ROOT / folder).iterdir() if f.suffix in (".py", ".c", ".h")]
-        want |= {f"{package.replace('.', '/')}/{f.name}" for f in files}
-    assert sorted(names) == sorted(want)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
-    target = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(target)
-    program = (
-        f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "import slope_fx, slope_fx.passes\n"
-        f"assert slope_fx.__file__.startswith({str(target)!r}), slope_fx.__file__\n"
-        f"assert slope_fx.passes.__file__.startswith({str(target)!r})\n"
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the sdist, the wheel made of it (dist/), and one of the tree (direct/).
+
+    All from a copy of the sources: a build folder would hold what an earlier build left.
+    """
+    folder = tmp_path_factory.mktemp("built")
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for room in ("slope_fx", *ROOMS):
+        shutil.copytree(ROOT / room, tree / room, symlinks=True, ignore=ignored)
+    for file in WITH_THEM:
+        shutil.copy(ROOT / file, tree)
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir")
+    run(*build, folder / "dist", tree, cwd=folder)
+    run(*build, folder / "direct", "--wheel", tree, cwd=folder)
+    return folder
+
+
+def wheel_in(folder):
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def contents(wheel):
+    """Every file by name, less the list of them."""
+    archive = zipfile.ZipFile(wheel)
+    return {n: archive.read(n) for n in archive.namelist() if not n.endswith("/RECORD")}
+
+
+def on_disk():
+    """What the wheel must hold, by the name it has there."""
+    files = {}
+    for room in ("slope_fx", *ROOMS):
+        prefix = Path("slope_fx") if room == "slope_fx" else Path("slope_fx") / room
+        for folder, _, names in os.walk(ROOT / room):  # doesn't follow the links
+            for name in names:
+                path = Path(folder) / name
+                if path.suffix in SOURCES:
+                    files[str(prefix / path.relative_to(ROOT / room))] = path.read_bytes()
+    return files
+
+
+def test_the_wheel_holds_every_file_once(built):
+    held = contents(wheel_in(built / "dist"))
+    of_package = {name: data for name, data in held.items() if ".dist-info/" not in name}
+    assert of_package == on_disk()
+    assert "slope_fx/kernels/cpu/engine.c" in held
+    (license_file,) = [n for n in held if n.endswith(".dist-info/licenses/LICENSE")]
+    assert held[license_file] == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_sdist_makes_the_same_wheel_as_the_tree(built):
+    assert contents(wheel_in(built / "dist")) == contents(wheel_in(built / "direct"))
+    (sdist,) = (built / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(WITH_THEM) | {"kernels/cpu/engine.c"} <= names
+
+
+def readme_snippet():
+    return re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+def snippet_runs_in(environment, tmp_path):
+    """The README's code, in an environment that slope_fx was installed into."""
+    program = "import slope_fx; print(slope_fx.__file__)\n" + readme_snippet()
+    cache = str(tmp_path / "cache")  # so that its own C sources are compiled
+    printed = run(
+        environment / "bin" / "python", "-c", program, cwd=tmp_path, SLOPE_FX_CACHE_DIR=cache
     )
-    done = python(program, tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert printed.startswith(str(environment))
+    assert "linears are sparse" in printed
+    assert "cpu" in printed
+    assert list((tmp_path / "cache").iterdir())
+    run(environment / "bin" / "slope-fx", "--help", cwd=tmp_path)
+
+
+@pytest.mark.inductor
+def test_the_wheel_runs_where_it_is_installed(built, tmp_path):
+    """In an environment of its own, to which only what slope_fx depends on is lent."""
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "lent.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    install = ("install", "--quiet", "--no-deps", "--no-index", "--ignore-installed")
+    run(
+        sys.executable, "-m", "pip", "--python", environment / "bin" / "python", *install,
+        wheel_in(built / "dist"), cwd=tmp_path,
+    )  # fmt: skip
+    snippet_runs_in(environment, tmp_path)
+
+
+@pytest.mark.full
+def test_the_wheel_runs_in_a_bare_environment(built, tmp_path):
+    """With what pip finds for its dependencies, besides torch's version."""
+    environment = tmp_path / "environment"
+    run(sys.executable, "-m", "venv", environment, cwd=tmp_path)
+    wheel = f"{wheel_in(built / 'dist')}[transformers]"
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    (torch,) = [pin for pin in pins if pin.startswith("torch==")]
+    run(environment / "bin" / "pip", "install", "--quiet", torch, wheel, cwd=tmp_path)
+    snippet_runs_in(environment, tmp_path)

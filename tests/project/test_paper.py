@@ -191,8 +191,10 @@ def test_mistakes_are_told(tmp_path, run):
 @pytest.mark.full
 def test_it_runs_and_its_page_is_made(tmp_path, run, monkeypatch):
     """All of it, the peer too, with the stand-in for the library on the CPU."""
-    import make_paper
     import paper
+    from pages import gpu as pages
+    from pages import plots
+    from pages.common import read
 
     monkeypatch.setenv("SLOPE_FX_ENGINES", "cusparselt")
     monkeypatch.setattr(racing, "_SECONDS", 0.0)
@@ -217,10 +219,10 @@ def test_it_runs_and_its_page_is_made(tmp_path, run, monkeypatch):
         assert {p["engine"] for r in reports for p in r["products"]} == {"cusparselt"}
     for entry in result["entries"]:
         entry["model"] = "OPT-2.6B"
-    text = make_paper.measured(result, json.loads(json.dumps(paper.PAPER)))
+    text = pages.paper_measured(result, json.loads(json.dumps(paper.PAPER)))
     assert text.count("| OPT-2.6B") == 4
     assert "1.13" in text  # the paper's training
-    make_paper.plot(make_paper.read("paper_dry_run"), result, tmp_path / "plot.png")
+    plots.paper_plot(read("paper_dry_run"), result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -229,9 +231,3 @@ def test_what_there_is_no_time_for_is_told(tmp_path, run):
     result = json.loads((tmp_path / "paper.json").read_text())
     assert result["entries"] == []
     assert result["left_out"] == ["training of tiny", "inference of tiny"]
-
-
-def test_the_committed_page_is_that_of_the_committed_results(bench):
-    import make_paper
-
-    assert make_paper.PAGE.read_text() == make_paper.page()

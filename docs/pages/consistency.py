@@ -1,15 +1,9 @@
-"""Write docs/consistency.md from benchmarks/results/consistency.json.
-
-make readme
-"""
+"""docs/consistency.md: how far each road is from the method's formulas."""
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
-from make_results import read, table, taken
-
-PAGE = Path(__file__).resolve().parent / "consistency.md"
+from .common import page, read, section, table, taken
 
 Cell = dict[str, Any]
 
@@ -20,38 +14,36 @@ CASES = (
 )  # fmt: skip
 
 INTRODUCTION = """\
-# One answer on every road
+# Consistency
 
-Written by `make readme` from `benchmarks/results/consistency.json`, which `make test-full` writes
-(`tests/helpers/consistency.py`); `pytest` runs a part of it each time.
+`make readme` writes this page from `benchmarks/results/consistency.json`. `make test-full` writes
+that file (`tests/helpers/consistency.py`). `pytest` runs a part of it each time.
 
-A model may be compiled by blocks or as one graph, by Inductor or another backend, on any engine, be
-saved and loaded, have its adapters merged into a dense model or exported to PEFT. All of it must
-compute the same. Each small random model below goes each of these roads, in the sparse phase and in
-the adapter phase, there with adapters whose product is as large as the weight it is added to.
+You can compile a model by blocks or as one graph, with Inductor or another backend, on any engine.
+You can save and load it, merge its adapters into a dense model, or export it to PEFT. All of these
+*roads* must compute the same. Each small random model below takes each road, in the sparse phase
+and in the adapter phase. There the product of the adapters is as large as the weight.
 """
 
 COMPARED = """\
-## What is compared
-
-All of it is compared with the method's formulas in float64, on the eager dense model. They share no
-code with slope_fx (`tests/helpers/formulas.py`). Held against it are the loss, the logits and the
+The reference is the method's formulas in float64, on the eager dense model. The formulas share no
+code with slope_fx (`tests/helpers/formulas.py`). The comparison covers the loss, the logits and the
 gradient of every parameter. An error is the largest difference, relative to the largest number of
-the same tensor; for a gradient that is next to nothing, such as that of a key's bias, relative to a
-hundredth of the largest gradient. In 16 bits gradients are compared by their norms.
+the same tensor. Some gradients are close to zero, for example that of a key's bias. Their errors
+are relative to a hundredth of the largest gradient. In 16 bits the norms of gradients are compared.
 
-- *train*, *eval*: forward and backward, and forward under `no_grad`. *One token*: one sequence of
-  length one, so that shapes are dynamic too. *Accumulation*: the gradients of two micro-batches.
+- *train*, *eval*: forward and backward; forward under `no_grad`. *One token*: one sequence of
+  length one, so shapes are dynamic too. *Accumulation*: the gradients of two micro-batches.
 - *Checkpoint*: activation checkpointing as transformers turns it on, in a model that is compiled as
-  one graph, and *around* each compiled block, called by an eager model; of both kinds, reentrant
-  and not.
-- *Steps*: two steps of AdamW. Backward masks are refreshed after each. The formulas take the same
-  steps on their own, in float64, and choose their own masks; compared are losses, logits,
-  gradients, masks, and last how far each weight moved, where ten times as much is allowed.
+  one graph. *Around*: activation checkpointing around each compiled block, called by an eager
+  model. Both run reentrant and non-reentrant.
+- *Steps*: two steps of AdamW. Backward masks are refreshed after each step. The formulas take the
+  same steps in float64 and choose their own masks. The comparison covers losses, logits, gradients,
+  masks, and how far each weight moved. The bound for the last is ten times as large.
 - *Masks*: masks and weights as compressed, against the method's choice on the dense weights.
-- *Merged* is the plain dense model of `densify(model)`, eager. Its input gradients are those of
-  the weight that is pruned once, so its gradients are held against the formulas with that. *PEFT*
-  is `densify(model, "peft")`, without gradients; "refused" where PEFT has no adapter for a layer.
+- *Merged* is the plain dense model of `densify(model)`, eager. Its input gradients use the weight
+  that is pruned once, and its reference does too. *PEFT* is `densify(model, "peft")`, without
+  gradients; "refused" where PEFT has no adapter for a layer.
 """
 
 
@@ -93,14 +85,13 @@ def roads_section(cells: list[Cell], result: dict[str, Any]) -> str:
     roads = list(dict.fromkeys(cell["road"] for cell in plain))
     rows = rows_of(plain, [lambda c, r=road: c["road"] == r for road in roads])
     allowed = plain[0]["bounds"].get("logits", 0.0) if plain else 0.0
-    return f"""\
-## By road, in fp32
-
-The worst error of all cases but steps, and of what it is; allowed is {allowed:.0e}. `cpu-dense`,
-`dense` and `reference` are engines, behind aot_eager; elsewhere it is `cpu`. {taken(result)}
-
-{table(rows, ("model", "phase", *roads))}
-"""
+    return section(
+        "By road, in fp32",
+        f"The worst error of all cases except *steps*, and what it is an error of. The bound is "
+        f"{allowed:.0e}. `cpu-dense`, `dense` and `reference` are engines, behind aot_eager. The "
+        f"other roads use the engine `cpu`. {taken(result)}",
+        table(rows, ("model", "phase", *roads)),
+    )
 
 
 def cases_section(cells: list[Cell]) -> str:
@@ -108,13 +99,11 @@ def cases_section(cells: list[Cell]) -> str:
     found = {cell["case"] for cell in plain}
     cases = [case for case in CASES if case in found]
     rows = rows_of(plain, [lambda c, k=case: c["case"] == k for case in cases])
-    return f"""\
-## By case, in fp32
-
-The worst of all roads that the case is run on.
-
-{table(rows, ("model", "phase", *cases))}
-"""
+    return section(
+        "By case, in fp32",
+        "The worst error of all roads that the case runs on.",
+        table(rows, ("model", "phase", *cases)),
+    )
 
 
 def precision_section(cells: list[Cell]) -> str:
@@ -125,21 +114,19 @@ def precision_section(cells: list[Cell]) -> str:
             return shown(chosen)
         worst = max(errors, key=lambda c: error_of(c)[0] / c["bounds"][error_of(c)[1]])
         error, check = error_of(worst)
-        bound = worst["bounds"][check]
-        return f"{error:.0e} of {bound:.0e} {check}"
+        return f"{error:.0e} of {worst['bounds'][check]:.0e} {check}"
 
     low = [c for c in cells if c["dtype"] != "fp32"]
     kinds = list(dict.fromkeys((c["dtype"], c["road"]) for c in low))
     rows = rows_of(low, [lambda c, k=kind: (c["dtype"], c["road"]) == k for kind in kinds], share)
-    return f"""\
-## In bf16 and under autocast
-
-bf16 parameters, and fp32 parameters under bf16 autocast. Allowed is eight times the error that the
-merged model, plain and dense, has in the same dtype against itself in float64, and at least 2^-7.
-Routers choose all experts here, for rounding can have them choose others.
-
-{table(rows, ("model", "phase", *(f"{road}, {dtype}" for dtype, road in kinds)))}
-"""
+    return section(
+        "In bf16 and under autocast",
+        "bf16 parameters, and fp32 parameters under bf16 autocast. The bound is eight times the "
+        "error of the merged model, plain and dense, in the same dtype against itself in float64, "
+        "and at least 2^-7. Routers choose all experts here, because rounding can change their "
+        "choice.",
+        table(rows, ("model", "phase", *(f"{road}, {dtype}" for dtype, road in kinds))),
+    )
 
 
 def gaps_section(cells: list[Cell]) -> str:
@@ -151,29 +138,20 @@ def gaps_section(cells: list[Cell]) -> str:
             if cell["architecture"] not in models:
                 models.append(cell["architecture"])
     rows = [(where, ", ".join(models), outcome) for (outcome, where), models in gaps.items()]
-    return f"""\
-## Where nothing could be compared
-
-{table(rows, ("road or case", "models", "why"))}
-"""
+    return section("Not compared", table(rows, ("road or case", "models", "why")))
 
 
-def page() -> str:
+def consistency() -> str:
     result = read("consistency")
     cells = result["cells"]
     compared = sum(not cell["outcome"] for cell in cells)
     models = len({cell["architecture"] for cell in cells})
-    count = f"{compared} comparisons of {models} models, in one process each.\n"
-    parts = [
-        INTRODUCTION + "\n" + count, COMPARED, roads_section(cells, result), cases_section(cells),
-        precision_section(cells), gaps_section(cells),
-    ]  # fmt: skip
-    return "\n".join(part.strip() + "\n" for part in parts)
-
-
-def main() -> None:
-    PAGE.write_text(page())
-
-
-if __name__ == "__main__":
-    main()
+    return page(
+        INTRODUCTION,
+        f"{compared} comparisons. Each of the {models} models runs in a process of its own.",
+        section("What is compared", COMPARED),
+        roads_section(cells, result),
+        cases_section(cells),
+        precision_section(cells),
+        gaps_section(cells),
+    )
