@@ -1,6 +1,7 @@
 """The documentation: its snippets run as written, its links lead somewhere, its figures are the
 results'."""
 
+import ast
 import contextlib
 import io
 import re
@@ -83,6 +84,23 @@ def test_the_troubleshooting_page_has_a_heading_for_each_class():
     public = {name for name in errors.__all__ if isinstance(getattr(errors, name), type)}
     headings = set(re.findall(r"^### `(\w+)`$", text, re.MULTILINE))
     assert headings == public - {"SlopeError", "SlopeWarning"}
+
+
+def test_the_troubleshooting_page_quotes_the_messages():
+    """Each quoted part of a message, between ``...``, is in a string of the sources."""
+    strings = []
+    for file in (path for room in SOURCES for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            constants = (part.value for part in parts if isinstance(part, ast.Constant))
+            strings.append("".join(value for value in constants if isinstance(value, str)))
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    ours = text[: text.index("## Without an error of slope_fx")]
+    messages = re.findall(r"^\| (?!message|-)(.*?) \|", ours, re.MULTILINE)
+    quoted = [q for m in messages for q in re.findall(r"``\s(.+?)\s``|`([^`]+)`", m)]
+    parts = {part.strip() for pair in quoted for part in "".join(pair).split("...")} - {""}
+    assert len(parts) > 30
+    assert not [part for part in parts if not any(part in string for string in strings)]
 
 
 def test_every_environment_variable_is_in_its_page():
