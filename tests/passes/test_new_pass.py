@@ -19,12 +19,13 @@ def drop_biases(gm, context):
         call = arguments(node)
         if call["bias"] is None:
             continue
-        rest = {name: value for name, value in call.items() if name not in ("x", "values", "bias")}
+        tensors = [call.pop(name) for name in ("x", "values", "forward_mask", "backward_mask")]
+        bias = call.pop("bias")
 
-        def build(x, values, bias, rest=rest):
-            return SPARSE_LINEAR(x=x, values=values, bias=None, **rest) + bias
+        def build(*operands, rest=call):
+            return SPARSE_LINEAR(*operands[:4], None, **rest) + operands[4]
 
-        replace(node, emit(node, build, call["x"], call["values"], call["bias"]))
+        replace(node, emit(node, build, *tensors, bias))
         matches += 1
     return matches
 
