@@ -29,6 +29,9 @@ RESULTS = Path(__file__).resolve().parent / "results" / "kill_and_resume.json"
 VOCABULARY = 64
 
 
+ENDED = "ended"
+
+
 def make_model() -> torch.nn.Module:
     """Small, with dropout, so that the random state has to be right too."""
     torch.manual_seed(0)
@@ -72,6 +75,9 @@ def live(folder: Path, steps: int, progress: Connection | None) -> None:
         slope_fx.save_pretrained(model, folder, training={**parts, "losses": losses})
         if progress:
             progress.send("written")
+    if progress:
+        progress.send(ENDED)
+        progress.poll(None)  # to be killed: the last kill may come late on a busy machine
 
 
 def kill_and_resume(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
@@ -95,9 +101,10 @@ def kill_and_resume(folder: Path, steps: int, kills: int, seed: int) -> dict[str
         theirs.close()
         # Some steps into its life, at any point of what it does then.
         for _ in range(draw.randint(0, max(1, 3 * steps // (2 * kills)))):
-            mine.recv()
+            if mine.recv() == ENDED:
+                break
         time.sleep(draw.choice([0.001, 0.01, 0.05, 0.5]) * draw.random())
-        assert life.is_alive(), "the run ended before its last kill: give it more steps"
+        assert life.is_alive(), "the run failed before it was killed"
         assert life.pid is not None
         os.kill(life.pid, signal.SIGKILL)
         life.join()
