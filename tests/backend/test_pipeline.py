@@ -1,8 +1,7 @@
-"""The pipeline as its user meets it: regions, options, own passes, what is shown of each step."""
+"""The pipeline as its user meets it: regions, passes of one's own, what is shown of each step."""
 
 import copy
 import dataclasses
-import json
 import operator
 import os
 import re
@@ -11,41 +10,14 @@ import sys
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import models
 import slope_fx
 from formulas import assert_gradients_match, formula_model
 from models import batch, loss_of
-from slope_fx.backend.rewriting import backend_of
+from pipeline_cases import X, assert_trains_right, compiled, graphs, layers
 from slope_fx.passes import NAMES, PASSES
 from slope_fx.record import record_of
-
-X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-
-
-def layers(count=4):
-    return nn.Sequential(*[nn.Linear(16, 16) for _ in range(count)])
-
-
-def compiled(model=None, **more):
-    more = {"backend": "aot_eager", "on_fallback": "error", **more}
-    return slope_fx.compile(model or layers(), example_inputs=X, **more)
-
-
-def graphs(model):
-    return backend_of(record_of(model).settings).graphs
-
-
-def assert_trains_right(dense, model, x=X):
-    reference = formula_model(dense, model)
-    y, want = model(x), reference(x.double())
-    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
-    y.sum().backward()
-    want.sum().backward()
-    assert_gradients_match(model, reference, rtol=1e-4)
-
 
 # --- regions ---------------------------------------------------------------------------------
 
@@ -83,89 +55,6 @@ def test_auto_compiles_a_model_without_blocks_as_a_whole():
     model = compiled()
     assert record_of(model).regions.whole
     assert "one by one" not in slope_fx.explain(model).note
-
-
-# --- torch.compile's options ------------------------------------------------------------------
-
-
-def test_options_reach_the_backend():
-    got = []
-
-    def inner(gm, example_inputs, **more):
-        got.append(more)
-        return gm.forward
-
-    compiled(backend=inner, options={"a": 1})(X)
-    compiled(backend=inner, mode="max-autotune")(X)
-    assert got == [{"options": {"a": 1}}, {"mode": "max-autotune"}]
-
-
-def test_options_of_inductor_are_its_own():
-    settings = slope_fx.rewriting_backend(mode="reduce-overhead").settings
-    assert settings.replays
-    assert not slope_fx.rewriting_backend().settings.replays
-    settings = slope_fx.rewriting_backend(options={"max-autotune": True}).settings
-    assert settings.inductor_options() == {"max_autotune": True}
-    same = slope_fx.rewriting_backend(options={"max-autotune": True})
-    assert same is slope_fx.rewriting_backend(options={"max-autotune": True})
-    assert same is not slope_fx.rewriting_backend(options={"max-autotune": False})
-    assert copy.deepcopy(same) is same
-
-
-def test_dynamic_sizes_make_one_graph():
-    torch._dynamo.reset()
-    model = compiled(layers(), dynamic=True)
-    start = graphs(model)
-    for rows in (6, 7, 9):
-        model(X.repeat(2, 1)[:rows]).sum().backward()
-    assert graphs(model) == start + 1
-
-
-def test_fullgraph_says_where_a_graph_breaks():
-    class Breaks(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = layers()
-
-        def forward(self, x):
-            torch._dynamo.graph_break()
-            return self.layers(x)
-
-    model = compiled(Breaks(), fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        model(X)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"mode": "fast"}, "mode='fast'; allowed are 'default'"),
-        ({"options": {"no_such": 1}}, "'no_such'] is not an option of Inductor's"),
-        ({"options": [1]}, "options is a list; it must be a mapping"),
-        ({"mode": "default", "options": {"max_autotune": True}}, "can't both be given"),
-        ({"disable_passes": ["sparsify"]}, "disable_passes has 'sparsify'; there are prune_exp"),
-        (
-            {"enable_passes": ["x"]},
-            "there is no argument 'enable_passes'; there are",
-        ),
-        ({"passes": "mine"}, "passes is a str; it must be a list"),
-        ({"passes": [3]}, "passes has 3, which is neither a function"),
-        ({"passes": [..., ...]}, "`...` more than once"),
-        ({"region": "all"}, "region='all'; allowed are 'auto', 'model', 'blocks'"),
-        ({"dynamic": 1}, "dynamic=1; allowed are True, False, None"),
-    ],
-)
-def test_wrong_arguments_leave_the_model_as_it_was(wrong, words):
-    model = layers()
-    with pytest.raises(slope_fx.errors.ArgumentError) as error:
-        compiled(model, **{"backend": "inductor", **wrong})
-    assert words in str(error.value)
-    assert not slope_fx.record.sparse_weights_in(model)
-
-
-def test_without_a_backend_its_arguments_are_told():
-    with pytest.warns(slope_fx.errors.ArgumentWarning, match="disable_passes=.*has no effect"):
-        compiled(backend=None, disable_passes=["prune_expands"])
 
 
 # --- own passes, disabled passes --------------------------------------------------------------
@@ -279,103 +168,3 @@ def test_debug_refuses_what_it_cannot_look_at():
         slope_fx.debug.first_difference(compiled(backend=None), X)
     with pytest.raises(slope_fx.errors.ArgumentError, match="tolerance=0"):
         slope_fx.debug.first_difference(compiled(), X, tolerance=0)
-
-
-# --- what it composes with --------------------------------------------------------------------
-
-
-class Composed(nn.Module):
-    """A linear under autocast, one checkpointed in either way, one that is kept from Dynamo."""
-
-    def __init__(self, reentrant):
-        super().__init__()
-        self.first, self.cast, self.checked, self.apart, self.head = (
-            nn.Linear(16, 16) for _ in range(5)
-        )
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        h = self.first(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            h = h + self.cast(h).float()
-        if x.dtype != torch.float64:
-            h = h + checkpoint(self.checked, h, use_reentrant=self.reentrant)
-        else:
-            h = h + self.checked(h)
-        return self.head(h + self.outside(h))
-
-    @torch.compiler.disable
-    def outside(self, h):
-        return self.apart(h)
-
-
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_autocast_checkpoints_and_disabled_layers(reentrant):
-    """The layer that Dynamo may not see is right, and told; the others are as ever."""
-    dense = Composed(reentrant)
-    model = compiled(copy.deepcopy(dense), on_fallback="warn")
-    reference = formula_model(dense, model)
-    y = model(X)
-    with pytest.warns(
-        slope_fx.errors.ExpandedWeightWarning, match="apart: its weight was read outside"
-    ):
-        y.sum().backward()
-    want = reference(X.double())
-    torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
-    reported = {n for n, w in slope_fx.sparse_weights(model).items() if w.expanded_because}
-    assert reported == {"apart"}
-
-
-def test_a_model_under_vmap():
-    model = compiled(backend=None, on_fallback="ignore")
-    with torch.no_grad():
-        got = torch.func.vmap(model)(X)
-        torch.testing.assert_close(got, model(X))
-
-
-CACHED = """
-import json, sys, torch, slope_fx
-from torch import nn
-torch.manual_seed(0)
-model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
-x = torch.randn(4, 16)
-slope_fx.compile(model, example_inputs=x, engine="dense", disable_passes=sys.argv[1:])
-torch.manual_seed(1)
-model(x).sin().sum().backward()
-c = torch._dynamo.utils.counters["aot_autograd"]
-print(json.dumps([c["autograd_cache_hit"], c["autograd_cache_miss"]]))
-"""
-
-
-@pytest.mark.full
-@pytest.mark.inductor
-def test_a_second_process_hits_the_cache_and_a_changed_option_misses_it(tmp_path):
-    def run(*disabled, tag=""):
-        env = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-            "TORCH_COMPILE_CACHE_KEY_TAG": tag,
-        }
-        command = [sys.executable, "-c", CACHED, *disabled]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    assert run() == [0, 1]
-    assert run() == [1, 0]
-    assert run("sparsify_linears") == [0, 1]
-    assert run(tag="mine") == [0, 1]  # what the user sets is a part of the key still
-
-
-def test_the_cache_tells_other_gradients_apart():
-    """A graph names an op, not its gradient; what a version before computed isn't taken up."""
-    tags = []
-
-    def inner(gm, example_inputs):
-        tags.append(torch.compiler.config.cache_key_tag)
-        return gm.forward
-
-    compiled(backend=inner)(X)
-    (tag,) = tags
-    assert tag.strip() == f"slope_fx {slope_fx.backend.rewriting._cache_tag()}"
-    assert torch.compiler.config.cache_key_tag == ""

@@ -1,6 +1,7 @@
 """A run that was interrupted and resumed equals one that was not, bit for bit."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +55,13 @@ def test_interrupted_equals_uninterrupted(stop):
     assert got == want
     for name, value in whole["model"].state_dict().items():
         assert torch.equal(second["model"].state_dict()[name], value), name
+
+
+def test_killed_and_resumed(tmp_path, monkeypatch):
+    """The benchmark of thirty kills, with three."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import kill_and_resume
+
+    result = kill_and_resume.kill_and_resume(tmp_path, steps=8, kills=3, seed=1)
+    assert result["identical"]
+    assert result["kills_in_sparse_phase"] + result["kills_in_adapter_phase"] == 3

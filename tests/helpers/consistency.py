@@ -32,16 +32,15 @@ import slope_fx
 from architectures import cast, made, plain_experts
 from consistency_checks import (
     CASES,
-    PHASES,
     Errors,
     NothingToCompareError,
-    Subject,
     batches_of,
     compare,
     plain_gradient_errors,
     run,
     worst,
 )
+from consistency_subject import PHASES, Subject
 from slope_fx.record import record_of
 
 BOUND = 3e-5
@@ -262,7 +261,10 @@ def digest() -> str:
     """Of all sources, so that what was compared before them isn't taken for compared now."""
     folders = ("slope_fx", "passes", "ops", "kernels")
     sources = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    names = ("consistency", "consistency_checks", "formulas", "architectures")
+    names = (
+        "consistency", "consistency_checks", "consistency_subject",
+        "formulas", "architectures",
+    )  # fmt: skip
     mine = [Path(__file__).with_name(f"{name}.py") for name in names]
     return hashlib.sha256(b"".join(p.read_bytes() for p in [*sources, *mine])).hexdigest()[:16]
 

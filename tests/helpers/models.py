@@ -84,3 +84,8 @@ def batch(seed: int = 0, rows: int = 2, length: int = 16) -> torch.Tensor:
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=batch(3)).logits

@@ -14,7 +14,6 @@ import slope_fx
 from architectures import cast
 from consistency import CHOSEN, cells
 from consistency_checks import (
-    Subject,
     against_oracle,
     all_gradient_errors,
     batches_of,
@@ -24,6 +23,7 @@ from consistency_checks import (
 from consistency_checks import (
     run as run_model,
 )
+from consistency_subject import Subject
 from slope_fx.passes import NAMES, run
 
 CHOOSING = {"compress", "magnitude_mask", "backward_mask"}

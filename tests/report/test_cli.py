@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 import models
 import slope_fx
-from models import batch
+from models import logits
 from slope_fx import cli
 from slope_fx.report.explain import Explanation
 
@@ -33,11 +33,6 @@ def run(capsys):
         return capsys.readouterr()
 
     return call
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(input_ids=batch(3)).logits
 
 
 def test_explain_tells_what_compile_would_do(dense, run):

@@ -13,7 +13,7 @@ import models
 import slope_fx
 from architectures import made
 from forms import FORMS, WIDTH
-from models import batch, loss_of
+from models import batch, logits, loss_of
 
 BACKEND = {"backend": "eager", "on_fallback": "error"}
 
@@ -26,11 +26,6 @@ def adapted(kind="gpt2", rank=4, active=True):
     for weight in slope_fx.sparse_weights(model).values():
         weight.lora_B.data.normal_(std=0.3)
     return model.eval()
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(input_ids=batch(3)).logits
 
 
 def is_plain(model):

@@ -1,0 +1,134 @@
+"""The rest of a run, such as its optimizer: what is saved with a checkpoint comes back exactly."""
+
+import io
+import json
+import os
+import random
+from collections import Counter, OrderedDict
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import slope_fx
+from checkpoint_cases import BACKEND, trained
+
+_leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
+    st.sampled_from([torch.ones(2, dtype=torch.int64), torch.zeros(()), torch.tensor([True])]),
+)  # fmt: skip
+_trees = st.recursive(
+    _leaves,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=4), st.integers()), inner, max_size=3),
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=60)
+@given(tree=_trees)
+def test_plain_data_comes_back(tree):
+    from slope_fx.checkpoints.training import _decode, _encode
+
+    tensors = {}
+    text = json.dumps(_encode(tree, "tree", tensors))
+    assert repr(_decode(json.loads(text), tensors)) == repr(tree)
+
+
+def test_a_run_goes_on_exactly(tmp_path):
+    """Optimizer, rates, Schedule, GradScaler and the three random states."""
+    model, parts = trained(steps=4)
+    parts["rates"] = torch.optim.lr_scheduler.OneCycleLR(parts["optimizer"], 0.1, total_steps=9)
+    parts["scaler"] = torch.amp.GradScaler("cpu")
+    random.seed(3)
+    numpy.random.seed(4)
+    torch.manual_seed(5)
+    history = {"losses": [0.5, float("nan")], "batch": (3, numpy.int64(7)),
+               "best": numpy.float64(1.5)}  # fmt: skip
+    path = slope_fx.save_pretrained(model, tmp_path / "c", training={**parts, **history})
+    draws = random.random(), numpy.random.rand(), torch.rand(3)
+
+    loaded = slope_fx.load_pretrained(path, **BACKEND)
+    optimizer = torch.optim.AdamW(loaded.parameters(), lr=1e-2)
+    again = {
+        "optimizer": optimizer,
+        "schedule": slope_fx.Schedule(loaded, 4, 0.5),
+        "rates": torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
+        "scaler": torch.amp.GradScaler("cpu"),
+    }
+    torch.rand(7)
+    rest = slope_fx.load_training(path, again)
+    assert repr(rest) == "{'losses': [0.5, nan], 'batch': (3, 7), 'best': 1.5}"
+    got = random.random(), numpy.random.rand(), torch.rand(3)
+    assert got[:2] == draws[:2]
+    assert torch.equal(got[2], draws[2])
+    for name, part in parts.items():
+        one, other = io.BytesIO(), io.BytesIO()
+        torch.save(part.state_dict(), one)
+        torch.save(again[name].state_dict(), other)
+        assert repr(part.state_dict()) == repr(again[name].state_dict()), name
+
+
+def test_tensors_of_like_names_are_kept_apart(tmp_path):
+    model, _ = trained(rank=None)
+    tricky = {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}, 1: torch.ones(2), "1": 3,
+              "c": Counter({3: 2}), "o": OrderedDict(z=1)}  # fmt: skip
+    path = slope_fx.save_pretrained(
+        model, tmp_path / "c", training={"x": tricky, "__metadata__": torch.ones(3)}
+    )
+    got = slope_fx.load_training(path)
+    assert repr(got["x"]) == repr(tricky)
+    assert torch.equal(got["__metadata__"], torch.ones(3))
+
+
+def test_training_state_is_loaded_all_or_not_at_all(tmp_path):
+    model, _ = trained(rank=None)
+    values = [p for p in model.parameters() if p.requires_grad]
+    one, other = torch.optim.SGD(values, lr=0.5), torch.optim.SGD(values[:3], lr=0.5)
+    path = slope_fx.save_pretrained(model, tmp_path / "c", training={"a": one, "b": other})
+    first, wrong = torch.optim.SGD(values, lr=0.1), torch.optim.SGD(values, lr=0.1)
+    with pytest.raises(slope_fx.errors.CheckpointError, match=r"training\['b'\], a SGD"):
+        slope_fx.load_training(path, {"a": first, "b": wrong})
+    assert first.param_groups[0]["lr"] == wrong.param_groups[0]["lr"] == 0.1
+
+
+def test_an_optimizer_made_before_loading_is_told(tmp_path):
+    def net():
+        return nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+
+    x = torch.ones(2, 16)
+    model = slope_fx.compile(net(), "2:4", example_inputs=x, **BACKEND)
+    path, fresh = slope_fx.save_pretrained(model, tmp_path / "c"), net()
+    optimizer = torch.optim.SGD(fresh.parameters(), lr=1)
+    slope_fx.load_pretrained(path, fresh, **BACKEND)
+    with pytest.warns(slope_fx.errors.TrainingWarning, match="SGD holds 6 dense weights"):
+        optimizer.step()
+
+
+def test_mistakes_with_training_state(saved, tmp_path):
+    model, path = saved
+    for training, words in (
+        ({"model": nn.Linear}, "pickle"),
+        ({"x": {"deep": [object()]}}, r"x\.deep\.0 is a object"),
+        ({"x": {(1, 2): 3}}, "has the key"),
+        ([1], "must map names"),
+        ({"random_states": 1}, "by itself"),
+    ):
+        with pytest.raises(slope_fx.errors.CheckpointError, match=words):
+            slope_fx.save_pretrained(model, tmp_path / "c", training=training)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(slope_fx.errors.CheckpointError, match="saved with"):
+        slope_fx.load_training(path, {"optimiser": torch.optim.SGD(model.parameters(), 1)})
+    with pytest.raises(slope_fx.errors.CheckpointError, match="no load_state_dict"):
+        slope_fx.load_training(path, {"optimizer": 3})
+    slope_fx.save_pretrained(model, tmp_path / "c")
+    with pytest.raises(slope_fx.errors.CheckpointError, match="no training state"):
+        slope_fx.load_training(tmp_path / "c")
+    with pytest.raises(slope_fx.errors.ArgumentError, match="dtype='int8'"):
+        slope_fx.load_pretrained(path, dtype="int8")
