@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "the bias is forgotten",
         "passes/sparsify_linears.py",
-        "bias if fused else None, n, m, **chosen)",
-        "None, n, m, **chosen)",
+        "masks, added = (forward, backward), bias if fused else None",
+        "masks, added = (forward, backward), None",
     ),
     Mutant(
         "the first rows in the place of those that are read",
@@ -65,8 +65,8 @@ MUTANTS = (
     Mutant(
         "the input gradient of W^R, not of W^{R,C}",
         "ops/sparse_linear.py",
-        "dx = sparse_input_grad(grad, values, forward_mask, backward_mask, n, m, engine)",
-        "dx = sparse_input_grad(grad, values, forward_mask, backward_mask | 255, n, m, engine)",
+        "        masks = forward_mask, backward_mask\n        dx =",
+        "        masks = forward_mask, backward_mask | 255\n        dx =",
     ),
     Mutant(
         "the bias's gradient is a mean",
@@ -77,8 +77,9 @@ MUTANTS = (
     Mutant(
         "the gradient of fp32 values is rounded to 16 bits under autocast",
         "ops/sparse_linear.py",
-        "        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, dtype)",
-        "        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, engine, None)"
+        "        dtype = None if values.dtype == grad.dtype else values.dtype\n        dvalues = "
+        "sparse_weight_grad(grad, x, forward_mask, n, m, groups, offsets, name, dtype)",
+        "        dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, groups, offsets, name)"
         ".bfloat16().to(values.dtype)",
     ),
     Mutant(
@@ -89,16 +90,15 @@ MUTANTS = (
     ),
     Mutant(
         "the wrong expert's weight in the input gradient",
-        "ops/grouped_linear.py",
-        "            _rows(t, group, groups) for t in (values, forward_mask, backward_mask)",
-        "            _rows(t, groups - 1 - group, groups)"
-        " for t in (values, forward_mask, backward_mask)",
+        "ops/sparse_linear.py",
+        "        return product.sparse_input_grad(rows, of(values), *masks, n, m)",
+        "        return product.sparse_input_grad(rows, of(values.flip(0)), *masks, n, m)",
     ),
     Mutant(
-        "q, k and v get each other's bias",
-        "passes/merge_linears.py",
-        "    lists[3] = [bias for bias in lists[3] if bias is not None]",
-        "    lists[3] = [bias for bias in reversed(lists[3]) if bias is not None]",
+        "a storage format gives other values",
+        "slope_fx/sparse/storage.py",
+        "        return kept\n",
+        "        return kept * 0.999\n",
     ),
     Mutant(
         "markers of different weights are merged",
@@ -109,15 +109,15 @@ MUTANTS = (
     ),
     Mutant(
         "the backward mask isn't refreshed",
-        "slope_fx/weights.py",
+        "slope_fx/sparse/weight.py",
         "        self.backward_bits.copy_(bits)\n",
         "        pass\n",
     ),
     Mutant(
         "a checkpoint is loaded with its adapters asleep",
         "slope_fx/checkpoints/loading.py",
-        "entry.scale, entry.adapter_active)",
-        "entry.scale, False)",
+        "Adapter(a, b, entry.scale, entry.adapter_active)",
+        "Adapter(a, b, entry.scale, False)",
     ),
     Mutant(
         "densify merges without the scale",
@@ -127,7 +127,7 @@ MUTANTS = (
     ),
     Mutant(
         "PEFT's alpha is the scale",
-        "slope_fx/densify.py",
+        "slope_fx/integrations/peft.py",
         "weight.scale * (weight.rank or 0) for path",
         "weight.scale for path",
     ),

@@ -163,3 +163,14 @@ def test_every_page_is_in_the_navigation():
         re.findall(r"^ +- (?:\w+: )?([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     )
     assert listed == {page.name for page in PAGES}
+
+
+def test_each_mutant_changes_one_place():
+    """`make mutants` takes its time; that its texts are still in the sources is told here."""
+    import mutants
+
+    for mutant in mutants.MUTANTS:
+        text = (ROOT / mutant.file).read_text()
+        assert text.count(mutant.before) == 1, (mutant.file, mutant.before)
+    for path in (*mutants.SLICE, *mutants.FURTHER):
+        assert (ROOT / path).is_file(), path
