@@ -45,6 +45,8 @@ class RewritingBackend:
         self.settings = settings
         self.graphs = 0
         """Graphs compiled so far, recompiles included."""
+        self.choices: Choices = {}
+        """The engines chosen so far."""
         self._told: set[frozenset[tuple[int, int, int, int]]] = set()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
@@ -101,8 +103,9 @@ class RewritingBackend:
             }
             size = (request.d_out, request.d_in, request.n, request.m)
             found.setdefault(size, {}).update(chosen)
+            self.choices.update(chosen)
             for weight in owners.of(call.gm, call.mask):
-                weight.choices.update(chosen)
+                weight.note_choices(self.choices)
         return found
 
     def _why(self, leftover: Leftover) -> str:

@@ -57,7 +57,8 @@ def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, C
     size = (weight.d_in, weight.n, weight.m)
     return [
         (problem, choice)
-        for problem, choice in weight.choices.items()
+        for choices in weight.choices
+        for problem, choice in choices.items()
         if problem.d_out in rows and (problem.d_in, problem.n, problem.m) == size
     ]
 

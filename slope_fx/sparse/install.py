@@ -187,7 +187,7 @@ def install(
             if parameter is not None:
                 locations.setdefault(id(parameter), []).append((module, attribute))
 
-    shared = Shared(storage, Phase(), {})
+    shared = Shared(storage, Phase(), [])
     replaced: list[Tensor] = []
     with _plain_modes():
         for plan in plans:

@@ -32,7 +32,7 @@ from slope_fx.sparse.storage import Storage
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
 
 Choices = dict[Problem, Choice]
-"""The engines chosen for products of a model's weights."""
+"""The engines that a backend has chosen for products."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class Shared:
     Attributes:
         storage: how the weights are kept.
         phase: whether the adapters take part.
-        choices: the engines chosen so far for products of these weights.
+        choices: those of each backend that compiles the model. Dynamo reuses compiled code for
+            models alike, so that the backend may have chosen while it compiled another model.
     """
 
     storage: Storage
     phase: Phase
-    choices: Choices
+    choices: list[Choices]
 
 
 class SparseWeight(nn.Module):
@@ -287,6 +288,11 @@ class SparseWeight(nn.Module):
         pruned = ~unpack(self.forward_bits, self.d_in)
         return bool((matrix.detach() * pruned != 0).any())
 
+    def note_choices(self, choices: Choices) -> None:
+        """Take note of the choices of a backend that compiles the model."""
+        if not any(known is choices for known in self.choices):
+            self.choices.append(choices)
+
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""
         stack = f", stack={self.stack}" if self.stack > 1 else ""
@@ -304,7 +310,7 @@ class SparseWeight(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseWeight":
         made = SparseWeight.__new__(SparseWeight)
         memo[id(self)] = made
-        for shared in (self.phase, self.storage):  # the copy follows the phase
+        for shared in (self.phase, self.storage, *self.choices):  # the copy follows the phase
             memo[id(shared)] = shared
         made.__setstate__({**copy.deepcopy(self.__dict__, memo), "is_copy": True})
         return made
