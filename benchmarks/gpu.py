@@ -12,6 +12,7 @@ checked before anything is timed. Runs take turns, each with a cold L2 cache; me
 import copy
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ import slope_fx
 from slope_fx.kernels import ENGINES
 from slope_fx.kernels.packing import unpack
 from slope_fx.kernels.triton import Triton, interpreted
-from slope_fx.kernels.triton.traffic import bytes_per_weight
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+from traffic import bytes_per_weight
 
 N, M = 2, 4
 plain, triton = ENGINES["dense"], Triton()
@@ -52,7 +55,8 @@ BLOCKS = ("OPT-6.6B", "LLaMA-3-8B", "OPT-13B")
 def layer(bench: Bench, d_in: int, d_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A dense weight, and the same compressed: values and both masks."""
     weight = bench.normal(d_out, d_in)
-    values, forward = triton.prune(weight, N, M)
+    forward = triton.magnitude_mask(weight, N, M)
+    values = triton.compress(weight, forward, N, M)
     return weight, values, forward, triton.backward_mask(values, forward, N, M)
 
 
@@ -68,16 +72,14 @@ def kernels(bench: Bench, d_in: int, d_out: int) -> Iterator[dict[str, Any]]:
     _same(backward[some], plain.backward_mask(values[some], want, N, M), "backward_mask")
     dense = triton.expand(values, forward, N, M)
     _same(dense[some], plain.expand(values[some], want, N, M), "expand")
-    turned, bits = triton.transpose(values, forward, backward, N, M)
     twice = triton.expand_twice_pruned(values, forward, backward, N, M)
-    _same(triton.expand(turned, bits, N, M).t(), twice, "transpose")
+    want = plain.expand_twice_pruned(values[some], want, backward[some], N, M)
+    _same(twice[some], want, "expand_twice_pruned")
     runs: Runs = {
         "magnitude_mask": lambda: triton.magnitude_mask(weight, N, M),
-        "prune": lambda: triton.prune(weight, N, M),
         "backward_mask": lambda: triton.backward_mask(values, forward, N, M),
         "compress": lambda: triton.compress(weight, forward, N, M),
         "expand": lambda: triton.expand(values, forward, N, M),
-        "transpose": lambda: triton.transpose(values, forward, backward, N, M),
     }
     for name, seconds in bench.medians(runs).items():
         each = sum(bytes_per_weight(name, DTYPE.itemsize, N, M))

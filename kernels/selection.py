@@ -178,16 +178,6 @@ _made: dict[tuple[Problem, tuple[str, ...], str], Choice] = {}
 """The choices of this process, by problem, candidates and device."""
 
 
-def choices(d_out: int, d_in: int, n: int, m: int) -> list[tuple[Problem, Choice]]:
-    """The choices of this process for weights of a size and a pattern."""
-    size = (d_out, d_in, n, m)
-    return [
-        (problem, choice)
-        for (problem, _, _), choice in list(_made.items())
-        if (problem.d_out, problem.d_in, problem.n, problem.m) == size
-    ]
-
-
 def forget() -> None:
     """Forget the choices of this process, but not those on disk."""
     _made.clear()

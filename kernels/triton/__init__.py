@@ -1,9 +1,9 @@
 """The Triton engine: N:M products, masks and conversions on NVIDIA GPUs.
 
 ``launch.py`` launches the kernels on tensors. The kernels are in ``masks.py`` (both masks),
-``weights.py`` (expand, compress, the compressed transpose), ``linear.py`` (the product and the
-input gradient), ``weight_grad.py`` and ``reduce.py``. ``tiles.py`` has the functions that they
-share. ``configs.py`` lists the tile sizes of each kernel, and ``tuning.py`` measures the fastest.
+``weights.py`` (expand and compress), ``linear.py`` (the product and the input gradient),
+``weight_grad.py`` and ``reduce.py``. ``tiles.py`` has the functions that they share. ``configs.py``
+lists the tile sizes of each kernel, and ``tuning.py`` measures the fastest.
 
 The engine supports fp32, bf16 and fp16 and sums in fp32. The values of a weight can be fp32 with
 16-bit inputs, as under autocast. fp32 operands are multiplied in three TF32 products, which are at
@@ -66,14 +66,6 @@ class Triton(Engine):
     def magnitude_mask(self, weight: Tensor, n: int, m: int) -> Tensor:
         return self._launch.magnitude_mask(weight, n, m)
 
-    def prune(self, weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-        """:meth:`magnitude_mask` and :meth:`compress` in one read of ``weight`` (d_out, d_in).
-
-        Returns:
-            The kept values (d_out, d_in * N / M), and the packed forward mask.
-        """
-        return self._launch.prune(weight, n, m)
-
     def backward_mask(self, values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
         return self._launch.backward_mask(values, forward_mask, n, m)
 
@@ -87,18 +79,6 @@ class Triton(Engine):
 
     def compress(self, dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
         return self._launch.compress(dense, forward_mask, n, m)
-
-    def transpose(
-        self, values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
-    ) -> tuple[Tensor, Tensor]:
-        """The compressed transpose of ``W^{R,C}``.
-
-        A group with fewer than N kept values gets zeros, so that the transpose is N:M.
-
-        Returns:
-            Its values (d_in, d_out * N / M), and its packed mask, uint8 (d_in, ceil(d_out / 8)).
-        """
-        return self._launch.transpose(values, forward_mask, backward_mask, n, m)
 
     def sparse_linear(
         self,

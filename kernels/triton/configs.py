@@ -45,39 +45,29 @@ class Config:
 
 def mask_configs(m: int) -> list[Config]:
     """For ``magnitude_mask``: rows, and columns in groups of 8 groups."""
-    return _weight_configs(m, 1, 8, (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4))
+    return _weight_configs(m, 1, (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4))
 
 
 def backward_mask_configs(m: int) -> list[Config]:
     """For ``backward_mask``: whole groups of M rows, and columns in groups of 8 groups."""
-    return _weight_configs(m, m, 8, (16, 128, 4), (16, 256, 8), (32, 64, 4))
+    return _weight_configs(m, m, (16, 128, 4), (16, 256, 8), (32, 64, 4))
 
 
 def copy_configs(m: int) -> list[Config]:
     """For ``expand`` and ``compress``."""
-    return _weight_configs(m, 1, 8, (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4))
+    return _weight_configs(m, 1, (4, 512, 4), (8, 512, 8), (2, 1024, 4), (1, 2048, 4))
 
 
-def transpose_configs(m: int) -> list[Config]:
-    """For ``transpose``: rows in groups of 8 groups, because they become bytes of its mask."""
-    return _weight_configs(m, 8 * m, 1, (64, 64, 4), (128, 64, 8), (64, 128, 8), (128, 32, 4))
-
-
-def _weight_configs(
-    m: int, fewest_rows: int, fewest_groups: int, *sizes: tuple[int, int, int]
-) -> list[Config]:
-    """Configurations for tiles of a weight.
+def _weight_configs(m: int, fewest_rows: int, *sizes: tuple[int, int, int]) -> list[Config]:
+    """Configurations for tiles of a weight, of at least 8 groups.
 
     Args:
         m: of the pattern.
-        fewest_rows, fewest_groups: lower bounds of a tile.
+        fewest_rows: lower bound of a tile.
         sizes: rows, columns and warps of each configuration.
     """
     return [
-        Config(
-            (("BLOCK_OUT", max(rows, fewest_rows)), ("GROUPS", max(columns // m, fewest_groups))),
-            warps,
-        )
+        Config((("BLOCK_OUT", max(rows, fewest_rows)), ("GROUPS", max(columns // m, 8))), warps)
         for rows, columns, warps in sizes
     ]
 

@@ -23,37 +23,19 @@ _MOST_PARTS = 32
 
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """The packed forward mask of ``weight`` (d_out, d_in): the N top magnitudes of each group."""
-    d_out, d_in = weight.shape
-    bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
-    _launch_magnitude_mask(weight, bits, None, n, m)
-    return bits
-
-
-def prune(weight: Tensor, n: int, m: int) -> tuple[Tensor, Tensor]:
-    """The kept values (d_out, d_in * N / M) and the packed forward mask of ``weight``."""
-    d_out, d_in = weight.shape
-    bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
-    values = weight.new_empty(d_out, d_in * n // m)
-    _launch_magnitude_mask(weight, bits, values, n, m)
-    return values, bits
-
-
-def _launch_magnitude_mask(
-    weight: Tensor, bits: Tensor, values: Tensor | None, n: int, m: int
-) -> None:
     weight = _addressable(weight)
     d_out, d_in = weight.shape
-
-    tensors = (weight, bits, bits if values is None else values)
+    bits = weight.new_empty(d_out, packed_width(d_in), dtype=torch.uint8)
     sizes = (d_out, d_in, *weight.stride(), bits.stride(0))
 
     def launch(config: Config) -> None:
         masks.magnitude_mask[_tiles(config, d_out, d_in, m)](
-            *tensors, *sizes, N=n, M=m, VALUES=values is not None, **config.arguments()
+            weight, bits, *sizes, N=n, M=m, **config.arguments()
         )
 
-    key = (d_out, d_in, n, m, weight.dtype, values is not None)
+    key = (d_out, d_in, n, m, weight.dtype)
     _run("magnitude_mask", key, configs.mask_configs(m), launch, weight)
+    return bits
 
 
 def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
@@ -124,29 +106,6 @@ def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
 
     _run("compress", (d_out, d_in, n, m, dense.dtype), configs.copy_configs(m), launch, dense)
     return values
-
-
-def transpose(
-    values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int
-) -> tuple[Tensor, Tensor]:
-    """The compressed transpose of ``W^{R,C}``: values (d_in, d_out * N / M), packed mask."""
-    values, forward_mask = values.contiguous(), forward_mask.contiguous()
-    backward_mask = backward_mask.contiguous()
-    d_out, d_in = _dense_shape(values, n, m)
-    transposed = values.new_empty(d_in, d_out * n // m)
-    bits = forward_mask.new_empty(d_in, packed_width(d_out))
-
-    tensors = (values, forward_mask, backward_mask, transposed, bits)
-    strides = (forward_mask.stride(0), backward_mask.stride(0), bits.stride(0))
-
-    def launch(config: Config) -> None:
-        weights.transpose[_tiles(config, d_out, d_in, m)](
-            *tensors, d_out, d_in, *strides, N=n, M=m, **config.arguments()
-        )
-
-    key = (d_out, d_in, n, m, values.dtype)
-    _run("transpose", key, configs.transpose_configs(m), launch, values)
-    return transposed, bits
 
 
 # --- products ------------------------------------------------------------------------------

@@ -13,23 +13,22 @@ from slope_fx.kernels.triton.tiles import (
     place,
     planes,
     store_codes,
-    store_planes,
     tile_of,
 )
 
 
 @triton.jit
 def magnitude_mask(
-    weight, bits, values,
+    weight, bits,
     d_out, d_in, row_stride, column_stride, bits_stride,
-    N: tl.constexpr, M: tl.constexpr, VALUES: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The packed forward mask of a weight, and with ``VALUES`` also its kept values.
+    """The packed forward mask of a weight.
 
-    Oracle: ``reference.magnitude_mask`` (and ``reference.compress``).
+    Oracle: ``reference.magnitude_mask``.
 
-    Traffic per weight of s bytes: reads s, writes 1/8, and s * N / M with ``VALUES``.
+    Traffic per weight of s bytes: reads s, writes 1/8.
     """
     out_block, first = place(d_in // M, GROUPS)
     row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
@@ -43,10 +42,6 @@ def magnitude_mask(
     group = first + tl.arange(0, GROUPS)[None, :]
     code = tl.where(group < d_in // M, keep_top(scores, N), 0)
     store_codes(bits, bits_stride, row, first, code, rows_within, M)
-    if VALUES:
-        kept = compress_planes(columns, code, N, M)
-        d_kept = d_in // M * N
-        store_planes(values, row * d_kept, first * N, kept, rows_within, d_kept)
 
 
 @triton.jit
@@ -65,7 +60,7 @@ def backward_mask(
     out_block, first = place(d_in // M, GROUPS)
     row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
-    kept, code, _, within = load_groups(
+    kept, code, within = load_groups(
         values, forward, forward, forward_stride, 0, row, first, rows_within, d_in,
         N, M, False, GROUPS,
     )  # fmt: skip

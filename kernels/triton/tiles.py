@@ -280,7 +280,7 @@ def load_groups(
     values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The values, forward codes, backward codes and existence of the groups of some rows.
+    """The values, forward codes and existence of the groups of some rows.
 
     Args:
         values, forward, backward: pointers to a compressed weight.
@@ -296,11 +296,10 @@ def load_groups(
     within = rows_within & (group < groups)
     kept = load_planes(values, row * (groups * N), first * N, rows_within, groups * N, 1, N, GROUPS)
     code = load_codes(forward, forward_stride, row, first, rows_within, groups, M, GROUPS)
-    twice = code
     if TWICE:
         twice = load_codes(backward, backward_stride, row, first, rows_within, groups, N, GROUPS)
         kept = _masked(kept, twice)
-    return kept, code, twice, within
+    return kept, code, within
 
 
 @triton.jit
@@ -318,7 +317,7 @@ def load_tile(
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The dense tile (rows, GROUPS * M) of a compressed weight, expanded in registers."""
-    kept, code, _, within = load_groups(
+    kept, code, within = load_groups(
         values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
         N, M, TWICE, GROUPS,
     )  # fmt: skip

@@ -29,7 +29,6 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 FLAGS = {
-    "magnitude_mask": [{"VALUES": True}],
     "expand": [{"TWICE": False}, {"TWICE": True}],
     "linear": [{"BIAS": True}, {"BIAS": False, "ones": True}, {"BIAS": True, "wide": True}],
     "input_grad": [{}, {"ones": True}, {"wide": True}],
@@ -45,8 +44,7 @@ DOTS = ("linear", "input_grad", "weight_grad")
 BYTES = ("bits", "forward", "backward")
 FLOATS = ("partial",)
 POINTERS = (
-    *BYTES, *FLOATS, "weight", "values", "dense", "transposed", "x", "y", "grad", "dx", "dw",
-    "bias", "result",
+    *BYTES, *FLOATS, "weight", "values", "dense", "x", "y", "grad", "dx", "dw", "bias", "result",
 )  # fmt: skip
 
 
@@ -75,7 +73,6 @@ KERNELS = {
     "backward_mask": masks.backward_mask,
     "expand": weights.expand,
     "compress": weights.compress,
-    "transpose": weights.transpose,
     "linear": linear.linear,
     "input_grad": linear.input_grad,
     "weight_grad": weight_grad.weight_grad,
@@ -91,7 +88,6 @@ def spaces(kernel: str, m: int, itemsize: int) -> list[Config]:
         "backward_mask": lambda: configs.backward_mask_configs(m),
         "expand": lambda: configs.copy_configs(m),
         "compress": lambda: configs.copy_configs(m),
-        "transpose": lambda: configs.transpose_configs(m),
         "linear": lambda: [c for t in tokens for c in configs.linear_configs(m, t, itemsize)],
         "input_grad": lambda: [
             c for t in tokens for c in configs.input_grad_configs(m, t, itemsize)

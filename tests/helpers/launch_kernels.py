@@ -34,12 +34,11 @@ def launch_all(
         for n, m in patterns:
             d_out, d_in = (m * count for count in groups)
             weight = torch.randn(d_out, d_in, device=device, dtype=torch.bfloat16)
-            values, forward = triton.prune(weight, n, m)
-            triton.magnitude_mask(weight, n, m)
+            forward = triton.magnitude_mask(weight, n, m)
+            values = triton.compress(weight, forward, n, m)
             backward = triton.backward_mask(values, forward, n, m)
-            triton.compress(triton.expand(values, forward, n, m), forward, n, m)
+            triton.expand(values, forward, n, m)
             triton.expand_twice_pruned(values, forward, backward, n, m)
-            triton.transpose(values, forward, backward, n, m)
             for count in tokens:
                 x = torch.randn(count, d_in, device=device, dtype=torch.bfloat16)
                 grad = torch.randn(count, d_out, device=device, dtype=torch.bfloat16)

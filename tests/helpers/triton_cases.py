@@ -51,6 +51,12 @@ def configuration(number: int):
         tuning.best = before
 
 
+def pruned(weight: torch.Tensor, n: int, m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kept values and the forward mask of a weight, by the engine."""
+    forward = triton.magnitude_mask(weight, n, m)
+    return triton.compress(weight, forward, n, m), forward
+
+
 @st.composite
 def sizes(draw, pattern: Pattern):
     """(d_out, d_in): a few groups, whole bytes of masks or not, tiles of the kernels or not."""

@@ -59,7 +59,7 @@ def chosen(tokens=64, engines="auto", op="sparse_linear", dtype=F32):
 @pytest.mark.parametrize("op", selection.PRODUCTS)
 def test_candidates_and_plain_are_truly_timed(fresh, op):
     assert chosen(op=op) in ("cpu", "cpu-dense")
-    ((problem, choice),) = selection.choices(16, 16, 2, 4)
+    (((problem, *_), choice),) = selection._made.items()
     assert problem == Problem(op, 64, 16, 16, 2, 4, "float32", 1)
     assert set(choice.seconds) == {"cpu", "cpu-dense", "plain"}
     assert all(0 < s < 1 for s in choice.seconds.values())
@@ -170,7 +170,7 @@ def test_the_environment_forces_and_forbids(fresh, monkeypatch, limit, allowed):
     assert engines.allowed_engines("cpu") == ("cpu",)  # an argument overrules it
     if len(allowed) == 1:
         assert chosen() == allowed[0]
-        ((_, choice),) = selection.choices(16, 16, 2, 4)
+        (choice,) = selection._made.values()
         assert choice == Choice(allowed[0], {})  # nothing to measure
 
 
@@ -365,4 +365,4 @@ def test_a_request_gives_the_problem_and_the_choice(fresh, timings):
     choice = selection.chosen("sparse_linear", request)
     assert choice is selection.chosen("sparse_linear", request)
     assert (choice.engine, choice.speedup) == ("cpu", 3.0)
-    assert selection.choices(16, 16, 2, 4) == [(problem, choice)]
+    assert [(p, c) for (p, *_), c in selection._made.items()] == [(problem, choice)]

@@ -53,7 +53,7 @@ def test_launches_pass_through_triton_as_on_a_gpu(tmp_path):
     script = Path(__file__).parents[1] / "helpers" / "launch_kernels.py"
     done = _without_interpreter(tmp_path, script, "--compile-only")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) >= 35
+    assert int(done.stdout.split()[0]) >= 31
 
 
 def test_the_table_has_every_variant():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from oracle import DenseOracle, assert_same, assert_within_rounding
-from slope_fx.kernels import reference
+from slope_fx.kernels import ENGINES, reference
 from slope_fx.kernels.triton import launch
 from strategies import normal, seeds, weights
 from triton_cases import (
@@ -25,6 +25,7 @@ from triton_cases import (
     dtypes,
     layers,
     numbers,
+    pruned,
     sizes,
     tokens,
     triton,
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.skipif(bool(why_not), reason=why_not or "-")
 
 @settings(max_examples=20)
 @given(st.data(), common, dtypes, numbers, st.booleans())
-def test_masks_compress_expand_and_transpose(data, pattern, dtype, number, turned):
+def test_masks_compress_and_expand(data, pattern, dtype, number, turned):
     """Bit for bit: ties, zeros, NaN and infinity, a weight that is stored transposed."""
     n, m = pattern.n, pattern.m
     weight = data.draw(weights(data.draw(sizes(pattern)), dtype))
@@ -49,18 +50,12 @@ def test_masks_compress_expand_and_transpose(data, pattern, dtype, number, turne
     with configuration(number):
         assert_same(triton.magnitude_mask(on_device, n, m), forward)
         bits = forward.to(DEVICE)
-        for got, want in zip(triton.prune(on_device, n, m), (values, forward), strict=True):
-            assert_same(got, want)
         kept = triton.compress(on_device, bits, n, m)
         assert_same(kept, values)
         assert_same(triton.expand(kept, bits, n, m), reference.expand(values, forward, n, m))
         twice = triton.backward_mask(kept, bits, n, m)
         assert_same(twice, backward)
-        transposed, packed = triton.transpose(kept, bits, twice, n, m)
-        want, want_packed = reference.transpose(values, forward, backward, n, m)
-        assert_same(transposed, want)
-        assert_same(packed, want_packed)
-        want = reference.expand(want, want_packed, n, m).t()
+        want = ENGINES["reference"].expand_twice_pruned(values, forward, backward, n, m)
         assert_same(triton.expand_twice_pruned(kept, bits, twice, n, m), want)
 
 
@@ -110,7 +105,7 @@ def test_across_the_edges_of_every_tile(count, number, dtype):
     n, m, d_out, d_in = 2, 4, 132, 264
     weight = normal((d_out, d_in), 0, dtype).to(DEVICE)
     with configuration(number):
-        values, forward = triton.prune(weight, n, m)
+        values, forward = pruned(weight, n, m)
         backward = triton.backward_mask(values, forward, n, m)
         oracle = DenseOracle.of(values, forward, backward, n, m)
         x, grad = normal((count, d_in), 1, dtype), normal((count, d_out), 2, dtype)
@@ -118,12 +113,11 @@ def test_across_the_edges_of_every_tile(count, number, dtype):
         y = triton.sparse_linear(x, values, forward, None, n, m)
         dx = triton.sparse_input_grad(grad, values, forward, backward, n, m)
         dw = triton.sparse_weight_grad(grad, x, forward, n, m)
-        transposed, bits = triton.transpose(values, forward, backward, n, m)
+        twice = triton.expand_twice_pruned(values, forward, backward, n, m)
     assert_within_rounding(y, *oracle.forward(x), dtype)
     assert_within_rounding(dx, *oracle.input_grad(grad), dtype)
     assert_within_rounding(dw, *oracle.weight_grad(grad, x), dtype)
-    back = reference.expand(transposed.cpu(), bits.cpu(), n, m).t()
-    assert_same(back.double(), oracle.twice)
+    assert_same(twice.double(), oracle.twice)
 
 
 def test_sums_are_split_where_programs_are_few(monkeypatch):
@@ -138,7 +132,7 @@ def test_sums_are_split_where_programs_are_few(monkeypatch):
 
     monkeypatch.setattr(launch, "_Split", Noted)
     n, m, d_out, d_in = 2, 4, 64, 1280
-    values, forward = triton.prune(normal((d_out, d_in), 0).to(DEVICE), n, m)
+    values, forward = pruned(normal((d_out, d_in), 0).to(DEVICE), n, m)
     backward = triton.backward_mask(values, forward, n, m)
     oracle = DenseOracle.of(values, forward, backward, n, m)
     x = normal((3, d_in), 1).to(DEVICE)
@@ -172,11 +166,9 @@ def test_groups_that_keep_nothing_are_dropped_by_their_mask(layer, number):
     grad = torch.ones(2, values.shape[0], dtype=values.dtype, device=DEVICE)
     with configuration(number):
         dx = triton.sparse_input_grad(grad, nans, forward, nothing, n, m)
-        transposed, bits = triton.transpose(nans, forward, nothing, n, m)
+        twice = triton.expand_twice_pruned(nans, forward, nothing, n, m)
     assert torch.equal(dx, torch.zeros_like(dx))
-    assert torch.equal(transposed, torch.zeros_like(transposed))
-    mask = reference.unpack_bits(bits.cpu(), values.shape[0])
-    assert (mask.view(len(mask), -1, m).sum(-1) == n).all()
+    assert torch.equal(twice, torch.zeros_like(twice))
 
 
 @given(layers(), numbers)
@@ -199,7 +191,8 @@ def test_a_mask_that_something_wrote_into_gives_nan(layer, number):
         assert dw[-1].isnan().any()
         assert dw[:-1].isfinite().all()
         assert triton.expand(values, forward, n, m)[-1].isnan().any()
-        assert triton.transpose(values, forward, backward, n, m)[0].isnan().any()
+        twice = triton.expand_twice_pruned(values, forward, backward, n, m)
+        assert twice[-1].isnan().any()
 
 
 def test_offsets_past_32_bits():
@@ -213,7 +206,7 @@ def test_offsets_past_32_bits():
         return view.copy_(source)
 
     weight = normal((d_out, d_in), 0, torch.float16).to(DEVICE)
-    values, forward = triton.prune(weight, n, m)
+    values, forward = pruned(weight, n, m)
     backward = triton.backward_mask(values, forward, n, m)
     x, grad = normal((2, d_in), 1, torch.float16), normal((2, d_out), 2, torch.float16)
     x, grad = x.to(DEVICE), grad.to(DEVICE)

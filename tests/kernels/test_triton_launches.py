@@ -9,17 +9,19 @@ pytest.importorskip("triton")
 
 import models
 import slope_fx
+import traffic
 from oracle import assert_within_rounding
 from slope_fx import ops
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels import ENGINES, reference
-from slope_fx.kernels.triton import configs, traffic, tuning
+from slope_fx.kernels.triton import configs, tuning
 from slope_fx.planning.patterns import Pattern
 from strategies import normal
 from triton_cases import (
     DEVICE,
     ON_GPU,
     configuration,
+    pruned,
     triton,
     why_not,
 )
@@ -51,17 +53,15 @@ def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
     n, m = Pattern.parse(pattern).n, Pattern.parse(pattern).m
     d_out, d_in = 64, 128
     weight = normal((d_out, d_in), 0, dtype)
-    values, forward = triton.prune(weight, n, m)
+    values, forward = pruned(weight, n, m)
     backward = triton.backward_mask(values, forward, n, m)
     x, grad = normal((1, d_in), 1, dtype), normal((1, d_out), 2, dtype)
     calls = {
         "magnitude_mask": (triton.magnitude_mask, weight, n, m),
-        "prune": (triton.prune, weight, n, m),
         "backward_mask": (triton.backward_mask, values, forward, n, m),
         "expand": (triton.expand, values, forward, n, m),
         "expand_twice_pruned": (triton.expand_twice_pruned, values, forward, backward, n, m),
         "compress": (triton.compress, weight, forward, n, m),
-        "transpose": (triton.transpose, values, forward, backward, n, m),
         "linear": (triton.sparse_linear, x, values, forward, None, n, m),
         "input_grad": (triton.sparse_input_grad, grad, values, forward, backward, n, m),
         "weight_grad": (triton.sparse_weight_grad, grad, x, forward, n, m),
@@ -103,7 +103,7 @@ def test_the_sanitizers_script_launches_every_configuration():
 
 
 def test_no_tokens():
-    values, forward = triton.prune(normal((8, 16), 0).to(DEVICE), 2, 4)
+    values, forward = pruned(normal((8, 16), 0).to(DEVICE), 2, 4)
     backward = triton.backward_mask(values, forward, 2, 4)
     x, grad = (torch.empty(0, 3, width, device=DEVICE) for width in (16, 8))
     assert triton.sparse_linear(x, values, forward, None, 2, 4).shape == (0, 3, 8)
@@ -209,7 +209,6 @@ def test_every_space_is_one_of_different_configurations():
     for m in (2, 4, 8, 16):
         for space in (
             configs.mask_configs(m), configs.backward_mask_configs(m), configs.copy_configs(m),
-            configs.transpose_configs(m),
             *(configs.linear_configs(m, t, s) for t in (1, 20, 60, 500) for s in (2, 4)),
             *(configs.input_grad_configs(m, t, s) for t in (1, 20, 60, 500) for s in (2, 4)),
             *(configs.weight_grad_configs(m, s) for s in (2, 4)),

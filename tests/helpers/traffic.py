@@ -1,4 +1,4 @@
-"""The bytes that each kernel moves if memory bounds it.
+"""The bytes that each Triton kernel moves if memory bounds it.
 
 The docstrings of the kernels give the same numbers. A test counts the bytes in the interpreter, and
 the GPU benchmark compares the times of the kernels with them.
@@ -9,9 +9,9 @@ def bytes_per_weight(kernel: str, itemsize: int, n: int, m: int) -> tuple[float,
     """The bytes read and the bytes written for each element of the dense weight.
 
     Args:
-        kernel: its name. "prune" is ``magnitude_mask`` with values, "expand_twice_pruned" is
-            ``expand`` with the backward mask. "linear", "input_grad" and "weight_grad" are the
-            products with one tile of tokens; their inputs and outputs do not count.
+        kernel: its name. "expand_twice_pruned" is ``expand`` with the backward mask. "linear",
+            "input_grad" and "weight_grad" are the products with one tile of tokens; their inputs
+            and outputs do not count.
         itemsize: bytes of an element of the weight.
         n, m: the pattern.
     """
@@ -20,12 +20,10 @@ def bytes_per_weight(kernel: str, itemsize: int, n: int, m: int) -> tuple[float,
     forward, backward = 1 / 8, kept / 8
     return {
         "magnitude_mask": (weight, forward),
-        "prune": (weight, forward + values),
         "backward_mask": (values + forward, backward),
         "expand": (values + forward, weight),
         "expand_twice_pruned": (values + forward + backward, weight),
         "compress": (weight + forward, values),
-        "transpose": (values + forward + backward, values + forward),
         "linear": (values + forward, 0.0),
         "input_grad": (values + forward + backward, 0.0),
         "weight_grad": (forward, values),
