@@ -1,4 +1,4 @@
-"""Every pass, in the one order they run in, and why in that order."""
+"""The list of passes in their order, with the reasons for the order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +20,16 @@ Run = Callable[[GraphModule, Context], int]
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass, as the registry knows it.
+    """An entry of the registry.
 
     Attributes:
-        name: what ``disable_passes`` calls it.
-        run: changes one graph in place, nested graphs aside; returns the number of matches.
-        does: what it rewrites to what.
-        here: why it runs where it does.
-        expects: what it should match of a graph, at least once if this isn't 0.
+        name: name of the pass, as in ``disable_passes``.
+        run: changes one graph in place, without its nested graphs, and returns the number of
+            matches.
+        does: what the pass rewrites.
+        here: why the pass has its place in the order.
+        expects: counts the nodes that the pass should match. If the count is not 0, the pass
+            should have at least one match.
     """
 
     name: str
