@@ -1,4 +1,4 @@
-"""The arguments of ``compile``: how they are read, what is refused, what is without effect."""
+"""Checks of the arguments of ``compile``."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from slope_fx.record import sparse_weights_in
 
 
 class CompileOptions(ConfigOptions, RunOptions, total=False):
-    """The keyword arguments of :func:`compile`: what is pruned, and how it is run."""
+    """The keyword arguments of :func:`compile`: the fields of SlopeConfig and of Settings."""
 
 
 def split_options(
     sparsity: Sparsity | SlopeConfig, options: Mapping[str, Any]
 ) -> tuple[SlopeConfig, Settings]:
-    """The configuration and the settings in the keyword arguments of ``compile``.
+    """Returns the configuration and the settings from the arguments of ``compile``.
 
     Raises:
-        ArgumentError: there is an unknown argument, or a value that isn't allowed.
+        ArgumentError: an argument is unknown, or a value is not allowed.
     """
     known = (*ConfigOptions.__annotations__, *RunOptions.__annotations__)
     if unknown := [name for name in options if name not in known]:
@@ -38,11 +38,11 @@ def split_options(
 
 
 def check_model(model: nn.Module) -> None:
-    """See that ``model`` can be compiled, and isn't compiled or wrapped yet.
+    """Check that ``model`` can be compiled, and is not already compiled or wrapped.
 
     Raises:
-        StateError: it is compiled.
-        ArgumentError: it can't be compiled as it is.
+        StateError: the model is already compiled by slope_fx.
+        ArgumentError: the model cannot be compiled in its current state.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
@@ -82,7 +82,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibration: bool) -> None:
-    """Warn of arguments, or parts of arguments, that have no effect."""
+    """Warn about arguments, or parts of arguments, that have no effect."""
     lines = [
         f"{what} has no effect with backend=None; give it to rewriting_backend or to torch.compile."
         for what in settings.without_effect()
@@ -99,7 +99,7 @@ def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibra
 
 
 def say_untraced(because: str, *, given: bool) -> None:
-    """Warn that the model was not traced, if it wasn't.
+    """Warn if the model was not traced.
 
     Args:
         because: the reason; "" for a traced model.

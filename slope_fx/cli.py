@@ -1,4 +1,4 @@
-"""The command ``slope-fx``: explain, convert, inspect."""
+"""The command line ``slope-fx`` with the commands explain, convert and inspect."""
 
 import argparse
 import json
@@ -10,8 +10,8 @@ from typing import Any
 from slope_fx.errors import SlopeError, SlopeWarning
 
 FAILED, MISUSED = 1, 2
-"""Exit codes: something of ours is wrong (a checkpoint, an argument's value); the command line is
-(argparse's own). 0 is success."""
+"""Exit codes: FAILED for a SlopeError (a wrong model, checkpoint or value), MISUSED for a wrong
+command line (from argparse). 0 is success."""
 
 _EXPLAIN = """example:
   slope-fx explain config.json --sparsity 2:4
@@ -31,7 +31,7 @@ _INSPECT = """example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():

@@ -101,7 +101,10 @@ def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], ob
 
 
 def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
-    """Paths of the members of a ModuleList or Sequential that share a type, if two are equal."""
+    """Paths of the members of ModuleLists and Sequentials whose graphs repeat.
+
+    If two members of the same type have equal graphs, all members of this type are included.
+    """
     blocks = set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):
