@@ -305,7 +305,7 @@ def common_layout(reads: Iterable[Read], shape: tuple[int, ...]) -> Layout | str
     try:
         layout.to_parameter(torch.empty(rows, first.d_in, device="meta"))
     except RuntimeError:
-        return f"its linears use it as other matrices than its shape {shape} tells"
+        return f"its linears use it as other matrices than its shape {shape} has"
     return layout
 
 

@@ -48,7 +48,7 @@ def check_model(model: nn.Module) -> None:
         raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     if any(c.__name__ == "LightningModule" for c in type(model).__mro__):
         raise ArgumentError(
-            "model is a LightningModule, whose training_step Lightning calls past any compiled "
+            "model is a LightningModule: Lightning calls its training_step, not its compiled "
             "forward. Compile the model in it: self.model = slope_fx.compile(self.model, ...)."
         )
     already = list(sparse_weights_in(model))
@@ -66,8 +66,8 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise ArgumentError(
                 f"{name or 'model'} is compiled by torch.compile already, with a backend that "
-                "knows no sparse weights. Pass the model as it was before: slope_fx.compile "
-                "compiles it, with backend= and region= to say how."
+                "does not support sparse weights. Pass the uncompiled model: slope_fx.compile "
+                "compiles it, and backend= and region= say how."
             )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -107,15 +107,15 @@ def say_untraced(because: str, *, given: bool) -> None:
     """
     if not because:
         return
-    advice = "Pass example_inputs that the model's forward accepts to have its graph decide."
+    advice = "Pass example_inputs that the model's forward accepts, so that it can be traced."
     if given:
         advice = (
             "Its forward runs on the example_inputs, but torch.export can't follow it: see "
             'TORCH_LOGS="+slope_fx" for where.'
         )
     warnings.warn(
-        f"The model was not traced ({because}); its nn.Linear and Conv1D modules were taken "
-        "instead, the first for the one that reads the input and the last for the output head. "
+        f"The model was not traced ({because}). Its linears are its nn.Linear and Conv1D modules: "
+        "the first is assumed to read the input, and the last to be the output head. "
         f"{advice}",
         ArgumentWarning,
         stacklevel=3,

@@ -82,8 +82,8 @@ def convert(
         if to == "dense":
             return {"dense": _save_dense(_merged(source), target, _tokenizer(source))}
         raise ArgumentError(
-            f"{source} is a dense model, which has no adapters to give to PEFT. Convert it to "
-            "sparse, with --adapter-rank and --adapter-init svd."
+            f"{source} is a dense model, which has no adapters for PEFT. Convert it to sparse "
+            "first, with --adapter-rank and --adapter-init svd."
         )
     model = load_pretrained(source, backend=None)
     if to == "dense":
@@ -173,7 +173,7 @@ def _adapted(source: Path) -> Any:
     try:
         told = json.loads((source / "adapter_config.json").read_text())
     except ValueError as error:
-        raise ArgumentError(f"{source}/adapter_config.json is no JSON: {error}.") from None
+        raise ArgumentError(f"{source}/adapter_config.json is not JSON: {error}.") from None
     base = told.get("base_model_name_or_path")
     if not base or told.get("peft_type") != "LORA":
         raise ArgumentError(
@@ -208,7 +208,7 @@ def _dense(name: str) -> nn.Module:
         raise ArgumentError(
             f"source={name!r} lacks {wrong[0]}"
             + (f" and {len(wrong) - 1} more weights" if len(wrong) > 1 else "")
-            + " of the model that its config.json describes; transformers would make them up."
+            + " of the model in its config.json; transformers would initialise them at random."
         )
     loaded: nn.Module = model
     return loaded

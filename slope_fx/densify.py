@@ -61,9 +61,9 @@ def _copied(model: Model) -> Model:
         return copy.deepcopy(model)
     except Exception as error:  # such as a stored result with an autograd history
         raise UnsupportedError(
-            f"the model can't be copied ({type(error).__name__}: {first_line(error)}), as a model "
-            "that keeps a result of its last call can't. densify(model, inplace=True) needs no "
-            "copy."
+            f"the model can't be copied ({type(error).__name__}: {first_line(error)}). This "
+            "happens if a module keeps a result of its last call. Call "
+            "densify(model, inplace=True), which needs no copy."
         ) from error
 
 

@@ -33,7 +33,7 @@ def config_of(source: str | os.PathLike[str]) -> Any:
     library = transformers()
     where = os.fspath(source)
     if not os.path.exists(where) and (where.endswith(".json") or os.path.isabs(where)):
-        raise ArgumentError(f"source={where!r} is not there.")
+        raise ArgumentError(f"source={where!r} does not exist.")
     try:
         return library.AutoConfig.from_pretrained(where)
     except Exception as error:  # errors of the hub library, its validation, or JSON

@@ -42,10 +42,10 @@ class _Progress:
         wanted = self.has_adapters and self.adapter_step < self.total
         if wanted and self.here and self.step < self.adapter_step:
             warnings.warn(
-                f"A Schedule ended at step {self.step} of total_steps={self.total}, ahead of step "
+                f"A Schedule ended at step {self.step} of total_steps={self.total}, before step "
                 f"{self.adapter_step}, where the adapters begin: they took no part. If the run is "
-                "over, make the Schedule with the number of optimizer steps that it takes; if it "
-                "goes on later, load the Schedule's state_dict then.",
+                "over, make the Schedule with its number of optimizer steps. If the run continues "
+                "later, load the Schedule's state_dict then.",
                 TrainingWarning,
                 stacklevel=2,
             )
@@ -106,7 +106,7 @@ class Schedule:
         if not usual and not self._has_adapters:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
-                "adapters. Pass adapter_rank to slope_fx.compile to have them.",
+                "adapters. Pass adapter_rank to slope_fx.compile to add adapters.",
                 ArgumentWarning,
                 stacklevel=2,
             )

@@ -110,12 +110,12 @@ class RewritingBackend:
         """The reason why a weight is expanded."""
         if leftover.used_by == ("output",):
             return (
-                "Dynamo compiled the reading of its weight by itself, as it does below a graph "
-                "break in one of torch's own containers (nn.Sequential, nn.LSTM)"
+                "Dynamo compiled the reading of its weight as a separate graph, as after a graph "
+                "break in one of torch's containers (nn.Sequential, nn.LSTM)"
             )
         disabled = self.settings.disable_passes
         reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
-        return reason + (f" (disabled are {', '.join(disabled)})" if disabled else "")
+        return reason + (f" (disabled passes: {', '.join(disabled)})" if disabled else "")
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         tag = f"{torch.compiler.config.cache_key_tag} slope_fx {_cache_tag()}"
@@ -163,8 +163,8 @@ def _run_own(gm: GraphModule, passes: Sequence[UserPass]) -> GraphModule:
         result = own(gm)
         if result is not None and not isinstance(result, GraphModule):
             raise ArgumentError(
-                f"passes: {name} returned a {type(result).__name__}; a pass changes the "
-                "GraphModule it is given and returns None, or returns another GraphModule."
+                f"passes: {name} returned a {type(result).__name__}; a pass changes its "
+                "GraphModule in place and returns None, or returns another GraphModule."
             )
         gm = gm if result is None else result
         gm.graph.lint()
@@ -189,8 +189,8 @@ def nothing_gains(weights: Sizes, training: bool) -> str:
         return ""
     best, tokens = max(measured)
     return (
-        f"No sparse linear is faster here than its dense one was (at best {best:.2f}x, for "
-        f"{tokens} tokens): all are too small to gain speed. What is saved is memory."
+        f"No sparse linear is faster here than the dense linear (at best {best:.2f}x, for "
+        f"{tokens} tokens): all are too small to gain speed. The model still saves memory."
     )
 
 

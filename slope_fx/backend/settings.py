@@ -149,8 +149,8 @@ def _check_mode(
     for name in options or {}:
         if name.replace("-", "_") not in known:
             raise ArgumentError(
-                f"options[{name!r}] is not an option of Inductor's; torch._inductor.list_options() "
-                "has them."
+                f"options[{name!r}] is not an option of Inductor; torch._inductor.list_options() "
+                "lists them."
             )
 
 
@@ -158,13 +158,13 @@ def _checked_passes(passes: Sequence[Any]) -> tuple[Any, ...]:
     if isinstance(passes, (str, bytes)) or not isinstance(passes, Sequence):
         raise ArgumentError(
             f"passes is a {type(passes).__name__}; it must be a list of functions of a "
-            "GraphModule, with ... in the place of slope_fx's own."
+            "GraphModule, in which `...` stands for the passes of slope_fx."
         )
     for own in passes:
         if own is not ... and not callable(own):
             raise ArgumentError(f"passes has {own!r}, which is neither a function nor `...`.")
     if list(passes).count(...) > 1:
-        raise ArgumentError("passes has `...` more than once; it stands for slope_fx's own.")
+        raise ArgumentError("passes has `...` more than once; it stands for all slope_fx passes.")
     return tuple(passes)
 
 
@@ -190,7 +190,7 @@ def check_engine(engine: object) -> None:
     named = allowed_engines(engine)
     if len(named) == 1 and engine != AUTO and (reason := ENGINES[named[0]].unavailable()):
         raise ArgumentError(
-            f'engine={engine!r} can\'t be had: {reason}. "auto" takes the best there is.'
+            f'engine={engine!r} is not available: {reason}. "auto" uses the fastest available.'
         )
 
 

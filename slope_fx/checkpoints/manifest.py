@@ -111,7 +111,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         data = json.loads(file.read_text())
         found = data["format"], data["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no manifest of slope_fx: {error!r:.200}.") from None
+        raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
     if found[0] != "slope_fx" or type(found[1]) is not int or found[1] < 1:
         raise CheckpointError(f"{file} has format {found[0]!r}, version {found[1]!r}; not ours.")
     if found[1] > FORMAT_VERSION:
@@ -203,7 +203,7 @@ def _why_none(folder: Path) -> str:
             "It holds a model of transformers: if that is dense, load it with from_pretrained and "
             "call slope_fx.compile; if it was saved by the Trainer, add slope_fx's callback there."
         )
-    return f"path={str(folder)!r} has no {MANIFEST}, so it is no checkpoint of slope_fx. {hint}"
+    return f"path={str(folder)!r} has no {MANIFEST}, so it is not a checkpoint of slope_fx. {hint}"
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:

@@ -234,7 +234,7 @@ def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None
     if tokenizer is not None:
         if not hasattr(tokenizer, "save_pretrained"):
             raise CheckpointError(
-                f"tokenizer is a {type(tokenizer).__name__}; it must have a save_pretrained."
+                f"tokenizer is a {type(tokenizer).__name__}; it must have a save_pretrained method."
             )
         tokenizer.save_pretrained(folder)
 
@@ -267,8 +267,8 @@ def _check_target(path: Path) -> None:
             others -= {MANIFEST, *read_manifest(path).files}
     if others:
         raise CheckpointError(
-            f"path={str(path)!r} is a folder that holds {min(others)}, which isn't a checkpoint's "
-            "of slope_fx and would be deleted. Choose an empty or a new one."
+            f"path={str(path)!r} is a folder that holds {min(others)}, which doesn't belong to a "
+            "checkpoint of slope_fx and would be deleted. Choose an empty or a new folder."
         )
 
 

@@ -39,11 +39,13 @@ def collect_training(training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     """
     if not isinstance(training, Mapping) or not all(isinstance(k, str) for k in training):
         raise CheckpointError(
-            "training must map names to what has a state_dict, or to plain data, such as "
+            "training must map names to objects with a state_dict, or to plain data, such as "
             '{"optimizer": optimizer, "schedule": schedule, "step": step}.'
         )
     if _RANDOM in training:
-        raise CheckpointError(f"training has {_RANDOM!r}, which is kept by itself.")
+        raise CheckpointError(
+            f"training has {_RANDOM!r}, a reserved name: random states are always saved."
+        )
     tensors: dict[str, Tensor] = {}
     states = {name: _state_of(part) for name, part in training.items()}
     tree = {name: _encode(state, name, tensors) for name, state in states.items()}
@@ -129,7 +131,7 @@ def _load(training: Mapping[str, Any], states: Mapping[str, Any]) -> None:
             if isinstance(error, SlopeError):
                 raise
             raise CheckpointError(
-                f"training[{name!r}], a {type(part).__name__}, can't take the state that was "
+                f"training[{name!r}], a {type(part).__name__}, can't load the state that was "
                 f"saved: {first_line(error)} Make it as the interrupted run did."
             ) from error
 

@@ -64,13 +64,13 @@ class SlopeCallback(Callback):
             )
         if len(trainer.optimizers) > 1:
             raise ArgumentError(
-                f"there are {len(trainer.optimizers)} optimizers, of which Lightning counts every "
-                "step. Step a slope_fx.Schedule yourself, after the optimizer of the model."
+                f"there are {len(trainer.optimizers)} optimizers, and Lightning counts the steps "
+                "of all. Step a slope_fx.Schedule yourself, after the optimizer of the model."
             )
         total = trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise ArgumentError(
-                "the Trainer has no end, so there is no last hundredth of the steps. Set its "
+                "the Trainer has no end, so the start of the adapter phase is not defined. Set its "
                 "max_steps or max_epochs."
             )
         self.schedules = [

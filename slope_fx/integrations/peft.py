@@ -98,7 +98,8 @@ def adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
     if not active:
         raise UnsupportedError(
             "the model has no adapters that take part: it was compiled without adapter_rank, or "
-            "they haven't begun. Nothing can be exported; densify(model, 'drop') is all of it."
+            "they haven't begun. There is nothing to export: densify(model, 'drop') gives the "
+            "whole model."
         )
     linears = {id(module) for module in linear_modules(model).values()}
     found = {}

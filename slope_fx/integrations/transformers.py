@@ -79,7 +79,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             raise ArgumentError(
                 "torch_compile=True would compile the model a second time, around the sparse "
                 "weights, which then run dense. Leave it out: slope_fx.compile has compiled the "
-                "model. What torch_compile_backend and torch_compile_mode say goes to its "
+                "model. Pass torch_compile_backend and torch_compile_mode to slope_fx.compile, as "
                 "backend= and mode=."
             )
 

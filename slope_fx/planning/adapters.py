@@ -58,8 +58,8 @@ def make_adapter(
     """
     if adapter_init == CALLABLE:
         raise ArgumentError(
-            f"adapter_init={adapter_init!r} stands for a function of the run that made the "
-            "configuration. Pass the function itself."
+            f"adapter_init={adapter_init!r} stands for a function in a stored configuration. Pass "
+            "the function itself."
         )
     d_out, d_in = weight.shape[-2:]
     scale = 1.0 / rank  # alpha / r, with alpha = 1
@@ -76,7 +76,7 @@ def make_adapter(
         pruned = weight[i].float().masked_fill(mask[i], 0.0)
         if not pruned.isfinite().all():
             raise ArgumentError(
-                f"adapter_init={adapter_init!r}: what was pruned of {name} has NaN or inf. Use "
+                f"adapter_init={adapter_init!r}: the pruned part of {name} has NaN or inf. Use "
                 'adapter_init="zero", or keep the layer dense.'
             )
         gram = None if adapter_init == "svd" or activations is None else activations.gram

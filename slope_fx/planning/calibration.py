@@ -98,8 +98,8 @@ def _fill_unseen(name: str, found: Activations) -> None:
         found.gram[unseen] = torch.eye(found.gram.shape[-1], device=found.gram.device)
     warnings.warn(
         f"calibration reached no input of {name}'s matrices {', '.join(map(str, unseen))} (of "
-        f"{len(found.rows)}): they are chosen by magnitude, their adapters begin as by "
-        '"svd". Pass more batches to have them seen.',
+        f"{len(found.rows)}): their masks are chosen by magnitude, and their adapters start as "
+        'with "svd". Pass more batches.',
         ArgumentWarning,
         stacklevel=4,
     )

@@ -110,8 +110,8 @@ def choose_mask(
         return Chosen(_given(mask, name, weight, pattern))
     if mask not in MASK_METHODS:  # "callable", in a configuration from JSON
         raise ArgumentError(
-            f"mask={mask!r} stands for a function of the run that made the configuration. Pass "
-            "the function itself."
+            f"mask={mask!r} stands for a function in a stored configuration. Pass the function "
+            "itself."
         )
     found = MASK_METHODS[mask].choose(weight.view(-1, *weight.shape[-2:]), pattern, inputs)
     if isinstance(found, Chosen):

@@ -122,7 +122,7 @@ def _unreached(model: nn.Module, reached: set[int], rules: PatternRules) -> list
         if weight is not None and id(weight) in reached:
             continue
         rules.select(name)
-        why = "its weight is computed, not a parameter of its own"
+        why = "its weight is computed, not a parameter"
         if weight is not None:
             why = "the traced forward doesn't use it"
         computed = getattr(module, "weight", None) if weight is None else weight
@@ -137,7 +137,7 @@ def _unknown(model: nn.Module, reached: set[int]) -> list[LinearPlan]:
 
     They may be linears, such as stacks of experts, but their use is unknown.
     """
-    why = "the model was not traced, so what its module does with it isn't known"
+    why = "the model was not traced, so the use of this parameter isn't known"
     plans: list[LinearPlan] = []
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn."):
@@ -241,6 +241,6 @@ def nothing_to_do(plans: list[LinearPlan], untraced_because: str) -> str:
         found = "No linear of the model can be sparse: " + "; ".join(reasons)
     how = f" The model was not traced ({untraced_because})." if untraced_because else ""
     return (
-        f"{found}.{how} See skip_first, skip_head, skip_router and sparsity for what they leave "
-        "dense."
+        f"{found}.{how} To prune more linears, change skip_first, skip_head, skip_router or "
+        "sparsity."
     )

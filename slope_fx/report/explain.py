@@ -35,8 +35,8 @@ def explain(model: nn.Module) -> Explanation:
     notes = []
     if record.untraced_because:
         notes.append(
-            f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
-            "Conv1D modules, and first and last are by module order."
+            f"The model was not traced ({record.untraced_because}): the linears are its nn.Linear "
+            "and Conv1D modules, and the first and the last are those in module order."
         )
     met: dict[tuple[int, int, int, int], dict[Problem, Choice]] = {}
     for plan in record.plans:
@@ -81,8 +81,8 @@ def _regions(model: nn.Module, record: Record) -> str:
     )
     if record.settings.region == "auto" and takes_cache(model):
         line += (
-            " While it trains the model is called with use_cache=False; where a cache is used it "
-            "is compiled as a whole."
+            " In training, the model is called with use_cache=False. For calls with a cache it is "
+            "compiled as a whole."
         )
     return line
 

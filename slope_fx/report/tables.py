@@ -134,14 +134,14 @@ class Explanation:
             )
         if any(product.speedup is not None for r in self.sparse for product in r.products):
             lines.append(
-                "engine: what computes the forward product, the input and the weight gradient, and "
-                "how many times faster than the dense product it was when measured here."
+                "engine: the engines of the forward product, the input gradient and the weight "
+                "gradient, with their speedups over the dense products, measured on this machine."
             )
         operands = sum(r.operand_bytes for r in self.sparse)
         if operands:
             lines.append(
                 f"Besides, engines keep {_size(operands)} of operands that they made of the "
-                "weights, until these change."
+                "weights, until the weights change."
             )
         if self.note:
             lines.append(self.note)

@@ -74,11 +74,11 @@ def _refuse_replacement(module: nn.Module, attribute: str) -> NoReturn:
     """
     name = getattr(module, sparse_name(attribute)).name
     raise UnsupportedError(
-        f"{name}: its `{attribute}` can't be replaced or deleted, for it is made from "
-        f"`{values_name(attribute)}` and its masks. To write a dense weight call "
-        f"slope_fx.sparse_weights(model)[{name!r}].write_(dense); for functional_call name "
-        f"`{values_name(attribute)}`; to quantise, prune or parametrise it otherwise make the "
-        "model dense first: slope_fx.densify(model)."
+        f"{name}: its `{attribute}` can't be replaced or deleted, because it is made from "
+        f"`{values_name(attribute)}` and the masks. To write a dense weight, call "
+        f"slope_fx.sparse_weights(model)[{name!r}].write_(dense). For functional_call, pass "
+        f"`{values_name(attribute)}`. To quantise, prune or parametrise it, make the model dense "
+        "first: slope_fx.densify(model)."
     )
 
 

@@ -70,7 +70,7 @@ def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight
         warnings.warn(
             f"{len(trained)} layers ({trained[0].name} and so on) have adapters, but no "
             "slope_fx.Schedule was made for their model, so the adapters never take part. Make "
-            "slope_fx.Schedule(model, total_steps=...) ahead of training, and step it after the "
+            "slope_fx.Schedule(model, total_steps=...) before training, and step it after the "
             "optimizer.",
             TrainingWarning,
             stacklevel=4,
@@ -84,9 +84,9 @@ def _tell_of_replaced(optimizer: Optimizer, parameters: list[Any]) -> None:
         del _replaced[parameter]
     if stale:
         warnings.warn(
-            f"The {type(optimizer).__name__} holds {len(stale)} dense weights that "
-            "slope_fx.compile has replaced: it was made before, and trains none of the sparse "
-            "layers. Make the optimizer after compile.",
+            f"The {type(optimizer).__name__} was made before slope_fx.compile and holds "
+            f"{len(stale)} dense weights that compile has replaced. It does not train their "
+            "sparse layers. Make the optimizer after compile.",
             TrainingWarning,
             stacklevel=4,
         )

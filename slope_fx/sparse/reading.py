@@ -106,12 +106,12 @@ class _Reading:
             reason = f"{what} writes to it while gradients are on"
             instead = "Write under torch.no_grad(), as to any parameter."
         elif now != self.stamp:
-            reason = f"{what} writes to a reading from before its values changed"
+            reason = f"{what} writes to a `weight` that was read before its values changed"
             instead = "Read `weight` again."
         elif weight.adapter_active:
-            reason = f"{what} writes to it while its adapter takes part, which `weight` includes"
+            reason = f"{what} writes to it while its adapter is active, which `weight` includes"
         elif not initialises and weight.has_pruned(self.dense):
-            reason = f"{what} gives numbers to elements that are pruned, which would be lost"
+            reason = f"{what} writes to elements that are pruned, which would be lost"
             if what == "`data`" or "add" in what:
                 instead = (
                     "Keep the update apart, as an adapter, or make the model dense first: "
@@ -166,7 +166,7 @@ class DenseWeight(Tensor):
             # Compiled code would not report its writes, and does not support this subclass.
             raise UnsupportedError(
                 "`weight` of a sparse layer was read in eager code and given to a compiled "
-                "function. Read it inside of that, or give it a copy: layer.weight.clone()."
+                "function. Read it inside the function, or pass a copy: layer.weight.clone()."
             )
         with torch._C.DisableTorchFunctionSubclass():
             readings = _readings((args, kwargs))
@@ -224,10 +224,12 @@ def _special(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> tupl
         reading.weight.values.requires_grad_(args[1] if len(args) > 1 else True)
         return (it,)
     if func == _SET_GRAD:
-        reading.refuse("its gradient can't be set", f"Set that of `{values}`, which is compressed.")
+        reading.refuse(
+            "its gradient can't be set", f"Set the gradient of `{values}`, which is compressed."
+        )
     if name in _OF_THE_PARAMETER:
         reading.refuse(
-            f"{name}() would see nothing of a compiled model", f"Call it on the layer's `{values}`."
+            f"{name}() has no effect in a compiled model", f"Call it on the layer's `{values}`."
         )
     if func == _GET_IS_LEAF and _called_from("torch.optim.optimizer", 3):
         reading.refuse(

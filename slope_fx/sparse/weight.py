@@ -248,8 +248,8 @@ class SparseWeight(nn.Module):
         if not good or tuple(dense.shape) != self.shape:
             got = f"{tuple(dense.shape)} {dense.dtype}" if isinstance(dense, Tensor) else dense
             raise ArgumentError(
-                f"{self.name}: write_ was given {got}; it takes a tensor of floating point of "
-                f"shape {self.shape}, as to_dense() gives it."
+                f"{self.name}: write_ was given {got}; it takes a floating-point tensor of shape "
+                f"{self.shape}, as from to_dense()."
             )
         self.store(dense.reshape(-1, self.d_in))
         return self
@@ -354,7 +354,7 @@ class SparseWeight(nn.Module):
 def _tell_of_export() -> None:
     warnings.warn(
         "torch.export of a model with sparse weights: the program rebuilds each dense weight "
-        "at every call, and needs slope_fx to be loaded. For a plain one export a dense copy: "
+        "at every call, and needs slope_fx to run. For a plain program, export a dense copy: "
         "slope_fx.densify(model).",
         ExpandedWeightWarning,
         stacklevel=3,
