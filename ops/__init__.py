@@ -1,20 +1,20 @@
 """The custom ops of the namespace ``slope_fx``, registered with ``torch.library``.
 
 ``expand``, ``add_adapter``
-    the markers: what a model's ``weight`` reads as. Right for any code that uses a
-    weight, and what the passes look for (``weights.py``, ``adapter.py``).
+    The markers, which a read of a model's ``weight`` calls. Their result is correct in any code,
+    and the passes find them in graphs (``weights.py``, ``adapter.py``).
 ``sparse_linear``, ``sparse_input_grad``, ``sparse_weight_grad``
-    the three products of METHOD, of one weight or of a stack of weights; the last two are the
-    gradient of the first (``sparse_linear.py``, ``groups.py``).
+    The three products of METHOD, for one weight or a stack of weights. The last two are the
+    gradients of the first (``sparse_linear.py``, ``groups.py``).
 ``compress``, ``magnitude_mask``, ``backward_mask``
-    dense to compressed, and the choice of masks (``weights.py``, ``masks.py``).
+    The compression of a dense weight, and the choice of masks (``weights.py``, ``masks.py``).
 
-Masks are bit-packed uint8 (``kernels/packing.py``): the forward mask one bit per
-element of the (d_out, d_in) weight, the backward mask one bit per kept value.
+Masks are packed uint8 (``kernels/packing.py``). The forward mask has one bit per element of the
+(d_out, d_in) weight. The backward mask has one bit per value.
 """
 
 if __name__ != "slope_fx.ops":
-    # A second import under another name would register every op twice.
+    # A second import under another name would register all ops again.
     raise ImportError(f"import this package as slope_fx.ops, not as {__name__!r}")
 
 from slope_fx.ops.adapter import add_adapter
@@ -22,7 +22,7 @@ from slope_fx.ops.masks import backward_mask, magnitude_mask
 from slope_fx.ops.sparse_linear import sparse_input_grad, sparse_linear, sparse_weight_grad
 from slope_fx.ops.weights import compress, expand, expand_grad
 
-# After all of them, whose rules these register.
+# These register rules of the ops above, so they come last.
 from slope_fx.ops import double_backward as double_backward  # isort: skip
 from slope_fx.ops import vmap as vmap  # isort: skip
 

@@ -1,4 +1,4 @@
-"""``add_adapter``: the marker of a weight in its adapter phase."""
+"""``add_adapter``: the marker of a weight with an active adapter."""
 
 from typing import Any
 
@@ -8,20 +8,19 @@ from torch import Tensor
 
 @torch.library.custom_op("slope_fx::add_adapter", mutates_args=())
 def add_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``W + scale * B A``, or that for each weight of a stack.
+    """``W + scale * B A``, for one weight or for each weight of a stack.
 
-    A marker: ``passes/insert_adapters.py`` turns a linear over it into the low-rank
-    branch ``scale * (x A^T) B^T`` beside the product, so that the dense ``B A`` is made
-    only for code that no pass understands.
+    This is a marker. The pass ``insert_adapters`` rewrites a linear with it to the low-rank branch
+    ``scale * (x A^T) B^T``. The dense ``B A`` is computed only in code that no pass rewrites.
 
     Args:
-        weight: (d_out, d_in), or the weights of a stack one below the other.
-        lora_a: (r, d_in), as many times one below the other as there are weights.
-        lora_b: (d_out, r), likewise.
+        weight: (stack * d_out, d_in).
+        lora_a: (stack * r, d_in).
+        lora_b: (stack * d_out, r).
         scale: alpha / r.
 
     Returns:
-        (d_out, d_in), in the dtype of ``weight``.
+        (stack * d_out, d_in), in the dtype of ``weight``.
     """
     rank = lora_b.shape[1]
     product = torch.bmm(_stack(lora_b, lora_a, rank), lora_a.unflatten(0, (-1, rank)))
@@ -29,7 +28,7 @@ def add_adapter(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) ->
 
 
 def _stack(tensor: Tensor, lora_a: Tensor, rank: int) -> Tensor:
-    """What lies one below the other, by the weights of a stack."""
+    """The rows of ``tensor``, grouped by the weights of the stack."""
     return tensor.unflatten(0, (lora_a.shape[0] // rank, -1))
 
 
@@ -49,7 +48,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b, g = lora_a.unflatten(0, (-1, rank)), *(_stack(t, lora_a, rank) for t in (lora_b, grad))
     grad_a = ctx.scale * (b.mT @ g).flatten(0, 1)
     grad_b = ctx.scale * (g @ a.mT).flatten(0, 1)
-    # A marker's output may not alias its input, nor may its gradient.
+    # The output of a custom op must not alias its inputs, nor must its gradient.
     return grad.clone(), grad_a, grad_b, None
 
 

@@ -1,7 +1,7 @@
-"""What autocast does with an op.
+"""Autocast rules of ops.
 
-``torch.library.register_autocast`` fixes one dtype at registration; the user's autocast context
-may name another, so the dtype is read at each call.
+``torch.library.register_autocast`` fixes the dtype at registration. Here the dtype is read at each
+call, because the user's autocast context may have another dtype.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 
 
 def register_autocast(op: Any, arguments: Callable[..., tuple[Any, ...]]) -> None:
-    """Register what autocast makes of the arguments of ``op``, on every device.
+    """Register the autocast rule of ``op`` for CPU and CUDA.
 
     Args:
         op: an overload of a custom op.
-        arguments: (dtype, the op's arguments) to the arguments that it is called with.
+        arguments: maps the autocast dtype and the arguments of the op to its new arguments.
     """
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         _register(op, arguments, device_type, key)
@@ -39,6 +39,6 @@ def _register(
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As torch's own autocast does: float64 is left alone."""
+    """Cast a floating tensor except float64, as torch's autocast does."""
     castable = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if castable else tensor

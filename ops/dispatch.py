@@ -1,4 +1,4 @@
-"""From an op to the engine that computes it."""
+"""The choice of the engine of an op."""
 
 from typing import Any
 
@@ -11,21 +11,21 @@ from slope_fx.kernels.selection import Request
 
 
 def engine(tensor: Tensor) -> Engine:
-    """The engine of the ops that aren't products: the first that serves such tensors."""
+    """The engine of the ops that are not products: the first one for the device and dtype."""
     return ENGINES[engines_for(tensor.device, tensor.dtype, products=False)[0]]
 
 
 def request_of(
     tokens_of: Tensor, values: Tensor, n: int, m: int, groups: int = 1, **more: Any
 ) -> Request:
-    """What the choice of engines depends on, from tensors, real or fake.
+    """Returns the request for an engine from real or fake tensors.
 
     Args:
         tokens_of: (..., features): the input, or the gradient of the output.
         values: (groups * d_out, d_in * N / M).
-        n, m: the pattern.
+        n, m: the N:M pattern.
         groups: number of weights that share the tokens.
-        more: attributes of :class:`Request` that don't follow from the tensors.
+        more: the other attributes of :class:`Request`.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:
@@ -38,7 +38,7 @@ def request_of(
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    """A size as a number, without tying the graph to it if it is dynamic."""
+    """A size as a number. A dynamic size gets no guard."""
     if isinstance(size, int):
         return size
     node = size.node

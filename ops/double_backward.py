@@ -1,4 +1,4 @@
-"""The gradient ops have no gradients of their own: a double backward says so, by name."""
+"""Double backward: the gradient ops raise an error, because they have no gradients."""
 
 from typing import Any, NoReturn
 
@@ -12,9 +12,9 @@ _GRADIENTS = ("expand_grad", "sparse_input_grad", "sparse_weight_grad")
 
 def _refuse(ctx: Any, grad: Tensor) -> NoReturn:
     raise UnsupportedError(
-        f"slope_fx::{ctx.op}: sparse linears have no second derivatives, as gradient penalties and "
-        "Hessians (create_graph=True) want. Keep the layers that they go through dense, with "
-        "sparsity={...: None}, or take them of slope_fx.densify(model)."
+        f"slope_fx::{ctx.op}: sparse linears have no second derivatives, which gradient penalties "
+        "and Hessians (create_graph=True) need. Keep the affected layers dense with "
+        "sparsity={...: None}, or use slope_fx.densify(model)."
     )
 
 

@@ -1,4 +1,4 @@
-"""The groups of a grouped product: which rows of the input belong to which weight of a stack."""
+"""The groups of a grouped product, which map rows of the input to weights of a stack."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def is_plain(groups: int, offsets: Tensor | None) -> bool:
-    """Whether a product has one weight and all rows of the input."""
+    """Whether a product has one weight for all rows of the input."""
     return groups == 1 and offsets is None
 
 
 def each(groups: int, offsets: Tensor | None, tensor: Tensor) -> Iterator[tuple[int, int | slice]]:
-    """The groups that have rows, with the index that selects their rows of ``tensor``.
+    """Yields the groups that have rows, with the index of their rows in ``tensor``.
 
     Args:
         groups: number of weights.
-        offsets: integers (groups,), where the rows of each group end; None for a tensor of shape
-            (groups, rows, features). Read on the host.
+        offsets: integers (groups,), the end of the rows of each group; None for a tensor of shape
+            (groups, rows, features). They are read on the host.
         tensor: the input, or the gradient of the output.
     """
     if offsets is None:
@@ -33,7 +33,7 @@ def each(groups: int, offsets: Tensor | None, tensor: Tensor) -> Iterator[tuple[
 
 
 def of_stack(stacked: Tensor, group: int, groups: int) -> Tensor:
-    """The rows of one weight, of tensors that lie one below the other."""
+    """The rows of one weight in a tensor of a stack."""
     rows = stacked.shape[0] // groups
     return stacked[group * rows : (group + 1) * rows]
 
@@ -48,14 +48,14 @@ def map_rows(
     """Run a product on the rows of each group.
 
     Args:
-        product: called with the rows of a group, and with a function that selects the part of a
-            stacked tensor that belongs to the group. Returns (rows, features).
+        product: called with the rows of a group, and with a function that selects the group's part
+            of a stacked tensor. Returns (rows, features).
         x: (groups, rows, _), or (rows, _) with ``offsets``.
-        features: of the result.
-        groups, offsets: as of :func:`each`.
+        features: number of features of the result.
+        groups, offsets: as for :func:`each`.
 
     Returns:
-        (groups, rows, features), or (rows, features). Rows that belong to no group are zero.
+        (groups, rows, features), or (rows, features). Rows without a group are zero.
     """
     result = x.new_zeros(*x.shape[:-1], features)
     for group, rows in each(groups, offsets, x):
@@ -65,7 +65,7 @@ def map_rows(
 
 
 def batched_stack(x: Tensor, groups: int) -> Tensor:
-    """(batch, groups, rows, features), as vmap passes it, to (groups, batch * rows, features)."""
+    """Reshapes (batch, groups, rows, features) of vmap to (groups, batch * rows, features)."""
     return x.transpose(0, 1).reshape(groups, -1, x.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""The choice of the forward and the backward mask. No gradients flow through these."""
+"""The ops that choose the forward and the backward mask. They have no gradients."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,13 @@ from slope_fx.ops.dispatch import engine
 
 @torch.library.custom_op("slope_fx::magnitude_mask", mutates_args=())
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """The top N magnitudes of each M consecutive inputs (METHOD, "Masks").
+    """Returns the forward mask: the top N magnitudes of each M consecutive inputs.
+
+    Source: METHOD, "Masks".
 
     Args:
-        weight: (d_out, d_in), any floating dtype, d_in a multiple of ``m``.
-        n, m: the pattern.
+        weight: (d_out, d_in), any floating dtype. d_in is a multiple of ``m``.
+        n, m: the N:M pattern.
 
     Returns:
         The packed forward mask, uint8 (d_out, ceil(d_in / 8)).
@@ -30,15 +32,17 @@ def _(weight: Tensor, n: int, m: int) -> Tensor:
 
 @torch.library.custom_op("slope_fx::backward_mask", mutates_args=())
 def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """The top N magnitudes of ``W^R`` in each M consecutive outputs (METHOD, "Masks").
+    """Returns the backward mask: the top N magnitudes of ``W^R`` of each M consecutive outputs.
+
+    Source: METHOD, "Masks".
 
     Args:
-        values: (d_out, d_in * N / M), d_out a multiple of ``m``.
+        values: (d_out, d_in * N / M). d_out is a multiple of ``m``.
         forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
-        n, m: the pattern.
+        n, m: the N:M pattern.
 
     Returns:
-        The packed backward mask, one bit a value: uint8 (d_out, ceil(d_in * N / M / 8)).
+        The packed backward mask, one bit per value: uint8 (d_out, ceil(d_in * N / M / 8)).
     """
     packed: Tensor = engine(values).backward_mask(values, forward_mask, n, m)
     return packed

@@ -1,7 +1,8 @@
-"""The linear of a pruned weight, with the double-pruned gradient (METHOD, "The three products").
+"""The linear with a pruned weight and a double-pruned gradient (METHOD, "The three products").
 
-One op serves a plain weight and a stack of weights, as the experts of a mixture are: each weight
-of a stack is (d_out, d_in) and is pruned by itself; values and masks lie one below the other.
+The same ops compute products with one weight and with a stack of weights, such as the experts of a
+mixture. Each weight of a stack is (d_out, d_in) and is pruned separately. Values and masks of a
+stack are concatenated along the rows.
 """
 
 from collections.abc import Callable
@@ -38,27 +39,27 @@ def sparse_linear(
     Source: SLoPe, arXiv 2405.16325, equations 4 to 6.
 
     Args:
-        x: (..., d_in). Of a stack: (groups, tokens, d_in), or (tokens, d_in), sorted by group,
-            with ``offsets``.
-        values: (groups * d_out, d_in * N / M), the dtype of ``x``, or fp32 beside 16-bit ``x``;
-            under autocast, any floating dtype.
+        x: (..., d_in). For a stack: (groups, tokens, d_in), or (tokens, d_in) sorted by group with
+            ``offsets``.
+        values: (groups * d_out, d_in * N / M), in the dtype of ``x``, or fp32 with a 16-bit ``x``.
+            Under autocast, any floating dtype.
         forward_mask: packed, uint8 (groups * d_out, ceil(d_in / 8)).
         backward_mask: packed, uint8 (groups * d_out, ceil(d_in * N / M / 8)).
         bias: (d_out,) or None. None for a stack.
-        n, m: the pattern.
-        groups: number of weights; 1 for a plain one.
-        offsets: integers (groups,), where the rows of each group of ``x`` end. Rows after the last
-            belong to no group and give zeros. They are read on the host.
-        engine, input_engine, weight_engine: names of the engines that compute the product, its
-            input gradient and its weight gradient; "" for the fastest of ``engines``.
-        engines: "auto", or names separated by commas.
+        n, m: the N:M pattern.
+        groups: number of weights; 1 for a plain weight.
+        offsets: integers (groups,), the end of the rows of each group in ``x``. Rows after the
+            last end have no group and give zeros. The offsets are read on the host.
+        engine, input_engine, weight_engine: names of the engines of the product, its input
+            gradient and its weight gradient. "": the fastest of ``engines``.
+        engines: the allowed engines: "auto", or names separated by commas.
 
     Returns:
         (..., d_out), (groups, tokens, d_out) or (tokens, d_out).
     """
     product = ENGINES[engine or _choice("sparse_linear", x, values, n, m, groups, engines)]
     values = product.values_for(values, x.dtype)
-    # A graph that trains names the engines of its gradients too.
+    # A graph with gradients names the engines of the gradients.
     training = bool(input_engine or weight_engine)
     if grouped.is_plain(groups, offsets):
         return product.sparse_linear(x, values, forward_mask, bias, n, m, training)
@@ -110,7 +111,7 @@ def sparse_input_grad(
     offsets: Tensor | None = None,
     engine: str = "",
 ) -> Tensor:
-    """``grad_X = grad_Y W^{R,C}``: (..., d_out) to (..., d_in)."""
+    """``grad_X = grad_Y W^{R,C}``: maps (..., d_out) to (..., d_in)."""
     product = ENGINES[engine or _choice("sparse_input_grad", grad, values, n, m, groups, AUTO)]
     values = product.values_for(values, grad.dtype)
     if grouped.is_plain(groups, offsets):
@@ -150,10 +151,10 @@ def sparse_weight_grad(
     engine: str = "",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``grad_W = grad_Y^T X`` at the forward mask's positions: (groups * d_out, d_in * N / M).
+    """``grad_W = grad_Y^T X`` at the kept elements: (groups * d_out, d_in * N / M).
 
-    ``dtype`` is the dtype of the result if it isn't that of ``grad``. It is fp32 for fp32 values
-    beside 16-bit inputs: an engine that takes such values does not round the sums to 16 bits.
+    ``dtype`` is the dtype of the result; None: the dtype of ``grad``. It is fp32 for fp32 values
+    with 16-bit inputs: an engine that accepts such values does not round the sums to 16 bits.
     """
     d_out, kept = grad.shape[-1], x.shape[-1] * n // m
     dw = grad.new_empty(groups * d_out, kept, dtype=dtype or grad.dtype)
@@ -201,8 +202,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     n, m, groups = ctx.numbers
     input_engine, weight_engine, engines = ctx.engines
     dx = dvalues = dbias = None
-    # Under torch.compile this runs while the backward graph is traced. An engine that isn't named
-    # yet is chosen then, and the graph has its name.
+    # Under torch.compile this runs when the backward graph is traced. A missing engine is chosen
+    # then, and the graph contains its name.
     if needs_x:
         name = input_engine or _choice("sparse_input_grad", grad, values, n, m, groups, engines)
         masks = forward_mask, backward_mask
@@ -237,11 +238,11 @@ def _autocast(
 ) -> tuple[Any, ...]:
     x = cast(x, dtype)
     bias = None if bias is None else cast(bias, dtype)
-    # Chosen here at the latest, for the dtype that the product now has. The tracer of
-    # torch.compile passes here too, so that this choice is the one in the graph.
+    # The engine is chosen here at the latest, because the dtype of the product is now known. The
+    # tracer of torch.compile runs this code, so the graph contains this choice.
     engine = engine or _choice("sparse_linear", x, values, n, m, groups, engines)
     if values.dtype != torch.float64:
-        # Here rather than in the op, so that forward and backward share the cast values.
+        # Cast here and not in the op, so that forward and backward share the cast values.
         values = ENGINES[engine].values_for(values, dtype)
     names = engine, input_engine, weight_engine, engines
     return x, values, forward_mask, backward_mask, bias, n, m, groups, offsets, *names

@@ -1,8 +1,8 @@
-"""The ops that graphs are built from and searched for, as FX nodes have them for a target."""
+"""The overloads of the ops that are targets of FX nodes."""
 
 import torch
 
-# Importing their files is what registers them.
+# The imports register the ops.
 from slope_fx.ops import adapter as adapter
 from slope_fx.ops import sparse_linear as sparse_linear
 from slope_fx.ops import weights as weights

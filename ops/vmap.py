@@ -1,4 +1,4 @@
-"""``torch.func.vmap`` of the ops: a batch of inputs is more rows; anything else is a loop."""
+"""The vmap rules of the ops: a batch of inputs becomes more rows; other batches are looped."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ def _register(name: str, *, rows: bool = False) -> None:
     """Register the rule of an op.
 
     Args:
-        name: of the op.
-        rows: whether the first argument has rows of features, of any shape.
+        name: name of the op.
+        rows: whether the first argument is (..., features).
     """
     op = getattr(_OPS, name).default
     names = [argument.name for argument in op._schema.arguments]

@@ -1,4 +1,4 @@
-"""``expand`` and ``compress``: between kept values and the dense weight."""
+"""``expand`` and ``compress``: conversions between the kept values and the dense weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,12 @@ from slope_fx.ops.dispatch import engine
 
 @torch.library.custom_op("slope_fx::compress", mutates_args=())
 def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """The kept values of a dense weight.
+    """Returns the kept values of a dense weight.
 
     Args:
         dense: (d_out, d_in).
         forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
-        n, m: the pattern.
+        n, m: the N:M pattern.
 
     Returns:
         (d_out, d_in * N / M), in the order of the columns.
@@ -33,21 +33,21 @@ def _(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
 
 @torch.library.custom_op("slope_fx::expand", mutates_args=())
 def expand(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int) -> Tensor:
-    """The dense ``W^R``; its gradient comes back compressed.
+    """Returns the dense ``W^R``. Its gradient is compressed to the values.
 
-    This is the marker that a model's ``weight`` reads as. The passes turn a linear
-    over it into :func:`sparse_linear`; anything else that uses it is right, but pays
-    for the dense weight and gets the gradient of ``W^R`` instead of ``W^{R,C}``.
+    This is the marker of a model's ``weight``. The passes rewrite a linear with it to
+    :func:`sparse_linear`. Other code with it is correct, but computes the dense weight, and its
+    input gradient is that of ``W^R`` instead of ``W^{R,C}``.
 
     Args:
         values: (d_out, d_in * N / M).
         forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
-        backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)). Not read here:
-            the passes take it from the marker.
-        n, m: the pattern.
+        backward_mask: packed, uint8 (d_out, ceil(d_in * N / M / 8)). The op does not read it; the
+            passes do.
+        n, m: the N:M pattern.
 
     Returns:
-        (d_out, d_in), zero where pruned.
+        (d_out, d_in). Pruned elements are zero.
     """
     dense: Tensor = engine(values).expand(values, forward_mask, n, m)
     return dense
@@ -56,7 +56,7 @@ def expand(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, 
 @expand.register_fake
 def _(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int) -> Tensor:
     if torch.onnx.is_in_onnx_export():
-        # Here, where each of the ways in which torch.onnx tries to trace a model comes by.
+        # All strategies of torch.onnx to trace a model run this code.
         raise UnsupportedError(
             "The model has sparse weights, for which ONNX has no op. Export a dense copy: "
             "slope_fx.densify(model)."
@@ -65,18 +65,18 @@ def _(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: in
 
 
 expand_grad_observers: list[Callable[[Tensor], None]] = []
-"""Called with a layer's packed forward mask whenever a gradient truly runs through ``expand``:
-the one sure sign, in whatever way the model was compiled, that it trains expanded."""
+"""Functions of a layer's packed forward mask, called when a gradient of ``expand`` is computed. The
+layer then trains expanded, however the model is compiled."""
 
 
 @torch.library.custom_op("slope_fx::expand_grad", mutates_args=())
 def expand_grad(grad: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
-    """The gradient of :func:`expand`: :func:`compress`, under a name that can be noticed.
+    """Returns the gradient of :func:`expand`: :func:`compress`, with calls of the observers.
 
     Args:
-        grad: of the dense weight, (d_out, d_in).
+        grad: gradient of the dense weight, (d_out, d_in).
         forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
-        n, m: the pattern.
+        n, m: the N:M pattern.
 
     Returns:
         (d_out, d_in * N / M).

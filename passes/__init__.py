@@ -1,10 +1,12 @@
-"""The passes: graph in, graph out.
+"""The passes, which rewrite FX graphs.
 
-A pass is a plain function on a GraphModule, in a file of its own; it knows graphs and ops, never
-modules. ``registry.py`` orders them and says why. ``graph.py``, ``views.py``, ``linears.py`` and
-``markers.py`` are what they share: nodes, what a node reads of a weight, what a linear looks like,
-what a compressed weight reads as. ``weight_roles`` and ``graph_kinds`` work on the exported
-graph, once, when a model is compiled.
+A pass is a function of a GraphModule, in a separate file. It uses graphs and ops, but no modules.
+
+- ``registry.py`` lists the passes in order, with reasons. ``run.py`` runs them.
+- ``graph.py``, ``views.py``, ``linears.py`` and ``markers.py`` are shared: they handle nodes,
+  views of weights, the forms of linears, and the markers of compressed weights.
+- ``weight_roles.py`` and ``graph_kinds.py`` analyze the exported graph of a model, once, when
+  ``compile`` is called.
 """
 
 if __name__ != "slope_fx.passes":

@@ -1,4 +1,4 @@
-"""What passes know of the world around a graph."""
+"""The modes and settings under which passes compile a graph."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from slope_fx.kernels.modes import undisturbed
 
 @dataclass(frozen=True)
 class Context:
-    """The circumstances that a graph is compiled in. Passes ask nothing else.
+    """The modes and settings under which a graph is compiled. Passes read no others.
 
     Attributes:
-        engines: what may compute the products: "auto", or names separated by commas.
-        training: whether gradients are on.
-        autocast: the dtype that autocast makes of floats, by device type, where it is on.
-        replays: whether CUDA graphs will be made, whose replays make everything anew.
+        engines: allowed engines: "auto", or names separated by commas.
+        training: whether gradients are enabled.
+        autocast: (device type, dtype) for each device type with autocast enabled.
+        replays: whether CUDA graphs are used. A replay computes all tensors again.
     """
 
     engines: str = AUTO
@@ -31,7 +31,7 @@ class Context:
 
     @classmethod
     def here(cls, engines: str = AUTO, replays: bool = False) -> "Context":
-        """The circumstances now, with what the environment says of the engines."""
+        """The context of the current modes and of the environment's limit on engines."""
         autocast = tuple(
             (device, torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
@@ -42,14 +42,14 @@ class Context:
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
-        """Run in these circumstances and no others, whatever modes the caller is in."""
+        """Set these modes, and no other modes of the caller, in a ``with`` block."""
         with undisturbed(), ExitStack() as modes:
             for device, dtype in self.autocast:
                 modes.enter_context(torch.autocast(device, dtype))
             yield
 
     def at(self, node: Node) -> "Context":
-        """The circumstances at a node: within the autocast regions that its graph has opened."""
+        """The context at a node, with the autocast regions that are open there in its graph."""
         opened: dict[Node, tuple[str, torch.dtype | None, bool]] = {}
         for before in node.graph.nodes:
             if before is node:
@@ -67,5 +67,5 @@ class Context:
         return dataclasses.replace(self, autocast=tuple(autocast.items()))
 
     def dtype_of(self, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-        """What a tensor of that dtype is in a product."""
+        """The dtype of a product with a tensor of this dtype, under autocast."""
         return dtype if dtype == torch.float64 else dict(self.autocast).get(device.type, dtype)

@@ -1,7 +1,8 @@
-"""Torch's own attention, opened: its projections become linears that other passes see.
+"""The pass ``decompose_attention``: decomposes torch's attention functions into linears.
 
-``nn.MultiheadAttention`` calls one function with all its weights; evaluated without gradients, it
-and ``nn.TransformerEncoderLayer`` call one fused op each.
+``nn.MultiheadAttention`` calls one function with all its weights. In evaluation mode without
+gradients, it and ``nn.TransformerEncoderLayer`` call one fused op each. Other passes find only
+the linears of the decomposed form.
 """
 
 import math
@@ -26,7 +27,7 @@ _NAMES = (
     "average_attn_weights", "is_causal",
 )  # fmt: skip
 _NOT_OPENED = ("static_k", "static_v")
-"""Keys and values from elsewhere, which no module of torch's passes."""
+"""Precomputed keys and values. No torch module passes them."""
 _DEFAULTS = {"training": True, "need_weights": True, "average_attn_weights": True}
 _NATIVE_NAMES = (
     "query", "key", "value", "embed_dim", "num_heads", "in_proj_weight", "in_proj_bias",
@@ -40,20 +41,23 @@ _LAYER_NAMES = (
     "mask", "mask_type",
 )  # fmt: skip
 _BY_KEY = 1
-"""What the fused ops call a mask of (B, S); others broadcast to (B, heads, L, S)."""
+"""The mask type of the fused ops for a mask (B, S). Others broadcast to (B, heads, L, S)."""
 
 
 def decompose_attention(
     gm: GraphModule, context: Context, opens: Callable[[object], bool] = is_marked
 ) -> int:
-    """Torch's attention over compressed weights to linears and what is between them.
+    """Decomposes calls of torch's attention functions with compressed weights.
 
-    Works on ``gm`` alone, nested graphs aside. Returns the number of calls opened.
+    The pass changes only ``gm`` itself, not its nested graphs.
 
     Args:
         gm: a Dynamo graph.
         context: not used.
-        opens: whether an operand is a weight for whose sake a call is opened.
+        opens: whether a call with this operand is decomposed.
+
+    Returns:
+        The number of decomposed calls.
     """
     matches = 0
     for node in list(gm.graph.nodes):
@@ -76,12 +80,12 @@ def _by_name(names: tuple[str, ...], parts: Any) -> Any:
 
 
 def is_attention(node: Node) -> bool:
-    """Whether ``node`` is one of torch's own attention functions."""
+    """Whether ``node`` calls one of torch's attention functions."""
     return node.op == "call_function" and node.target in _KNOWN
 
 
 def _replace_parts(node: Node, results: Any) -> None:
-    """Put ``results`` in the place of what ``node`` returns: a tensor, or a tuple of them."""
+    """Replace the result of ``node``, a tensor or a tuple of tensors, by ``results``."""
     if isinstance(results, Node):
         replace(node, results)
         return
@@ -89,9 +93,9 @@ def _replace_parts(node: Node, results: Any) -> None:
         if user.target is operator.getitem and isinstance(results[user.args[1]], Node):
             replace(user, results[user.args[1]])
         elif not user.users:
-            node.graph.erase_node(user)  # the weights that weren't asked for
+            node.graph.erase_node(user)  # attention weights that are not needed
     operands = node.all_input_nodes
-    if not node._erased:  # or the last that read it took it along
+    if not node._erased:  # replacing its last user may have erased it
         node.graph.erase_node(node)
     for operand in operands:
         if not operand._erased:
@@ -105,7 +109,7 @@ def _attend(
     use_separate_proj_weight: bool, q_proj_weight: Any, k_proj_weight: Any, v_proj_weight: Any,
     average_attn_weights: bool, is_causal: bool, **_: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """``F.multi_head_attention_forward``: (L, B, E), or (L, E), to the same, and the weights."""
+    """``F.multi_head_attention_forward``: maps (L, B, E) or (L, E) to that and the weights."""
     same = query.node is key.node, key.node is value.node
     batched = _rank(query) == 3
     if not batched:
@@ -146,7 +150,7 @@ def _attend_batch_first(
     out_proj_weight: Any, out_proj_bias: Any, mask: Any, need_weights: bool,
     average_attn_weights: bool, mask_type: int | None, **_: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """``torch._native_multi_head_attention``: (B, L, E) to the same, and the weights."""
+    """``torch._native_multi_head_attention``: maps (B, L, E) to (B, L, E) and the weights."""
     same = query.node is key.node, key.node is value.node
     q, k, v = _project(query, key, value, same, in_proj_weight, in_proj_bias)
     q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -166,7 +170,7 @@ def _encode(
     norm_bias_1: Any, norm_weight_2: Any, norm_bias_2: Any, ffn_weight_1: Any, ffn_bias_1: Any,
     ffn_weight_2: Any, ffn_bias_2: Any, **attention: Any,
 ) -> Any:  # fmt: skip
-    """``torch._transformer_encoder_layer_fwd``: (B, L, E) to the same."""
+    """``torch._transformer_encoder_layer_fwd``: maps (B, L, E) to (B, L, E)."""
 
     def attend(x: Any) -> Any:
         return _attend_batch_first(
@@ -194,7 +198,7 @@ def _encode(
 def _project(
     query: Any, key: Any, value: Any, same: tuple[bool, bool], weight: Any, bias: Any
 ) -> tuple[Any, ...]:
-    """The three projections by a packed weight: one product for those that read one input."""
+    """The three projections with a packed weight: one product if all have the same input."""
     if all(same):
         parts: tuple[Any, ...] = F.linear(query, weight, bias).chunk(3, dim=-1)
         return parts[0], parts[1], parts[2]
@@ -206,7 +210,7 @@ def _project(
 def _attention(
     q: Any, k: Any, v: Any, mask: Any, dropout_p: float, is_causal: bool, need_weights: bool
 ) -> tuple[Any, Any]:
-    """(B, heads, L, D) to the same, and the weights (B, heads, L, S) if asked for."""
+    """The heads (B, heads, L, D), and the attention weights (B, heads, L, S) or None."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal), None
     size = value_of(q.node)
@@ -217,7 +221,10 @@ def _attention(
 
 
 def _merged(attn_mask: Any, key_padding_mask: Any, heads: int, more: int, like: Any) -> Any:
-    """Both masks as one that is added to (B, heads, L, S), where S is longer by ``more``."""
+    """Both masks as one mask that is added to scores (B, heads, L, S), or None.
+
+    The masks are padded by ``more`` columns, because S includes the bias and the zero keys.
+    """
     total = None
     if attn_mask is not None:
         total = _added(attn_mask, like)
@@ -232,7 +239,7 @@ def _merged(attn_mask: Any, key_padding_mask: Any, heads: int, more: int, like: 
 
 
 def _added(mask: Any, like: Any) -> Any:
-    """A mask as it is added to scores: a bool one is -inf where it is true."""
+    """A mask in the form that is added to scores. A bool mask becomes -inf where it is True."""
     value, of = value_of(mask.node), value_of(like.node)
     assert isinstance(value, Tensor)
     assert isinstance(of, Tensor)

@@ -1,4 +1,7 @@
-"""Writes to a weight within a graph: the marker's result is a temporary, so they would be lost."""
+"""Finds writes to compressed weights in a graph.
+
+A marker's result is a temporary tensor, so a write to it would be lost.
+"""
 
 import operator
 
@@ -22,9 +25,9 @@ _DUNDERS = {f"__{op.__name__}__" for op in _IN_PLACE}  # type: ignore[attr-defin
 
 
 def find_writes(gm: GraphModule) -> list[tuple[Node, str]]:
-    """The markers of ``gm`` that something writes to, or to a view of, with the name of that.
+    """The markers of ``gm`` with writes to their results or views, and the writing op's name.
 
-    Works on ``gm`` alone, nested graphs aside.
+    The search covers only ``gm`` itself, not its nested graphs.
     """
     found = []
     for node in gm.graph.nodes:
@@ -54,13 +57,13 @@ def _written(node: Node) -> list[Node]:
 
 
 def _source(node: Node) -> Node:
-    """What ``node`` shares its memory with, as far as can be told: views, aliases, writes."""
+    """The first node whose memory ``node`` shares, through views, aliases and in-place ops."""
     seen = node
     while True:
         if is_view(node) or node.target in _ALIASES:
             node = node.all_input_nodes[0]
         elif written := _written(node):
-            node = written[0]  # in-place operations return what they wrote to
+            node = written[0]  # an in-place op returns the tensor that it wrote to
         else:
             return node
         if node is seen:

@@ -1,4 +1,4 @@
-"""What every pass needs of FX graphs: values, nested graphs, new nodes in the place of old."""
+"""Helpers for FX graphs: fake values, nested graphs, insertion and replacement of nodes."""
 
 import operator
 from collections.abc import Callable, Iterator
@@ -15,22 +15,22 @@ aten = torch.ops.aten
 
 
 def value_of(node: Node) -> object:
-    """The fake value recorded for ``node`` when its graph was traced, or None."""
+    """The fake value that the trace recorded for ``node``, or None."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 def rank_of(node: object) -> int | None:
-    """The dimensions of the tensor that ``node`` is, if known."""
+    """The number of dimensions of the tensor that ``node`` computes, or None if unknown."""
     value = value_of(node) if isinstance(node, Node) else None
     return value.dim() if isinstance(value, Tensor) else None
 
 
 def nested_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, list[Node] | None]]:
-    """Calls of nested graphs (checkpointed regions, autocast and no_grad blocks, cond).
+    """Yields the calls of nested graphs (checkpointed regions, autocast and no_grad blocks, cond).
 
     Yields:
-        The calling node, the nested graph, and the nodes passed for its placeholders,
-        or None where they can't be told.
+        The calling node, the nested graph, and the nodes that are passed for its placeholders,
+        or None if these are unknown.
     """
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -44,7 +44,7 @@ def nested_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, list[Node
             nested = nested_graph(gm, graph)
             assert nested is not None
             inputs = len(nested.graph.find_nodes(op="placeholder"))
-            # Some calls name their graph between it and its operands.
+            # Some calls have the name of the graph between the graph and its operands.
             known = flat[-inputs:] if inputs and len(flat) >= inputs else flat
             known = [a for a in known if isinstance(a, Node)]
             yield node, nested, known if len(known) == inputs else None
@@ -61,35 +61,35 @@ def nested_graph(gm: GraphModule, arg: object) -> GraphModule | None:
 
 
 def graphs_of(gm: GraphModule) -> Iterator[GraphModule]:
-    """``gm`` and every GraphModule nested in it, each once."""
+    """Yields ``gm`` and all GraphModules nested in it, each once."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
             yield module
 
 
 def emit(before: Node, build: Callable[..., Any], *operands: Any) -> Any:
-    """Write what ``build`` computes into the graph, ahead of ``before``.
+    """Insert the nodes of a computation before the node ``before``.
 
     Args:
-        before: the node that the new ones go before.
+        before: the node after the new nodes.
         build: a function of tensors, written with torch's functions and methods.
-        operands: its arguments: nodes, which it sees as proxies, and anything else as it is.
+        operands: arguments of ``build``. Nodes are passed as proxies, other objects unchanged.
 
     Returns:
-        What ``build`` returned, with nodes in the place of proxies.
+        The result of ``build``, with nodes in place of proxies.
     """
     graph = before.graph
     tracer = _Tracer(graph)
     with graph.inserting_before(before):
         result = build(*[Proxy(o, tracer) if isinstance(o, Node) else o for o in operands])
-        # Within, for an attribute such as .mT becomes a node only when it is asked for.
+        # In the `with` block, because an attribute such as .mT becomes a node when .node is read.
         if isinstance(result, tuple):
             return tuple(part.node if isinstance(part, Proxy) else part for part in result)
         return result.node
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Appends to a graph, and records the fake value of each new node as Dynamo does."""
+    """Appends nodes to a graph, and records the fake value of each node as Dynamo does."""
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Proxy:
         proxy = super().create_proxy(*args, **kwargs)
@@ -98,9 +98,10 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
 
 def record_value(node: Node) -> None:
-    """Compute the fake value of a new node, if all that it reads have theirs.
+    """Compute and record the fake value of a new node, if its operands have fake values.
 
-    Without autograd, whose saved tensors a caller may count; what needs gradients is known.
+    Autograd is off during this, because a caller may count saved tensors. The fake value requires
+    grad if an operand does.
     """
     if any(value_of(n) is None for n in node.all_input_nodes):
         return
@@ -124,9 +125,9 @@ def record_value(node: Node) -> None:
 
 
 def replace(old: Node, new: Node) -> None:
-    """Put ``new`` in the place of ``old``, with the source lines it came from.
+    """Replace ``old`` by ``new``, and copy the stack trace and the module stack.
 
-    What ``old`` read and nothing reads any more goes too.
+    Operands of ``old`` that have no other users are erased.
     """
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "example_value", "val"):
         if key in old.meta:
@@ -135,23 +136,23 @@ def replace(old: Node, new: Node) -> None:
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)
     for operand in operands:
-        if not operand._erased:  # the one before may have taken it along
+        if not operand._erased:  # an earlier iteration may have erased it
             erase_unused(operand)
 
 
 def erase_unused(node: Node) -> None:
-    """Erase ``node``, and what only it read, if nothing reads it and it has no other effect."""
+    """Erase ``node`` if it has no users and no side effects, then its unused operands."""
     if node.users or node.op not in ("call_function", "call_method") or not _is_pure(node):
         return
     operands = node.all_input_nodes
     node.graph.erase_node(node)
     for operand in operands:
-        if not operand._erased:  # the one before may have taken it along
+        if not operand._erased:  # an earlier iteration may have erased it
             erase_unused(operand)
 
 
 def _is_pure(node: Node) -> bool:
-    """Whether ``node`` only computes: writes to nothing, and calls no nested graph."""
+    """Whether ``node`` has no side effects: it does not write, and calls no nested graph."""
     name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
     in_place = name.endswith("_") or name in _IN_PLACE or "out" in node.kwargs
     return not (
@@ -163,7 +164,7 @@ _IN_PLACE = {"setitem", *(name for name in dir(operator) if name.startswith("i")
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call of an op, by the names of the op's schema, defaults included."""
+    """The arguments of an op call by their names in the op's schema, with defaults."""
     target: Any = node.target
     given = {**dict(zip(_names(target), node.args, strict=False)), **node.kwargs}
     defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
@@ -175,7 +176,7 @@ def _names(op: Any) -> list[str]:
 
 
 def argument(node: Node, position: int, *names: str) -> Any:
-    """An argument of a call by its place, or by any of its names; None if it isn't given."""
+    """The argument of a call at a position or under one of its names; None if it is not given."""
     if position < len(node.args):
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), None)

@@ -1,4 +1,4 @@
-"""Which modules of a traced model compute the same graph, whatever they are called."""
+"""Finds the modules of a traced model with equal graphs, independent of their names."""
 
 import hashlib
 from typing import Any
@@ -11,13 +11,13 @@ from slope_fx.passes.graph import nested_graph, value_of
 
 
 def graph_kinds(gm: GraphModule) -> dict[str, int]:
-    """A number for each module of an exported graph; equal numbers, equal graphs.
+    """Numbers the modules of an exported graph. Modules with equal graphs have equal numbers.
 
-    Graphs are equal if they have the same ops in the same order, on inputs and parameters of the
-    same shapes and dtypes, with the same constants.
+    Graphs are equal if they have the same ops in the same order, with inputs and parameters of
+    equal shapes and dtypes, and equal constants.
 
     Returns:
-        Module paths to numbers, the root aside.
+        Module path -> number, without the root module.
     """
     written: dict[str, _Writer] = {}
     for node in gm.graph.nodes:
@@ -31,7 +31,7 @@ def graph_kinds(gm: GraphModule) -> dict[str, int]:
 
 
 class _Writer:
-    """Writes the nodes of one module down, without their names."""
+    """Hashes the nodes of one module without their names."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()

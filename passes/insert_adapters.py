@@ -1,4 +1,4 @@
-"""The adapter phase: a low-rank branch beside the product, instead of a dense ``B A``."""
+"""The pass ``insert_adapters``: computes adapters as low-rank branches."""
 
 from typing import Any
 
@@ -16,13 +16,14 @@ from slope_fx.passes.views import Read, View
 
 
 def insert_adapters(gm: GraphModule, context: Context) -> int:
-    """``linear(x, add_adapter(W, A, B, s), b)`` to ``linear(x, W, b) + (s x A^T) B^T``.
+    """Rewrites ``linear(x, add_adapter(W, A, B, s), b)`` to ``linear(x, W, b) + (s x A^T) B^T``.
 
-    The scale is a factor of its own, on the narrow product: as ``alpha`` of an addition Inductor
-    drops it where it makes one ``addmm`` of the addition and a 2-d product (pytorch#167313).
+    The scale multiplies the narrow product. It is not the ``alpha`` of the addition, because
+    Inductor drops ``alpha`` when it fuses the addition and a 2-d product into ``addmm``
+    (pytorch#167313).
 
-    Works on ``gm`` alone, nested graphs aside. The linear over ``W`` is left for
-    ``sparsify_linears``, which runs after. Returns the number of branches inserted.
+    The pass changes only ``gm`` itself, not its nested graphs. It does not change the linear with
+    ``W``, which ``sparsify_linears`` rewrites later. Returns the number of inserted branches.
     """
     matches = 0
     for call in find_linears(gm):
@@ -35,7 +36,8 @@ def insert_adapters(gm: GraphModule, context: Context) -> int:
         marker = arguments(found[0].source)
         factors = marker["lora_a"], marker["lora_b"], marker["scale"]
         build = _branch(call, found[0], found[1], part)
-        # The scale too: Dynamo makes an input of it where layers that share code differ in it.
+        # The scale is an operand too: Dynamo makes it a graph input if layers with the same code
+        # have different scales.
         operands = (call.x, marker["weight"], *factors, call.bias, call.offsets)
         replace(call.node, emit(call.node, build, *operands))
         matches += 1
@@ -43,11 +45,11 @@ def insert_adapters(gm: GraphModule, context: Context) -> int:
 
 
 _ALIGNED = 8
-"""Columns: torch's grouped products want rows of whole 16 bytes, whatever the rank is."""
+"""Columns. torch's grouped products require rows of a multiple of 16 bytes."""
 
 
 class _Part:
-    """The part of a stack of adapters that belongs to some rows of the weight."""
+    """The part of a stack of adapters for a range of rows of the weight."""
 
     def __init__(self, stack: int, rank: int, d_out: int, read: Read) -> None:
         self.stack, self.rank, self.d_out, self.read = stack, rank, d_out, read
@@ -81,7 +83,7 @@ def _branch(call: LinearCall, view: View, read: Read, part: _Part) -> Any:
             down = F.linear(x, a) * scale
             if part.blocks == 1:
                 up = F.linear(down, b)
-            else:  # all of a stack on one input: each block of rows has an adapter of its own
+            else:  # a stack of matrices with one input: each block of rows has its own adapter
                 down = down.unflatten(-1, (part.blocks, part.rank)).unsqueeze(-2)
                 up = (down @ b.unflatten(0, (part.blocks, -1)).mT).squeeze(-2).flatten(-2)
             return F.linear(x, weight, bias) + up
@@ -99,7 +101,7 @@ def _branch(call: LinearCall, view: View, read: Read, part: _Part) -> Any:
 
 
 def _times(call: LinearCall, x: Any, weight: Any, offsets: Any) -> Any:
-    """The product of ``call`` with another stack of weights, (groups, d_out, d_in)."""
+    """The product of ``call`` with another stack of weights (groups, d_out, d_in)."""
     if offsets is None:
         return torch.bmm(x, weight.mT)
     target: Any = call.node.target

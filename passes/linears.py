@@ -1,8 +1,8 @@
-"""The one place that knows what a linear looks like, in all the ways of writing one.
+"""Matches the nodes that compute linears, in all forms.
 
-It reads both dialects that reach us: the torch functions of Dynamo's graphs, and the ATen ops of
-an exported program. A matrix product may have its weight on either side; which operand is a
-weight is the caller's to ask, so each is a match of its own.
+The matchers accept the torch functions of Dynamo's graphs and the ATen ops of exported programs.
+Each operand of a matrix product can be the weight, so a product gives one match per operand. The
+caller checks which operand is a weight.
 """
 
 import operator
@@ -48,18 +48,19 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class LinearCall:
-    """A node that computes a linear, with one of its operands for a weight.
+    """A node that computes a linear with one of its operands as the weight.
 
     Attributes:
         node: the call.
-        x: its input.
-        weight: its weight, as the node reads it.
-        bias: what is added to the product, or None.
-        matrix: from that weight to (d_out, d_in), or a stack of such: a view of it, or None.
-        build: writes the call in its plain form, from x, weight and bias. None where it is that
-            form: ``F.linear`` with a matrix; ``torch.bmm`` with a stack of matrices, (groups,
-            d_in, d_out); a grouped product.
-        offsets: of a grouped product: where each group ends among the rows of x.
+        x: the input.
+        weight: the operand that is the weight.
+        bias: the tensor that is added to the product, or None.
+        matrix: maps the weight to its view (d_out, d_in) or (groups, d_out, d_in), or to None if
+            there is no such view.
+        build: computes the call in plain form from x, weight and bias. None if the call has plain
+            form: ``F.linear`` with a matrix, ``torch.bmm`` with a stack of matrices (groups,
+            d_in, d_out), or a grouped product.
+        offsets: for a grouped product, the end of each group in the rows of x.
     """
 
     node: Node
@@ -72,13 +73,13 @@ class LinearCall:
 
 
 def is_product(node: Node) -> bool:
-    """Whether ``node`` computes a matrix product, of any form; a convolution only of one pixel."""
+    """Whether ``node`` computes a matrix product of any form, or a convolution of one pixel."""
     matcher = _matcher(node) if node.op in ("call_function", "call_method") else None
     return matcher is not None and (matcher is not _convolution or any(True for _ in matcher(node)))
 
 
 def match_linears(node: Node) -> Iterator[LinearCall]:
-    """``node`` as a linear, once for each operand that can be its weight."""
+    """Yields ``node`` as a linear, once for each operand that can be its weight."""
     matcher = _matcher(node) if node.op in ("call_function", "call_method") else None
     if matcher is not None:
         for call in matcher(node):
@@ -88,10 +89,10 @@ def match_linears(node: Node) -> Iterator[LinearCall]:
 
 
 def find_linears(gm: GraphModule) -> Iterator[LinearCall]:
-    """The linears of ``gm`` itself, nested graphs aside, in the order they run.
+    """Yields the linears of ``gm`` itself, without nested graphs, in execution order.
 
-    Each is matched when it is reached, so a pass may replace one before it takes the
-    next, which may read it.
+    Each node is matched when it is reached. A pass may therefore replace a linear before it takes
+    the next one.
     """
     for node in list(gm.graph.nodes):
         for call in match_linears(node):
@@ -147,7 +148,7 @@ def _baddbmm(node: Node) -> Iterator[LinearCall]:
 
 
 def _scaled_add(node: Node) -> Callable[[Any, Any], Any] | None:
-    """How an addmm adds its bias, if not plainly."""
+    """The addition of an addmm with ``alpha`` and ``beta``; None if both are 1."""
     beta = argument(node, 3, "beta")
     alpha = argument(node, 4, "alpha")
     beta, alpha = (1 if factor is None else factor for factor in (beta, alpha))
@@ -156,7 +157,7 @@ def _scaled_add(node: Node) -> Callable[[Any, Any], Any] | None:
 
     def add(product: Any, bias: Any) -> Any:
         product = product if alpha == 1 else product * alpha
-        if beta == 0:  # torch then ignores even a NaN
+        if beta == 0:  # torch then ignores the bias, even NaN
             return product
         return product + bias * beta
 
@@ -186,7 +187,7 @@ def _matmul(node: Node) -> Iterator[LinearCall]:
         groups, rows = _size(right, 0), _size(right, 2)
 
         def all_groups(x: Any, w: Any, b: Any) -> Any:
-            """Each of the matrices on the same input: one product."""
+            """The products of all matrices with the same input, as one product."""
             y = F.linear(x, w.mT.flatten(0, 1))
             return y.unflatten(-1, (groups, rows)).movedim(-2, 0)
 
@@ -200,7 +201,7 @@ def _inner(node: Node) -> Iterator[LinearCall]:
 
 
 def _convolution(node: Node) -> Iterator[LinearCall]:
-    """A convolution of one pixel: a linear of the channels."""
+    """A convolution of one pixel, which is a linear over the channels."""
     x, weight, bias = (argument(node, i, n) for i, n in enumerate(("input", "weight", "bias")))
     stride, padding = argument(node, 3, "stride"), argument(node, 4, "padding")
     groups = argument(node, 6, "groups")
@@ -225,7 +226,7 @@ def _convolution(node: Node) -> Iterator[LinearCall]:
 
 
 def _is_grouped(target: object) -> bool:
-    """Whether it is one of the ways to write a product of each expert with its own rows."""
+    """Whether ``target`` is a grouped product, which multiplies each expert with its own rows."""
     name = str(target).removesuffix(".default")
     return name in ("transformers.grouped_mm_fallback", "aten._grouped_mm") or (
         target is not None
@@ -275,7 +276,7 @@ def _tensordot(node: Node) -> Iterator[LinearCall]:
 def _contraction(
     node: Node, equation: str, x: Any, weight: Any, *, swapped: bool = False
 ) -> Iterator[LinearCall]:
-    """An einsum of two operands as a linear, or as a stack of them."""
+    """An einsum of two operands as a linear or as a stack of linears."""
     terms = _parse(equation, (weight, x) if swapped else (x, weight))
     if terms is None:
         return
@@ -324,7 +325,7 @@ def _contraction(
 def _parse(
     equation: str, operands: tuple[Any, Any]
 ) -> tuple[list[str], list[str], list[str]] | None:
-    """The letters of both operands and of the result; None for what isn't plain."""
+    """The letters of both operands and of the result; None for an unsupported equation."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     if len(terms) != 2:

@@ -1,4 +1,4 @@
-"""The markers that a compressed weight reads as, and how a pass takes a part of one."""
+"""Markers, the nodes that a read of a compressed weight leaves in a graph."""
 
 from typing import Any
 
@@ -12,17 +12,20 @@ MARKERS = (EXPAND, ADD_ADAPTER)
 
 
 def is_marked(operand: object) -> bool:
-    """Whether ``operand`` is a node that reads a compressed weight, or a view of one."""
+    """Whether ``operand`` is a marker, or a view of a marker."""
     return isinstance(operand, Node) and source_of(operand).target in MARKERS
 
 
 def markers(gm: GraphModule) -> list[Node]:
-    """The nodes of ``gm`` that rebuild a dense weight, in the order they run."""
+    """The markers of ``gm``, in execution order."""
     return [n for n in gm.graph.nodes if n.op == "call_function" and n.target in MARKERS]
 
 
 def marked_read(call: LinearCall) -> tuple[View, Read] | None:
-    """What ``call`` reads of a marker; None if its weight is another, or isn't whole rows."""
+    """The view and the rows of a marker that ``call`` reads.
+
+    None if the weight of ``call`` is not a marker, or is not made of complete rows of one.
+    """
     if not is_marked(call.weight):
         return None
     view = view_of(call.weight)
@@ -30,11 +33,11 @@ def marked_read(call: LinearCall) -> tuple[View, Read] | None:
     read = None if matrix is None else read_of(matrix)
     if view is None or read is None or read.transposed:
         return None
-    # The rows of a marker are those of the linear: what reads it in other rows is another one.
+    # The columns of the marker must be the inputs of the linear.
     whole = view_of(view.source)
     return (view, read) if whole and whole.tensor.shape[1] == read.d_in else None
 
 
 def rows(tensor: Any, start: int, stop: int, total: int) -> Any:
-    """The rows from ``start`` to ``stop`` of a tensor that has ``total``."""
+    """The rows ``start:stop`` of a tensor with ``total`` rows."""
     return tensor if (start, stop) == (0, total) else tensor[start:stop]

@@ -1,4 +1,4 @@
-"""All ways of writing a linear over a compressed weight become one of three."""
+"""The pass ``normalize_linears``: rewrites linears to their plain form."""
 
 from collections.abc import Callable
 
@@ -16,15 +16,19 @@ def normalize_linears(
     context: Context,
     reads: Callable[[LinearCall], tuple[View, Read] | None] = marked_read,
 ) -> int:
-    """``x @ W.T``, ``addmm``, ``einsum``, a convolution of one pixel and so on to ``F.linear``.
+    """Rewrites ``x @ W.T``, ``addmm``, ``einsum``, convolutions of one pixel etc. to ``F.linear``.
 
-    Products of a stack of weights become ``torch.bmm``; grouped ones stay as they are. Works on
-    ``gm`` alone, nested graphs aside. Returns the number of linears rewritten.
+    Products with a stack of weights become ``torch.bmm``. Grouped products do not change. The pass
+    changes only ``gm`` itself, not its nested graphs.
 
     Args:
         gm: a Dynamo graph.
         context: not used.
-        reads: tells what a linear reads of its weight, and is None for those to leave alone.
+        reads: returns the view and the rows that a linear reads of its weight, or None for a
+            linear that is not rewritten.
+
+    Returns:
+        The number of rewritten linears.
     """
     matches = 0
     for call in find_linears(gm):

@@ -1,4 +1,4 @@
-"""Looks at the input of every linear whose weight is a parameter; changes no number."""
+"""Inserts observers of the inputs of linears. The results of the graph do not change."""
 
 from collections.abc import Callable
 
@@ -14,22 +14,24 @@ from slope_fx.passes.normalize_linears import normalize_linears
 from slope_fx.passes.views import Read, View, read_of, source_of, view_of
 
 Rows = tuple[int, int, int]
-"""The rows of a weight that are read, from and to, and how many matrices at once."""
+"""The rows that a linear reads of a weight: start, stop, and the number of matrices."""
 Observer = Callable[[Tensor, Tensor, Rows, Tensor | None], None]
-"""Called with the input, the parameter, what is read of it, and a grouped product's offsets."""
+"""A function of the input, the parameter, the rows, and the offsets of a grouped product."""
 
 
 def observe_linears(gm: GraphModule, observer: Observer) -> int:
-    """Call ``observer`` wherever a graph of a dense model computes a linear.
+    """Insert a call of ``observer`` before each linear in a graph of a dense model.
 
-    Each linear is written in its plain form first, as for compressed weights, so that its input
-    has its features last. Works on ``gm`` and the graphs nested in it. Returns the number of
-    linears found.
+    Each linear is first rewritten to its plain form, so that the features are the last dimension
+    of its input. The pass changes ``gm`` and its nested graphs.
 
     Args:
         gm: a Dynamo graph of a model whose weights are parameters.
-        observer: gets the input, (..., d_in), of one matrix; (groups, rows, d_in) of a stack, or
-            (rows, d_in) if its matrices all get the same.
+        observer: called with the input: (..., d_in) for one matrix, (groups, rows, d_in) for a
+            stack, or (rows, d_in) for a stack with the same input for all matrices.
+
+    Returns:
+        The number of observed linears.
     """
     found, context = 0, Context.here()
     for graph_module in graphs_of(gm):
@@ -51,7 +53,7 @@ def observe_linears(gm: GraphModule, observer: Observer) -> int:
 
 
 def _is_parameter(operand: object) -> bool:
-    """Whether it is a parameter that the graph is given, or a view of one."""
+    """Whether ``operand`` is a parameter among the graph's inputs, or a view of one."""
     if not isinstance(operand, Node):
         return False
     source = source_of(operand)
@@ -64,9 +66,9 @@ def _read_to_normalize(call: LinearCall) -> tuple[View, Read] | None:
 
 
 def _is_broadcast(call: LinearCall, read: Read) -> bool:
-    """Whether each of a stack's matrices gets the same input, (rows, d_in).
+    """Whether all matrices of a stack have the same input (rows, d_in).
 
-    In its plain form the weight is a copy, if its matrices lie there transposed.
+    Such a linear is not rewritten: for transposed matrices, its plain form copies the weight.
     """
     return read.groups > 1 and rank_of(call.x) == 2 and call.offsets is None
 

@@ -1,4 +1,4 @@
-"""A weight that is read several times is one marker; one that nothing reads is none."""
+"""The pass ``prune_expands``: merges equal markers and erases unused markers."""
 
 from torch.fx import GraphModule, Node
 
@@ -8,14 +8,15 @@ from slope_fx.passes.markers import is_marked, markers
 
 
 def prune_expands(gm: GraphModule, context: Context) -> int:
-    """Merge the markers of ``gm`` that compute the same, and drop those that nothing reads.
+    """Merges equal markers of ``gm``, and erases markers without users.
 
-    Works on ``gm`` alone, nested graphs aside. Returns the number of markers taken away.
+    The pass changes only ``gm`` itself, not its nested graphs. Returns the number of erased
+    markers.
     """
     before = len(markers(gm))
     known: dict[tuple[object, ...], Node] = {}
     for node in markers(gm):
-        # An adapter's marker comes after that of its weight, which is merged by then.
+        # The marker of an adapter comes after the marker of its weight, which is already merged.
         first = known.setdefault((node.target, node.args), node)
         if first is not node:
             node.replace_all_uses_with(first)

@@ -1,4 +1,4 @@
-"""Every pass, in the one order they run in, and why in that order."""
+"""The list of passes in their order, with the reasons for the order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +20,16 @@ Run = Callable[[GraphModule, Context], int]
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass, as the registry knows it.
+    """An entry of the registry.
 
     Attributes:
-        name: what ``disable_passes`` calls it.
-        run: changes one graph in place, nested graphs aside; returns the number of matches.
-        does: what it rewrites to what.
-        here: why it runs where it does.
-        expects: what it should match of a graph, at least once if this isn't 0.
+        name: name of the pass, as in ``disable_passes``.
+        run: changes one graph in place, without its nested graphs, and returns the number of
+            matches.
+        does: what the pass rewrites.
+        here: why the pass has its place in the order.
+        expects: counts the nodes that the pass should match. If the count is not 0, the pass
+            should have at least one match.
     """
 
     name: str
@@ -50,34 +52,34 @@ PASSES: tuple[Pass, ...] = (
     Pass(
         "prune_expands",
         prune_expands,
-        "merges equal markers, drops those that nothing reads",
-        "first, so that what comes after looks at each weight once",
+        "merges equal markers, and erases unused markers",
+        "first, so that later passes see each weight once",
     ),
     Pass(
         "decompose_attention",
         decompose_attention,
-        "opens torch's own attention, plain and fused, into linears and what is between them",
-        "before any pass that looks for linears: these are hidden in one call",
+        "decomposes torch's attention, plain and fused, into linears and other ops",
+        "before the passes that match linears, because one call hides these linears",
         _attention_calls,
     ),
     Pass(
         "normalize_linears",
         normalize_linears,
-        "writes matmul, addmm, einsum, convolutions of one pixel and so on as F.linear or bmm",
-        "before those that know only these forms",
+        "rewrites matmul, addmm, einsum, convolutions of one pixel etc. to F.linear or bmm",
+        "before the passes that match only these forms",
     ),
     Pass(
         "insert_adapters",
         insert_adapters,
-        "puts the low-rank branch beside the product, in the adapter phase",
-        "takes the adapter out of the weight, so that what is left is an expanded weight",
+        "in the adapter phase, computes the adapter as a low-rank branch",
+        "before `sparsify_linears`, which matches expanded weights without adapters",
         _marked(ADD_ADAPTER),
     ),
     Pass(
         "sparsify_linears",
         sparsify_linears,
-        "turns a linear over an expanded weight into the sparse linear, and chooses its engine",
-        "when all linears over expanded weights are in plain form, in either phase",
+        "rewrites a linear with an expanded weight to the sparse linear, and chooses its engine",
+        "last, when all linears with expanded weights have plain form, in both phases",
         _marked(EXPAND),
     ),
 )

@@ -1,4 +1,4 @@
-"""Runs the passes over a graph and the graphs nested in it."""
+"""Run the passes on a graph and its nested graphs."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -23,18 +23,18 @@ ENGINE_OF = {
     "sparse_input_grad": "input_engine",
     "sparse_weight_grad": "weight_engine",
 }
-"""The argument of the sparse linear that names the engine of each product."""
+"""The argument of ``sparse_linear`` with the engine's name, by product."""
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did to a graph and the graphs nested in it.
+    """The result of one pass on a graph and its nested graphs.
 
     Attributes:
-        name: of the pass.
-        matches: how many places it rewrote.
-        expected: how many places there were for it; 0 where that isn't known beforehand.
-        nodes_before, nodes_after: of all the graphs.
+        name: name of the pass.
+        matches: number of matches, the rewritten places.
+        expected: number of expected matches; 0 if unknown.
+        nodes_before, nodes_after: number of nodes in all graphs.
     """
 
     name: str
@@ -45,18 +45,18 @@ class PassReport:
 
     @property
     def missed(self) -> bool:
-        """Whether it matched nothing, where there was something."""
+        """Whether the pass expected matches and had none."""
         return self.expected > 0 and self.matches == 0
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A marker that no pass rewrote: its layer runs with a dense weight, if at all.
+    """A marker that no pass rewrote. Its layer runs with its dense weight rebuilt.
 
     Attributes:
-        gm: the graph that holds it.
-        mask: the node of the layer's packed forward mask, which tells the layer.
-        used_by: the ops that read the expanded weight, or write to it.
+        gm: the graph with the marker.
+        mask: the node of the packed forward mask, which identifies the layer.
+        used_by: names of the ops that read the expanded weight, or write to it.
     """
 
     gm: GraphModule
@@ -69,10 +69,10 @@ class SparseCall:
     """A sparse linear in a rewritten graph.
 
     Attributes:
-        gm: the graph that holds it.
-        mask: the node of the layer's packed forward mask, which tells the layer.
-        request: what the choice of its engines depended on.
-        products: the products that the graph computes or differentiates, by name of the op.
+        gm: the graph with the node.
+        mask: the node of the packed forward mask, which identifies the layer.
+        request: the request for which its engines were chosen.
+        products: names of the ops of the products that the graph or its gradient computes.
     """
 
     gm: GraphModule
@@ -83,13 +83,13 @@ class SparseCall:
 
 @dataclass(frozen=True)
 class Rewrites:
-    """What the passes did to a graph and the graphs nested in it.
+    """The result of all passes on a graph and its nested graphs.
 
     Attributes:
-        reports: what each pass did, in the order they ran.
-        leftovers: the markers that are left.
+        reports: the result of each pass, in order.
+        leftovers: the markers that no pass rewrote.
         calls: the sparse linears.
-        writes: the markers that the graph writes to, and by what. If there is one, no pass ran.
+        writes: the markers that the graph writes to. If there are any, no pass ran.
     """
 
     reports: tuple[PassReport, ...] = ()
@@ -98,7 +98,7 @@ class Rewrites:
     writes: tuple[Leftover, ...] = ()
 
     def matches(self, name: str) -> int:
-        """How many places the pass of that name rewrote; 0 if it didn't run."""
+        """The number of matches of the named pass; 0 if it did not run."""
         return sum(report.matches for report in self.reports if report.name == name)
 
 
@@ -108,17 +108,17 @@ def run_passes(
     disabled: Collection[str] = (),
     passes: Sequence[Pass] = PASSES,
 ) -> Rewrites:
-    """Run the passes over ``gm`` and every graph nested in it, in place.
+    """Run the passes on ``gm`` and all its nested graphs, in place.
 
-    Running them again changes nothing. Each pass logs its counts (``TORCH_LOGS="+slope_fx"``).
-    PyTorch's structured trace (``TORCH_TRACE=folder``) gets the graph ahead of the passes and after
-    each pass that changed it.
+    A second run changes nothing. Each pass logs its number of matches (``TORCH_LOGS="+slope_fx"``).
+    PyTorch's structured trace (``TORCH_TRACE=folder``) gets the graph before the passes, and after
+    each pass with matches.
 
     Args:
         gm: a Dynamo graph.
-        context: the circumstances; None for those now.
-        disabled: names of passes to leave out.
-        passes: which, in their order.
+        context: the context; None for the current context.
+        disabled: names of passes to skip.
+        passes: the passes, in order.
     """
     context = context or Context.here()
     with context.in_force():
@@ -164,7 +164,7 @@ def _run_one(gm: GraphModule, step: Pass, contexts: dict[GraphModule, Context]) 
 
 
 def _contexts(gm: GraphModule, context: Context) -> dict[GraphModule, Context]:
-    """The circumstances of each graph: those of the node that calls it, for a nested graph."""
+    """The context of each graph. A nested graph has the context of the node that calls it."""
     found = {gm: context}
     for outer in found.copy():
         for node, nested, _ in nested_calls(outer):
@@ -214,7 +214,7 @@ def _leftovers(gm: GraphModule) -> list[Leftover]:
 
 
 def _readers(node: Node) -> set[Node]:
-    """What reads the weight that ``node`` rebuilds, its views and its adapter aside."""
+    """The nodes that read the expanded weight ``node``, directly or through views and adapters."""
     readers = set()
     for user in node.users:
         through = user.target is ADD_ADAPTER or is_view(user)

@@ -1,4 +1,4 @@
-"""The central rewrite: a linear over an expanded weight becomes the sparse linear."""
+"""The pass ``sparsify_linears``: rewrites linears with expanded weights to sparse linears."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ from slope_fx.passes.views import Read, View
 
 
 def sparsify_linears(gm: GraphModule, context: Context) -> int:
-    """``linear(x, expand(values, masks), b)`` to ``sparse_linear(x, values, masks, b)``.
+    """Rewrites ``linear(x, expand(values, masks), b)`` to ``sparse_linear(x, values, masks, b)``.
 
-    The linear may read some rows of the weight, a cast of it, or a stack of weights. The engines
-    are chosen here and named in the graph, because torch.compile may take the traced graph from
-    its cache, whose key is this graph. Works on ``gm`` alone, nested graphs aside. Returns the
-    number of linears rewritten.
+    The linear may read some rows of the weight, a cast of it, or a stack of weights. The pass
+    chooses the engines and names them in the graph, because torch.compile may load the compiled
+    graph from its cache, with this graph as the key. The pass changes only ``gm`` itself, not its
+    nested graphs. Returns the number of rewritten linears.
     """
     matches = 0
     for call in find_linears(gm):
@@ -44,7 +44,7 @@ def sparsify_linears(gm: GraphModule, context: Context) -> int:
 
 
 def _whole_groups(marker: Node, read: Read) -> bool:
-    """Whether the rows read are whole groups of the backward mask."""
+    """Whether the rows are complete groups of the backward mask."""
     m: int = arguments(marker)["m"]
     return not (read.start % m or (read.stop - read.start) // read.groups % m)
 
@@ -59,7 +59,7 @@ def _sparse(call: LinearCall, view: View, read: Read, context: Context) -> Any:
     )
     engines = context.engines
     if stacked or (read.start, read.stop) != (0, total):
-        # An operand made from a slice of the values can't be kept: each use makes a new slice.
+        # An operand that is made from a slice cannot be kept, because each use makes a new slice.
         engines = without_operands(engines)
 
     def build(x: Any, values: Any, forward: Any, backward: Any, bias: Any, offsets: Any) -> Any:
@@ -76,18 +76,18 @@ def _sparse(call: LinearCall, view: View, read: Read, context: Context) -> Any:
 
 
 def _name_engines(gm: GraphModule, context: Context) -> None:
-    """Name the engines of the sparse linears that have none yet."""
+    """Choose and name the engines of sparse linears without engines."""
     for node in gm.graph.find_nodes(op="call_function", target=SPARSE_LINEAR):
         if not arguments(node)["engine"]:
             node.kwargs = {**node.kwargs, **_engines_of(node, context)}
 
 
 def request_for(node: Node, context: Context) -> Request | None:
-    """What the choice of engines depends on, for a sparse linear; None if its values are unknown.
+    """Returns the request for the engines of a sparse linear; None without fake values.
 
     Args:
         node: the sparse linear.
-        context: the circumstances of its graph.
+        context: the context of its graph.
     """
     call = arguments(node)
     x, values = (value_of(call[name]) for name in ("x", "values"))
@@ -102,7 +102,7 @@ def request_for(node: Node, context: Context) -> Request | None:
 
 
 def _engines_of(node: Node, context: Context) -> dict[str, str]:
-    """The engines of a sparse linear and of its gradients, by argument of the op."""
+    """The engines of a sparse linear and of its gradients, by the op's argument."""
     request = request_for(node, context)
     if request is None:
         return {}

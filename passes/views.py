@@ -1,7 +1,7 @@
-"""What a node reads of a weight: all of it, some of its rows, or a stack of matrices.
+"""The part of a weight that a node reads: the whole weight, some rows, or a stack of matrices.
 
-A weight reaches its linear through transposes, views, slices and casts. Rather than to know each
-combination, the chain is run on a tensor without data, and its strides tell what is read.
+A weight reaches its linear through transposes, views, slices and casts. :func:`view_of` runs this
+chain on a meta tensor, and :func:`read_of` derives the rows from the strides of the result.
 """
 
 import math
@@ -93,12 +93,12 @@ _ATTRIBUTES = ("T", "mT", "H", "mH")
 
 @dataclass(frozen=True)
 class View:
-    """What a node sees of the tensor it is a view of.
+    """A node as a view of the result of another node.
 
     Attributes:
-        source: the node whose result that tensor is.
-        tensor: without data, strided over a contiguous tensor of the source's shape.
-        dtype: what it was cast to on the way, or None.
+        source: the node at the start of the chain of views.
+        tensor: the view as a meta tensor, over a contiguous tensor of the source's shape.
+        dtype: the dtype of the last cast in the chain, or None without a cast.
     """
 
     source: Node
@@ -108,15 +108,15 @@ class View:
 
 @dataclass(frozen=True)
 class Read:
-    """The rows that a linear reads of a weight, which holds one matrix or a stack of them.
+    """The rows that a linear reads of a weight. The weight is one matrix or a stack of matrices.
 
     Attributes:
-        transposed: each matrix lies there as (d_in, d_out).
-        d_in: columns.
-        block: rows of one matrix if they are transposed, of all together if not: what must be
-            known, and agree, for the whole to be taken for (rows, d_in).
-        start, stop: the rows it reads, counted over all of the stack.
-        groups: how many matrices it reads at once, of equal size.
+        transposed: whether each matrix is stored as (d_in, d_out).
+        d_in: number of columns.
+        block: number of rows of one matrix if the matrices are transposed, else of all matrices.
+            All reads of a weight must have equal blocks to have a common layout.
+        start, stop: the range of rows, counted over all matrices of the stack.
+        groups: number of matrices of equal size that the linear reads.
     """
 
     transposed: bool
@@ -128,7 +128,7 @@ class Read:
 
 
 def is_cast(node: Node) -> bool:
-    """Whether ``node`` is another tensor in another dtype, on the same device."""
+    """Whether ``node`` casts a tensor to a floating dtype on the same device."""
     if node.target not in _CASTS or not _operand(node):
         return False
     before, after = value_of(node.all_input_nodes[0]), value_of(node)
@@ -138,7 +138,7 @@ def is_cast(node: Node) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether ``node`` may be a view of another, which is its first argument."""
+    """Whether ``node`` may be a view of its first argument."""
     if node.op == "call_function" and node.target is getattr:
         return len(node.args) == 2 and node.args[1] in _ATTRIBUTES and bool(_operand(node))
     known = (node.op == "call_function" and node.target in _FUNCTIONS) or (
@@ -148,9 +148,14 @@ def is_view(node: Node) -> bool:
 
 
 def apply_view(node: Node, operand: Views) -> Views | None:
-    """What ``node``, for which :func:`is_view` holds, makes of the tensor it reads.
+    """Applies the view ``node`` to a tensor.
 
-    None if that is not a view of it, but a copy.
+    Args:
+        node: a node for which :func:`is_view` returns True.
+        operand: the tensor, or a tuple of tensors.
+
+    Returns:
+        The view, or None if the result is a copy.
     """
     if isinstance(operand, tuple):
         index = node.args[1] if node.target is operator.getitem else None
@@ -167,7 +172,10 @@ def apply_view(node: Node, operand: Views) -> Views | None:
 
 
 def view_of(node: Node) -> View | None:
-    """What ``node`` is a view of, itself if of nothing else; None if it can't be told."""
+    """``node`` as a view of its source; None if this is unknown.
+
+    A node that is not a view of another node is its own source.
+    """
     chain = []
     while is_view(node) or is_cast(node):
         chain.append(node)
@@ -189,26 +197,26 @@ def view_of(node: Node) -> View | None:
 
 
 def source_of(node: Node) -> Node:
-    """The node that ``node`` may be a view of."""
+    """The node at the start of the chain of views and casts that ends in ``node``."""
     while is_view(node) or is_cast(node):
         node = node.all_input_nodes[0]
     return node
 
 
 def meta_like(value: Tensor) -> Tensor:
-    """A contiguous tensor of that shape, without data and without history."""
+    """A contiguous meta tensor with the shape of ``value``, without autograd history."""
     with torch.no_grad():
         return torch.empty(tuple(value.shape), device="meta")
 
 
 def read_of(matrix: Tensor) -> Read | None:
-    """What a linear with the weight ``matrix`` reads of the tensor that this is a view of.
+    """The rows that a linear with the weight ``matrix`` reads of the source of this view.
 
     Args:
         matrix: (d_out, d_in), or (groups, d_out, d_in), from :func:`view_of`.
 
     Returns:
-        None unless it is whole rows of that tensor, seen as one matrix or as a stack.
+        The rows, or None if ``matrix`` is not made of complete rows of the source.
     """
     total = matrix.untyped_storage().nbytes() // matrix.element_size()
     groups, stride = 1, 0
@@ -236,7 +244,7 @@ def read_of(matrix: Tensor) -> Read | None:
 
 
 def _operand(node: Node) -> bool:
-    """Whether the first argument is a node: what a view is of."""
+    """Whether the first argument is a node."""
     return bool(node.args) and isinstance(node.args[0], Node)
 
 
@@ -252,13 +260,13 @@ def _checked(result: object, operand: Tensor) -> Views | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter holds a matrix, or a stack of them.
+    """The layout of a matrix, or of a stack of matrices, in a parameter.
 
     Attributes:
-        stack: matrices.
-        d_out, d_in: of each.
-        transposed: each lies there as (d_in, d_out).
-        shape: of the parameter.
+        stack: number of matrices.
+        d_out, d_in: size of each matrix.
+        transposed: whether each matrix is stored as (d_in, d_out).
+        shape: shape of the parameter.
     """
 
     stack: int
@@ -268,14 +276,14 @@ class Layout:
     shape: tuple[int, ...]
 
     def to_matrix(self, parameter: Tensor) -> Tensor:
-        """(stack * d_out, d_in): the matrices one below the other."""
+        """The rows of all matrices as one matrix (stack * d_out, d_in)."""
         if self.transposed:
             stacked = parameter.reshape(self.stack, self.d_in, self.d_out)
             parameter = stacked.transpose(1, 2)
         return parameter.reshape(self.stack * self.d_out, self.d_in)
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
-        """The inverse of :meth:`to_matrix`, a view."""
+        """The inverse of :meth:`to_matrix`. The result is a view."""
         if self.transposed and self.stack == 1:
             matrix = matrix.t()
         elif self.transposed:
@@ -284,7 +292,7 @@ class Layout:
 
 
 def common_layout(reads: Iterable[Read], shape: tuple[int, ...]) -> Layout | str:
-    """The layout of a parameter that linears read so; or why there is none for all of them."""
+    """The layout of a parameter for all its reads, or the reason why they have no common layout."""
     reads = list(reads)
     first = reads[0]
     if any(read.transposed != first.transposed for read in reads):
@@ -297,15 +305,15 @@ def common_layout(reads: Iterable[Read], shape: tuple[int, ...]) -> Layout | str
     try:
         layout.to_parameter(torch.empty(rows, first.d_in, device="meta"))
     except RuntimeError:
-        return f"its linears use it as other matrices than its shape {shape} tells"
+        return f"its linears use it as other matrices than its shape {shape} has"
     return layout
 
 
 def _rows_of_each(reads: list[Read], shape: tuple[int, ...], rows: int) -> int:
-    """The rows of one matrix, where those of all lie one below the other."""
+    """The number of rows of one matrix, for matrices that are not transposed."""
     sizes = {(read.stop - read.start) // read.groups for read in reads if read.groups > 1}
     if not sizes and len(shape) > 2 and shape[-1] * rows == math.prod(shape):
-        sizes = {shape[-2]}  # each read alone, if none goes across
+        sizes = {shape[-2]}  # linears read the matrices one by one, unless a read crosses them
     each = sizes.pop() if len(sizes) == 1 else rows
     inside = all(read.groups > 1 or read.start // each == (read.stop - 1) // each for read in reads)
     return each if inside and rows % each == 0 else rows

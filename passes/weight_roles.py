@@ -1,7 +1,7 @@
-"""What a traced model does with each of its parameters.
+"""The roles of the parameters in a traced model.
 
-Names can't tell which linears read the embeddings or make the logits, nor which
-weight is shared with something that is not a linear; the graph can.
+The graph shows which linears read the embeddings or compute the logits, and which weights have
+users other than linears. Names of modules do not.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from slope_fx.passes.graph import aten, nested_calls, nested_graph, value_of
 from slope_fx.passes.linears import LinearCall, is_product, match_linears
 from slope_fx.passes.views import Read, Views, apply_view, is_cast, is_view, meta_like, read_of
 
-_CHECKS = {aten._assert_tensor_metadata.default}  # what export adds ahead of a cast
+_CHECKS = {aten._assert_tensor_metadata.default}  # torch.export adds these before casts
 _RANKINGS = {
     aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default,
     aten.argsort.stable, aten.argmax.default, aten.max.dim, aten.multinomial.default,
@@ -26,18 +26,18 @@ _EMBEDDINGS = {aten.embedding.default, aten.embedding_bag.default}
 
 @dataclass
 class WeightRole:
-    """One parameter's part in the model.
+    """The role of one parameter in the model.
 
     Attributes:
-        scopes: the module paths whose forward calls a linear with this weight.
-        reads: what those linears read of it; none if that isn't whole rows of a matrix.
-        other_uses: what else reads the parameter, by op name.
-        reads_embeddings, reads_input: some linear with it has no other linear before
-            it, and an embedding, or the model's input itself, as its source.
-        makes_output: some linear with it makes the model's output: no other linear
-            comes after, and no other activation joins on the way.
-        chooses: what some linear with it makes is ranked, as a router's scores are to choose
-            experts: no other linear, and no other activation, comes between.
+        scopes: paths of the modules whose forward calls a linear with this weight.
+        reads: the rows that these linears read. Empty if they do not read complete rows.
+        other_uses: names of the other ops that read the parameter.
+        reads_embeddings, reads_input: whether a linear with this weight reads an embedding, or
+            the model's input, with no other linear before it.
+        makes_output: whether a linear with this weight computes the model's output, with no other
+            linear after it and no other activation combined with its result.
+        chooses: whether the result of a linear with this weight is ranked, as the scores of a
+            router are, with no other linear and no other activation in between.
     """
 
     scopes: list[str] = field(default_factory=list)
@@ -51,16 +51,17 @@ class WeightRole:
 
 @dataclass(frozen=True)
 class _Flow:
-    """What a value was made from.
+    """The origin of a value.
 
     Attributes:
-        parameter: the parameter that the value is, or a view or a cast of; else None.
-        view: that parameter as the value sees it, without data.
-        derived: the parameter that the value was computed from, and nothing else.
-        on_input, on_parameter: it depends on the model's input, on a parameter.
-        embedded: an embedding is among its ancestors.
-        linears: ids of the linears among its ancestors.
-        fresh: ids of the linears it was made from directly (see ``makes_output``).
+        parameter: name of the parameter if the value is a parameter, or a view or cast of one;
+            else None.
+        view: the value as a meta tensor that is a view of that parameter.
+        derived: name of the parameter if the value is computed from one parameter only.
+        on_input, on_parameter: whether the value depends on the model's input, on a parameter.
+        embedded: whether an embedding is among the ancestors.
+        linears: ids of the linears among the ancestors.
+        fresh: ids of the linears that computed the value directly (see ``makes_output``).
     """
 
     parameter: str | None = None
@@ -79,15 +80,15 @@ _Value = _Flow | tuple["_Value", ...]
 def weight_roles(
     gm: GraphModule, parameters: Mapping[str, str], inputs: Iterable[str]
 ) -> dict[str, WeightRole]:
-    """The role of each parameter that some linear of ``gm`` uses as its weight.
+    """Returns the role of each parameter that a linear of ``gm`` uses as its weight.
 
     Args:
         gm: an exported graph.
-        parameters: its placeholders that are parameters, to the parameter's name.
-        inputs: its placeholders that are the model's inputs.
+        parameters: placeholder name -> parameter name, for the placeholders of parameters.
+        inputs: names of the placeholders of the model's inputs.
 
     Returns:
-        Parameter names to roles. Parameters that no linear uses are left out.
+        Parameter name -> role. Parameters that no linear uses are not included.
     """
     inputs = set(inputs)
     walk = _Walk()
@@ -109,13 +110,13 @@ def weight_roles(
 
 
 class _Walk:
-    """One forward sweep over a graph and the graphs nested in it."""
+    """One forward traversal of a graph and its nested graphs."""
 
     def __init__(self) -> None:
         self.roles: dict[str, WeightRole] = {}
         self.other_uses: dict[str, list[str]] = {}
-        self.weights: list[str] = []  # of each linear, by its id
-        self.inner: set[int] = set()  # linears that another linear comes after
+        self.weights: list[str] = []  # name of the weight of each linear; the index is its id
+        self.inner: set[int] = set()  # ids of linears with another linear after them
 
     def run(self, gm: GraphModule, arguments: list[_Value]) -> _Value:
         flows: dict[Node, _Value] = {}
@@ -159,8 +160,8 @@ class _Walk:
         if call is not None and read is not None:
             return self.linear(call, name, read, operands[call.x], merged)
         if is_product(node):
-            # A computed weight, a part of its columns: a linear all the same, if not one that
-            # can be compressed. Its role has no reads.
+            # A linear whose weight is computed, or is a part of the columns. It cannot be
+            # compressed, so its role has no reads.
             for operand_node, flow in operands.items():
                 value, name = value_of(operand_node), flow.parameter or flow.derived or ""
                 if name and isinstance(value, Tensor) and value.dim() > 1:
@@ -184,7 +185,7 @@ class _Walk:
     def _match(
         self, node: Node, flows: dict[Node, _Value]
     ) -> tuple[LinearCall | None, str, Read | None]:
-        """``node`` as a linear whose weight is a parameter, with what it reads of that."""
+        """``node`` as a linear with a parameter as its weight, its name and the rows it reads."""
         for call in match_linears(node):
             weight = _merge(flows[call.weight])
             if weight.parameter is not None and weight.view is not None:
@@ -248,7 +249,7 @@ def _op_name(node: Node) -> str:
 
 
 def _scope(node: Node) -> str:
-    """The path of the module whose forward made ``node``; "" for the model itself."""
+    """The path of the module whose forward contains ``node``; "" for the model itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = stack[-1][0] if stack else ""
     return path.removeprefix("L['self']").removeprefix(".")

@@ -1,7 +1,7 @@
 """slope_fx: a compiler for sparse pretraining with SLoPe (ICLR 2025, arXiv 2405.16325).
 
-``model = slope_fx.compile(model, sparsity="2:4")``, a :class:`Schedule` beside the
-learning-rate scheduler, and everything else stays as it was.
+Call ``model = slope_fx.compile(model, sparsity="2:4")``, and step a :class:`Schedule` with the
+learning-rate scheduler. The rest of the training loop does not change.
 """
 
 from slope_fx import debug, errors, ops

@@ -1,4 +1,4 @@
-"""Makes a model whose sparse weights are installed a compiled model, and undoes that."""
+"""Attach the record and the compiled regions to a model with sparse weights, and detach them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,12 +23,12 @@ def make_record(
     untraced_because: str,
     graphs: Mapping[str, int],
 ) -> Record:
-    """The record of a model, with the regions chosen. Changes nothing.
+    """Returns the record of a model, with the chosen regions. The model does not change.
 
     Args:
-        model: to be compiled.
-        config, settings, plans, untraced_because: as of :class:`Record`.
-        graphs: the number of the graph of each module of the traced model.
+        model: the model.
+        config, settings, plans, untraced_because: as in :class:`Record`.
+        graphs: module path -> number of its graph, for all modules of the traced model.
     """
     regions = Regions()
     if settings.backend is not None:
@@ -44,12 +44,12 @@ def _ends(path: str) -> list[int]:
 
 
 def attach(model: nn.Module, record: Record, undo: ExitStack) -> None:
-    """Make ``model``, whose weights are installed, carry ``record``, and compile its regions.
+    """Attach ``record`` to ``model``, and compile its regions.
 
     Args:
-        model: changed in place.
-        record: what was decided.
-        undo: gets what it takes to put the model back as it was.
+        model: a model with installed sparse weights, changed in place.
+        record: the record.
+        undo: receives callbacks that restore the model.
     """
     undo.callback(restore, model, type(model), dict(model.__dict__))
     model.__dict__[RECORD] = record

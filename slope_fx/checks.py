@@ -1,4 +1,4 @@
-"""The arguments of ``compile``: how they are read, what is refused, what is without effect."""
+"""Checks of the arguments of ``compile``."""
 
 import warnings
 from collections.abc import Mapping
@@ -17,16 +17,16 @@ from slope_fx.record import sparse_weights_in
 
 
 class CompileOptions(ConfigOptions, RunOptions, total=False):
-    """The keyword arguments of :func:`compile`: what is pruned, and how it is run."""
+    """The keyword arguments of :func:`compile`: the fields of SlopeConfig and of Settings."""
 
 
 def split_options(
     sparsity: Sparsity | SlopeConfig, options: Mapping[str, Any]
 ) -> tuple[SlopeConfig, Settings]:
-    """The configuration and the settings in the keyword arguments of ``compile``.
+    """Returns the configuration and the settings from the arguments of ``compile``.
 
     Raises:
-        ArgumentError: there is an unknown argument, or a value that isn't allowed.
+        ArgumentError: an argument is unknown, or a value is not allowed.
     """
     known = (*ConfigOptions.__annotations__, *RunOptions.__annotations__)
     if unknown := [name for name in options if name not in known]:
@@ -38,17 +38,17 @@ def split_options(
 
 
 def check_model(model: nn.Module) -> None:
-    """See that ``model`` can be compiled, and isn't compiled or wrapped yet.
+    """Check that ``model`` can be compiled, and is not already compiled or wrapped.
 
     Raises:
-        StateError: it is compiled.
-        ArgumentError: it can't be compiled as it is.
+        StateError: the model is already compiled by slope_fx.
+        ArgumentError: the model cannot be compiled in its current state.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
     if any(c.__name__ == "LightningModule" for c in type(model).__mro__):
         raise ArgumentError(
-            "model is a LightningModule, whose training_step Lightning calls past any compiled "
+            "model is a LightningModule: Lightning calls its training_step, not its compiled "
             "forward. Compile the model in it: self.model = slope_fx.compile(self.model, ...)."
         )
     already = list(sparse_weights_in(model))
@@ -66,8 +66,8 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise ArgumentError(
                 f"{name or 'model'} is compiled by torch.compile already, with a backend that "
-                "knows no sparse weights. Pass the model as it was before: slope_fx.compile "
-                "compiles it, with backend= and region= to say how."
+                "does not support sparse weights. Pass the uncompiled model: slope_fx.compile "
+                "compiles it, and backend= and region= say how."
             )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
@@ -82,7 +82,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibration: bool) -> None:
-    """Warn of arguments, or parts of arguments, that have no effect."""
+    """Warn about arguments, or parts of arguments, that have no effect."""
     lines = [
         f"{what} has no effect with backend=None; give it to rewriting_backend or to torch.compile."
         for what in settings.without_effect()
@@ -99,7 +99,7 @@ def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibra
 
 
 def say_untraced(because: str, *, given: bool) -> None:
-    """Warn that the model was not traced, if it wasn't.
+    """Warn if the model was not traced.
 
     Args:
         because: the reason; "" for a traced model.
@@ -107,15 +107,15 @@ def say_untraced(because: str, *, given: bool) -> None:
     """
     if not because:
         return
-    advice = "Pass example_inputs that the model's forward accepts to have its graph decide."
+    advice = "Pass example_inputs that the model's forward accepts, so that it can be traced."
     if given:
         advice = (
             "Its forward runs on the example_inputs, but torch.export can't follow it: see "
             'TORCH_LOGS="+slope_fx" for where.'
         )
     warnings.warn(
-        f"The model was not traced ({because}); its nn.Linear and Conv1D modules were taken "
-        "instead, the first for the one that reads the input and the last for the output head. "
+        f"The model was not traced ({because}). Its linears are its nn.Linear and Conv1D modules: "
+        "the first is assumed to read the input, and the last to be the output head. "
         f"{advice}",
         ArgumentWarning,
         stacklevel=3,

@@ -1,4 +1,4 @@
-"""The command ``slope-fx``: explain, convert, inspect."""
+"""The command line ``slope-fx`` with the commands explain, convert and inspect."""
 
 import argparse
 import json
@@ -10,8 +10,8 @@ from typing import Any
 from slope_fx.errors import SlopeError, SlopeWarning
 
 FAILED, MISUSED = 1, 2
-"""Exit codes: something of ours is wrong (a checkpoint, an argument's value); the command line is
-(argparse's own). 0 is success."""
+"""Exit codes: FAILED for a SlopeError (a wrong model, checkpoint or value), MISUSED for a wrong
+command line (from argparse). 0 is success."""
 
 _EXPLAIN = """example:
   slope-fx explain config.json --sparsity 2:4
@@ -31,7 +31,7 @@ _INSPECT = """example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line. Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="slope-fx",
-        description="Sparse pretraining with SLoPe: what it would do to a model, and its files.",
+        description="Sparse pretraining with SLoPe: reports on models, converts and checks files.",
         epilog="Exit codes: 0 success, 1 the model or checkpoint is wrong, 2 the command line is.",
     )
     parser.add_argument("--version", action="version", version=f"slope-fx {__version__}")
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = command(
         "explain", _explain,
-        "Tell what would become of every linear of a model, from its configuration alone.",
+        "Report on every linear of a model, from its configuration alone.",
         _EXPLAIN,
     )  # fmt: skip
     explain.add_argument(
@@ -78,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     _pattern_options(explain)
     explain.add_argument(
-        "--tokens", type=int, default=1024, help="in a step, to measure for (default: %(default)s)"
+        "--tokens", type=int, default=1024, help="tokens in a measured step (default: %(default)s)"
     )
     explain.add_argument(
-        "--no-measure", action="store_true", help="don't time which layers gain on this machine"
+        "--no-measure", action="store_true", help="don't measure speedups on this machine"
     )
-    explain.add_argument("--dtype", help="of the weights (default: the configuration's)")
+    explain.add_argument("--dtype", help="dtype of the weights (default: the configuration's)")
 
     convert = command(
         "convert", _convert,

@@ -1,4 +1,4 @@
-"""``compile``: a dense model in, the same model with N:M weights out."""
+"""``compile``: prunes the weights of a dense model and compiles the model."""
 
 import logging
 from contextlib import ExitStack
@@ -49,33 +49,35 @@ def compile(
     calibration: Calibration = None,
     **options: Unpack[CompileOptions],
 ) -> Model:
-    """Make ``model`` train with SLoPe: N:M weights, double-pruned gradients, lazy adapters.
+    """Prune and compile ``model`` for training with SLoPe.
 
-    The model is changed in place and returned. Each eligible linear weight is replaced by its kept
-    values, a plain parameter ``weight_values`` of shape (d_out, d_in * N / M), so make the
-    optimizer afterwards. Source: SLoPe (ICLR 2025), arXiv 2405.16325.
+    The compiled model has N:M weights, double-pruned gradients and lazy adapters. The model is
+    changed in place and returned. Each eligible linear weight is replaced by its kept values, a
+    plain parameter ``weight_values`` of shape (d_out, d_in * N / M), so make the optimizer after
+    ``compile``. Source: SLoPe (ICLR 2025), arXiv 2405.16325.
 
     Args:
-        model: any module; fp32, bf16 or fp16 weights.
-        sparsity: an N:M pattern, or a mapping from names of layers to patterns, as
-            :attr:`SlopeConfig.sparsity`; or a whole :class:`SlopeConfig`.
-        example_inputs: what to trace the model with: a tensor, a sequence of arguments, a mapping
-            of keyword arguments, or (arguments, keyword arguments). A transformers model brings
-            its own.
-        calibration: a few batches of inputs for ``mask="wanda"`` and ``adapter_init="eora"``, each
-            as ``example_inputs``. The dense model runs on them, evaluated; "eora" needs
-            d_in * d_in floats a layer.
-        options: what is pruned, by the fields of :class:`SlopeConfig`: ``mask``, ``adapter_rank``,
-            ``adapter_init``, ``skip_first``, ``skip_head``, ``skip_router``. How it is run, by the
-            fields of :class:`~slope_fx.backend.Settings`: ``backend``, ``mode``, ``options``,
-            ``dynamic``, ``fullgraph``, ``region``, ``engine``, ``passes``, ``disable_passes``,
-            ``on_fallback``.
+        model: any module with fp32, bf16 or fp16 weights.
+        sparsity: an N:M pattern, a mapping from layer names to N:M patterns, as
+            :attr:`SlopeConfig.sparsity`, or a :class:`SlopeConfig`.
+        example_inputs: inputs for the trace of the model: a tensor, a sequence of arguments, a
+            mapping of keyword arguments, or (arguments, keyword arguments). A transformers model
+            does not need them.
+        calibration: batches of inputs for ``mask="wanda"`` and ``adapter_init="eora"``, each in a
+            form of ``example_inputs``. The dense model runs on them in evaluation mode. "eora"
+            needs d_in * d_in fp32 numbers per layer.
+        options: fields of :class:`SlopeConfig`, which configure the pruning: ``mask``,
+            ``adapter_rank``, ``adapter_init``, ``skip_first``, ``skip_head``, ``skip_router``.
+            Fields of :class:`~slope_fx.backend.Settings`, which configure the run: ``backend``,
+            ``mode``, ``options``, ``dynamic``, ``fullgraph``, ``region``, ``engine``, ``passes``,
+            ``disable_passes``, ``on_fallback``.
 
     Returns:
-        ``model`` itself.
+        ``model``.
 
     Raises:
-        SlopeError: one of its subclasses for each mistake; the model is then as it was.
+        SlopeError: an argument or the model is not supported. Each kind of mistake has a subclass.
+            The model is then unchanged.
     """
     config, settings = split_options(sparsity, options)
     check_model(model)
@@ -132,5 +134,5 @@ def _choose_masks(
 
 
 def _matrices(plan: SparsePlan, dense: Tensor) -> Tensor:
-    """A weight as (d_out, d_in), or (stack, d_out, d_in), contiguous, without gradients."""
+    """A weight as a contiguous (d_out, d_in) or (stack, d_out, d_in) tensor, without autograd."""
     return plan.layout.to_matrix(dense.detach()).contiguous().view(plan.shape)

@@ -1,4 +1,4 @@
-"""Between a dense model on disk, a sparse checkpoint and a PEFT adapter."""
+"""Convert between dense models on disk, sparse checkpoints and PEFT adapters."""
 
 import json
 import os
@@ -32,24 +32,24 @@ def convert(
     adapter_init: str = "zero",
     adapters: Literal["merge", "drop"] = "merge",
 ) -> dict[str, Path]:
-    """Write the model in ``source`` as another kind of checkpoint into ``target``.
+    """Convert the model in ``source`` to another kind of checkpoint in ``target``.
 
     Args:
-        source: a dense model of transformers (a folder, a hub name), a sparse checkpoint, or a
-            PEFT LoRA adapter whose configuration names its base model.
-        target: a folder, new or empty.
-        to: "sparse": compiled and saved. "dense": for transformers. "peft": the adapter in
-            ``target``, and the dense model that it belongs to beside it, in ``target`` + "-base".
-        sparsity, adapter_rank, adapter_init: as of :func:`slope_fx.compile`, to "sparse". An
-            adapter of PEFT keeps its own rank and takes part from the start.
-        adapters: to "dense": add them to the weights, or leave them out.
+        source: a dense transformers model (a folder or a hub name), a sparse checkpoint, or a
+            PEFT LoRA adapter with the name of its base model in its configuration.
+        target: a new or empty folder.
+        to: "sparse": a sparse checkpoint. "dense": a dense transformers model. "peft": a PEFT
+            adapter in ``target``, and its dense base model in ``target`` + "-base".
+        sparsity, adapter_rank, adapter_init: as for :func:`slope_fx.compile`, used for "sparse". A
+            PEFT adapter keeps its rank, and is active from the first step.
+        adapters: for "dense": "merge" adds the adapters to the weights, "drop" omits them.
 
     Returns:
-        The folders written, by kind.
+        Kind -> written folder.
 
     Raises:
-        ArgumentError: ``source`` is none of these, or ``target`` is in use.
-        SlopeError: as ``compile``, ``load_pretrained``, ``densify`` and ``export_peft`` do.
+        ArgumentError: ``source`` is none of these, or ``target`` is not empty.
+        SlopeError: as for ``compile``, ``load_pretrained``, ``densify`` and ``export_peft``.
     """
     check_choice("to", to, get_args(Kind))
     check_choice("adapters", adapters, ("merge", "drop"))
@@ -82,8 +82,8 @@ def convert(
         if to == "dense":
             return {"dense": _save_dense(_merged(source), target, _tokenizer(source))}
         raise ArgumentError(
-            f"{source} is a dense model, which has no adapters to give to PEFT. Convert it to "
-            "sparse, with --adapter-rank and --adapter-init svd."
+            f"{source} is a dense model, which has no adapters for PEFT. Convert it to sparse "
+            "first, with --adapter-rank and --adapter-init svd."
         )
     model = load_pretrained(source, backend=None)
     if to == "dense":
@@ -124,7 +124,7 @@ def _compiled(
         unused.discard(name)
         if name in factors:
             return factors[name]
-        # Where PEFT has none it begins as SLoPe's do: with B = 0, and A so that B can learn.
+        # A layer without a PEFT adapter gets a new one with B = 0, and a random A so that B trains.
         return torch.randn(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
 
     model = compile(
@@ -143,11 +143,15 @@ _NOT_OURS = "which slope_fx has no place for. Merge it: slope-fx convert ... --t
 
 
 def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each adapted layer, by its name in the base model; B with the scale."""
+    """A and scale * B of each adapted layer, by its name in the base model.
+
+    Raises:
+        UnsupportedError: the adapter has parts that slope_fx does not support.
+    """
     found = {}
     config = peft_model.peft_config["default"]
     for path, module in peft_model.base_model.model.named_modules():
-        # What a layer of PEFT's may have besides A and B, some of it as empty containers.
+        # A PEFT layer may have other parts than A and B. Containers of unused parts are empty.
         more = [n for n in _UNKNOWN_PARTS if len(getattr(module, n, ()) or ())]
         if more:
             raise UnsupportedError(f"{path} has {more[0]}, {_NOT_OURS}")
@@ -169,7 +173,7 @@ def _adapted(source: Path) -> Any:
     try:
         told = json.loads((source / "adapter_config.json").read_text())
     except ValueError as error:
-        raise ArgumentError(f"{source}/adapter_config.json is no JSON: {error}.") from None
+        raise ArgumentError(f"{source}/adapter_config.json is not JSON: {error}.") from None
     base = told.get("base_model_name_or_path")
     if not base or told.get("peft_type") != "LORA":
         raise ArgumentError(
@@ -195,7 +199,7 @@ def _dense(name: str) -> nn.Module:
         model, told = class_of(config).from_pretrained(
             name, dtype=getattr(config, "dtype", None), output_loading_info=True
         )
-    except Exception as error:  # each of its formats and libraries has its own
+    except Exception as error:  # transformers and its file formats raise many types
         raise ArgumentError(
             f"source={name!r} can't be loaded by transformers: {first_line(error)}"
         ) from error
@@ -204,7 +208,7 @@ def _dense(name: str) -> nn.Module:
         raise ArgumentError(
             f"source={name!r} lacks {wrong[0]}"
             + (f" and {len(wrong) - 1} more weights" if len(wrong) > 1 else "")
-            + " of the model that its config.json describes; transformers would make them up."
+            + " of the model in its config.json; transformers would initialise them at random."
         )
     loaded: nn.Module = model
     return loaded
@@ -218,7 +222,7 @@ def _save_dense(model: nn.Module, folder: Path, tokenizer: Any) -> Path:
 
 
 def _tokenizer(source: Path) -> Any:
-    """The tokenizer in ``source``, if it has one."""
+    """The tokenizer in ``source``, or None."""
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     return transformers().AutoTokenizer.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""Which pass is at fault: the first after which a graph computes other numbers."""
+"""Find the first pass that changes the results of a graph."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,20 +18,20 @@ from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.weight import SparseWeight
 
 Weights = dict[int, SparseWeight]
-"""By the address of their values."""
+"""Sparse weights by the address of their values."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where the numbers of a graph first changed.
+    """The first change of the results of a graph.
 
     Attributes:
-        graph: its number, in the order they were compiled.
-        name: of the pass.
-        what: "output 0", or "gradient of ..." with the graph's name for an input.
-        error: the largest difference, relative to the largest number there; inf where one has a
-            NaN or an infinity that the other doesn't.
-        matches: how many places the pass had rewritten.
+        graph: number of the graph, in the order of compilation.
+        name: name of the pass.
+        what: "output 0", or "the gradient of ..." with the name of a graph input.
+        error: largest absolute difference, divided by the largest absolute value of the tensor.
+            inf if NaN or inf occur at different places.
+        matches: number of matches of the pass.
     """
 
     graph: int
@@ -50,25 +50,26 @@ class Difference:
 def first_difference(
     model: nn.Module, *args: Any, tolerance: float = 1e-3, **kwargs: Any
 ) -> Difference | None:
-    """Run ``model`` on some inputs, and find the first pass that changes what a graph computes.
+    """Run ``model`` on inputs, and find the first pass that changes the results of a graph.
 
-    Each graph is run as it was traced, in eager, and again after each pass, with the same inputs
-    and random state; outputs are compared, and gradients. For this the values that the backward
-    masks prune are taken as zero (the double pruning changes gradients, and is meant to). All that
-    torch.compile compiled in this process is compiled anew afterwards.
+    Each traced graph runs in eager mode before the passes and after each pass, with the same
+    inputs and random state. Outputs and gradients are compared. The values that the backward masks
+    prune are set to zero for this, because the double pruning changes gradients on purpose. The
+    function resets Dynamo: code that torch.compile compiled in this process is compiled again at
+    its next call.
 
     Args:
-        model: what :func:`slope_fx.compile` returned.
-        args, kwargs: what to call it with.
-        tolerance: how far numbers may be apart, relative to the largest of a tensor.
+        model: the object that :func:`slope_fx.compile` returned.
+        args, kwargs: arguments of the model's forward.
+        tolerance: allowed difference, relative to the largest absolute value of a tensor.
 
     Returns:
-        None if no pass does.
+        The first difference, or None if no pass changes the results.
 
     Raises:
-        StateError: ``model`` isn't compiled.
-        ArgumentError: it is compiled with ``backend=None``, Dynamo compiles nothing of it, or the
-            tolerance isn't positive.
+        StateError: ``model`` is not compiled by slope_fx.
+        ArgumentError: ``model`` is compiled with ``backend=None``, Dynamo compiles no graph of it,
+            or the tolerance is not positive.
     """
     record = record_of(model)
     if record.settings.backend is None:
@@ -137,7 +138,7 @@ def _compare(
 def _results(
     gm: GraphModule, inputs: Sequence[Any], weights: Weights
 ) -> list[tuple[str, Tensor | None]]:
-    """The outputs, and the gradients of the inputs under a made-up gradient of the outputs."""
+    """The outputs, and the gradients of the inputs for random gradients of the outputs."""
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -153,7 +154,7 @@ def _results(
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        # A copy of each that autograd may write to, as a graph does that changes its inputs.
+        # A graph may write to its inputs, which autograd does not allow for leaves.
         outputs = gm(*[t.clone() if isinstance(t, Tensor) else t for t in leaves])
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     results: list[tuple[str, Tensor | None]] = [
@@ -188,7 +189,7 @@ def _error(mine: Tensor | None, theirs: Tensor | None) -> float:
 
 
 def _training_state(model: nn.Module) -> Callable[[], None]:
-    """What puts back the buffers of ``model`` and the random state."""
+    """A function that restores the buffers of ``model`` and the random state."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     random = torch.get_rng_state()
 

@@ -1,4 +1,4 @@
-"""Back from compressed weights to a plain dense model."""
+"""``densify``: converts a compiled model to a plain dense model."""
 
 import copy
 import tempfile
@@ -20,31 +20,32 @@ Adapters = Literal["merge", "drop", "peft"]
 
 
 def densify(model: Model, adapters: Adapters = "merge", *, inplace: bool = False) -> Model:
-    """A plain dense model that computes what ``model`` does: zeros where it is pruned.
+    """Returns a plain dense model with the same outputs as ``model``. Pruned elements are zero.
 
-    Nothing of slope_fx is left on it: it saves, loads, compiles and trains like any other, dense.
+    The dense model has no parts of slope_fx. It saves, loads, compiles and trains as any dense
+    model.
 
     Args:
-        model: what ``compile`` or ``load_pretrained`` returned.
-        adapters: "merge" adds those that take part to the weights, whose zeros they fill;
-            "drop" leaves them out; "peft" puts a ``peft.PeftModel`` around the dense model, with
-            adapters of its own.
-        inplace: change ``model`` itself instead of a copy; it must be made dense before its
-            parameters are given to another optimizer.
+        model: the object that ``compile`` or ``load_pretrained`` returned.
+        adapters: "merge" adds active adapters to the weights, so that pruned elements are no
+            longer zero. "drop" omits the adapters. "peft" returns a ``peft.PeftModel`` with the
+            adapters on the dense model.
+        inplace: whether to change ``model`` instead of a copy. In place, the parameters are
+            replaced, so call this before the next optimizer is made.
 
     Returns:
         The dense model; with "peft" a ``peft.PeftModel``.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
-        ArgumentError: ``adapters`` is none of its choices.
-        UnsupportedError: "peft" where PEFT has no adapter for a layer; or a model that can't be
-            copied.
+        ArgumentError: ``adapters`` has a value that is not allowed.
+        UnsupportedError: the model cannot be copied; or, with "peft", no adapter is active or PEFT
+            does not support adapters for a layer.
     """
     check_choice("adapters", adapters, get_args(Adapters))
     record_of(model)
     if adapters == "peft":
-        peft.adapted(model)  # raises before anything is changed
+        peft.adapted(model)  # raises errors before the model changes
     dense = model if inplace else _copied(model)
     if adapters != "peft":
         _expand(dense, merge=adapters == "merge")
@@ -58,17 +59,17 @@ def densify(model: Model, adapters: Adapters = "merge", *, inplace: bool = False
 def _copied(model: Model) -> Model:
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # what a module keeps of its last call may have a graph behind it
+    except Exception as error:  # such as a stored result with an autograd history
         raise UnsupportedError(
-            f"the model can't be copied ({type(error).__name__}: {first_line(error)}), as a model "
-            "that keeps a result of its last call can't. densify(model, inplace=True) needs no "
-            "copy."
+            f"the model can't be copied ({type(error).__name__}: {first_line(error)}). This "
+            "happens if a module keeps a result of its last call. Call "
+            "densify(model, inplace=True), which needs no copy."
         ) from error
 
 
 @torch.no_grad()
 def _expand(model: nn.Module, *, merge: bool) -> None:
-    """Give every layer of ``model`` its dense weight, and take all else of slope_fx away."""
+    """Give all layers of ``model`` dense weights, and remove all parts of slope_fx."""
 
     def dense_of(weight: SparseWeight) -> Tensor:
         matrix = weight.to_dense().view(-1, weight.d_in)
@@ -76,7 +77,7 @@ def _expand(model: nn.Module, *, merge: bool) -> None:
             lora_a, lora_b = cast(Tensor, weight.lora_A), cast(Tensor, weight.lora_B)
             a = lora_a.view(weight.stack, -1, weight.d_in)
             b = lora_b.view(weight.stack, weight.d_out, -1)
-            # The sum is rounded once, to the weight's own dtype.
+            # float64, so that the sum is rounded only once, to the dtype of the weight.
             product = weight.scale * torch.bmm(b.double(), a.double())
             matrix = (matrix.double() + product.view_as(matrix)).to(matrix.dtype)
         return weight.layout.to_parameter(matrix).contiguous()

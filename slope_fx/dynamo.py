@@ -1,4 +1,4 @@
-"""A module's call, compiled by Dynamo with limits and code of its own."""
+"""Compile the call of a module with Dynamo."""
 
 import functools
 import inspect
@@ -14,11 +14,12 @@ CompiledFunction = Callable[..., Any]
 BackendFunction = Callable[[GraphModule, Sequence[Any]], CompiledFunction]
 
 RECOMPILE_LIMIT = 32
-"""Dynamo's own limit of 8 is soon reached by one block's code in two phases, training and
-evaluating, with and without a cache; past it a sparse layer runs expanded."""
+"""Dynamo's default limit of 8 is too low for the code of a block, which is compiled for two
+phases, training and evaluation, with and without a cache. Beyond the limit a sparse layer runs
+expanded."""
 
 VARIANTS = 8
-"""In how many circumstances each graph may be met: phases, training and not, autocast, shapes."""
+"""The number of variants of each graph: phases, training or not, autocast, shapes."""
 
 
 def compiled_call(
@@ -29,23 +30,23 @@ def compiled_call(
     kinds: int = 1,
     **options: Any,
 ) -> Callable[..., Any]:
-    """The call of ``module``, compiled by ``backend``.
+    """Returns the call of ``module``, compiled with ``backend``.
 
     Args:
         module: the module.
-        backend: what compiles its graphs.
-        kind: equal for modules that share compiled code, as those of equal graphs do.
-        kinds: how many such graphs there are. Each may be recompiled in each of the variants
-            (phase, training, autocast) that a run may meet.
-        options: of torch.compile.
+        backend: compiles the graphs of the module.
+        kind: equal for modules that share compiled code, such as modules with equal graphs.
+        kinds: number of different graphs. Each may be recompiled in all variants (phase,
+            training, autocast, shapes).
+        options: options of torch.compile.
     """
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 has it
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # since torch 2.13
         limit = torch._dynamo.config.recompile_limit
         options["recompile_limit"] = max(limit, RECOMPILE_LIMIT, VARIANTS * kinds)
     call: Callable[..., Any] = module._call_impl
     if type(module).__module__.startswith("torch.nn."):
-        # Dynamo steps over the frames of torch's own modules and would leave an
-        # nn.Sequential or nn.Linear uncompiled, so it is given a frame of ours.
+        # Dynamo skips the frames of torch's modules, so an nn.Sequential or nn.Linear would not be
+        # compiled. A frame of slope_fx is not skipped.
         call = _framed(call, kind)
     compiled: Callable[..., Any] = torch.compile(call, backend=backend, **options)
     return compiled
@@ -55,8 +56,7 @@ def _framed(call: Callable[..., Any], kind: Hashable) -> Callable[..., Any]:
     def framed(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
-    # Dynamo counts recompiles by code: each kind has its own, so that none uses up the limit of
-    # another.
+    # Dynamo counts recompiles per code object, so each kind has a separate code object and limit.
     framed.__code__ = _code_of(framed.__code__, kind)
     return framed
 

@@ -1,7 +1,7 @@
-"""Every error and warning of slope_fx: one class for each reaction of a caller.
+"""The errors and warnings of slope_fx: one class for each reaction of a caller.
 
 ``except slope_fx.errors.SlopeError`` catches all errors. Each message says what was given, what is
-allowed and what to do. The classes also derive from the built-in error that a caller would expect
+allowed and what to do. The error classes also derive from the matching built-in class
 (``ValueError``, ``RuntimeError``).
 """
 
@@ -15,31 +15,31 @@ from slope_fx.kernels.errors import (
 
 
 class NoEligibleLinearError(ArgumentError):
-    """No linear of the model can be made sparse: train it dense, or change what is left dense."""
+    """No linear of the model can be sparse. Train it dense, or change the options of pruning."""
 
 
 class StateError(SlopeError, RuntimeError):
-    """The object isn't in a state for this call: a model that isn't compiled, or is already."""
+    """The object is in a wrong state for the call, such as a model that is already compiled."""
 
 
 class CheckpointError(SlopeError, ValueError):
-    """A checkpoint isn't whole, isn't of this model, or can't be written: take another one."""
+    """A checkpoint is damaged, does not fit the model, or cannot be written. Use another one."""
 
 
 class ExpandedWeightError(SlopeError, RuntimeError):
-    """With ``on_fallback="error"``: a sparse layer runs with its dense weight rebuilt."""
+    """A sparse layer runs with its dense weight rebuilt, and ``on_fallback`` is "error"."""
 
 
 class ExpandedWeightWarning(SlopeWarning):
-    """A sparse layer runs with its dense weight rebuilt: right, but slow, and single-pruned."""
+    """A sparse layer runs with its dense weight rebuilt: correct, but slow and single-pruned."""
 
 
 class ArgumentWarning(SlopeWarning):
-    """An argument has no effect, or the model needs another one to be treated as you expect."""
+    """An argument has no effect, or the model needs another argument."""
 
 
 class TrainingWarning(SlopeWarning):
-    """The training loop does not fit the model: an optimizer or a Schedule has to change."""
+    """The training loop does not fit the model. Change the optimizer or the Schedule."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What is needed of transformers, where it may not be installed: configurations and classes."""
+"""Configurations and classes of transformers, which is an optional dependency."""
 
 import importlib
 import inspect
@@ -11,10 +11,10 @@ from slope_fx.errors import ArgumentError, first_line
 
 
 def transformers() -> Any:
-    """The library.
+    """Returns the module ``transformers``.
 
     Raises:
-        ArgumentError: it can't be imported.
+        ArgumentError: transformers cannot be imported.
     """
     try:
         return importlib.import_module("transformers")
@@ -25,18 +25,18 @@ def transformers() -> Any:
 
 
 def config_of(source: str | os.PathLike[str]) -> Any:
-    """The configuration in a folder, in a file, or on the hub.
+    """Returns the configuration in a folder, in a file, or on the hub.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is no configuration.
     """
     library = transformers()
     where = os.fspath(source)
     if not os.path.exists(where) and (where.endswith(".json") or os.path.isabs(where)):
-        raise ArgumentError(f"source={where!r} is not there.")
+        raise ArgumentError(f"source={where!r} does not exist.")
     try:
         return library.AutoConfig.from_pretrained(where)
-    except Exception as error:  # of the hub's library, of its validation, of JSON
+    except Exception as error:  # errors of the hub library, its validation, or JSON
         raise ArgumentError(
             f"source={where!r} is neither a config.json, a folder with one or with a checkpoint of "
             f"slope_fx, nor a model on the hub: {first_line(error)}"
@@ -44,7 +44,7 @@ def config_of(source: str | os.PathLike[str]) -> Any:
 
 
 def class_of(config: Any) -> Any:
-    """The model's class that a configuration names; an Auto class if it names none."""
+    """The model class that a configuration names, or an Auto class if it names none."""
     library = transformers()
     for name in config.architectures or ():
         kind = getattr(library, str(name), None)
@@ -55,9 +55,9 @@ def class_of(config: Any) -> Any:
 
 
 def takes_cache(model: nn.Module) -> bool:
-    """Whether ``model`` may keep keys and values: its forward takes ``use_cache``.
+    """Whether the forward of ``model`` accepts ``use_cache``.
 
-    By name, or in ``**kwargs`` that it hands on, if its configuration knows of a cache.
+    It accepts the argument by name, or in ``**kwargs`` if its configuration has ``use_cache``.
     """
     if getattr(model, "config", None) is None:
         return False
@@ -69,12 +69,12 @@ def takes_cache(model: nn.Module) -> bool:
 
 
 def cache_by_default(model: nn.Module) -> bool:
-    """Whether ``model`` keeps keys and values if its caller says nothing."""
+    """Whether ``model`` uses a cache of keys and values by default."""
     return bool(_cache_setting(model))
 
 
 def _cache_setting(model: nn.Module) -> Any:
     config: Any = model.config
     own = getattr(config, "use_cache", None)
-    text = getattr(config, "get_text_config", None)  # of a model for several kinds of input
+    text = getattr(config, "get_text_config", None)  # multimodal models have a text configuration
     return own if own is not None or text is None else getattr(text(), "use_cache", None)

@@ -1,4 +1,4 @@
-"""What was decided for a model, kept on it; and what a compiled model holds."""
+"""The record of a compiled model, and access to its sparse weights."""
 
 import math
 from collections.abc import Mapping
@@ -14,20 +14,20 @@ from slope_fx.planning.regions import Regions
 from slope_fx.sparse.weight import SparseWeight
 
 RECORD = "_slope_fx"
-"""The attribute of a compiled model that holds its record."""
+"""The attribute of a compiled model with its record."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What ``compile`` decided.
+    """The decisions of ``compile`` for a model.
 
     Attributes:
-        config: what is pruned, and how.
-        settings: how the model is run.
-        plans: what became of each linear.
-        untraced_because: why the model could not be traced; "" if it was.
-        graphs: for each module of the traced model that holds a linear the number of its graph.
-        regions: the modules that are compiled.
+        config: configuration of the pruning.
+        settings: settings of the run.
+        plans: plans of the linears.
+        untraced_because: the reason why the model was not traced; "" if it was traced.
+        graphs: module path -> number of its graph, for modules with linears.
+        regions: the compiled modules.
     """
 
     config: SlopeConfig
@@ -39,10 +39,10 @@ class Record:
 
 
 def record_of(model: nn.Module) -> Record:
-    """What ``compile`` decided for ``model``.
+    """Returns the record of ``model``.
 
     Raises:
-        StateError: ``compile`` has not been called on it.
+        StateError: ``model`` is not the object that ``compile`` returned.
     """
     record = getattr(model, "__dict__", {}).get(RECORD)
     if not isinstance(record, Record):
@@ -54,12 +54,12 @@ def record_of(model: nn.Module) -> Record:
 
 
 def compiled_models(module: nn.Module) -> list[nn.Module]:
-    """The compiled models in ``module``, itself included."""
+    """The compiled models in ``module``, including ``module``."""
     return [m for m in module.modules() if isinstance(m.__dict__.get(RECORD), Record)]
 
 
 def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
-    """The sparse weights of a compiled model, by the qualified name of the layer.
+    """Returns the sparse weights of a compiled model, by the qualified name of the layer.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
@@ -69,12 +69,12 @@ def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
 
 
 def sparse_weights_in(module: nn.Module) -> dict[str, SparseWeight]:
-    """The sparse weights of a module and its parts, by the name of the layer; empty if none."""
+    """The sparse weights in a module, by the qualified name of the layer. May be empty."""
     return {m.name: m for m in module.modules() if isinstance(m, SparseWeight)}
 
 
 def sparsity_of(module: nn.Module) -> float:
-    """The fraction of the weights of all linears of its compiled models that is zero."""
+    """The fraction of zeros in the weights of all linears of the compiled models in ``module``."""
     plans = [plan for model in compiled_models(module) for plan in record_of(model).plans]
     sizes = [
         (math.prod(p.shape), p.pattern.density if isinstance(p, SparsePlan) else 1.0) for p in plans

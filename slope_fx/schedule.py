@@ -1,4 +1,4 @@
-"""The schedule: when masks are refreshed, and when the adapters begin."""
+"""``Schedule``: refreshes backward masks and starts the adapter phase."""
 
 import logging
 import math
@@ -23,12 +23,12 @@ _DEFAULT_START = 0.99
 
 @dataclass
 class _Progress:
-    """How far a Schedule is, which outlives it.
+    """The progress of a Schedule, in an object that exists after the Schedule is collected.
 
     Attributes:
-        total, adapter_step, has_adapters: as the Schedule has them.
-        step: the last.
-        here: steps taken in this process.
+        total, adapter_step, has_adapters: as in the Schedule.
+        step: number of steps so far.
+        here: number of steps in this process.
     """
 
     total: int
@@ -38,35 +38,36 @@ class _Progress:
     here: int = 0
 
     def tell_if_early(self) -> None:
-        """Say that the adapters never began, when the Schedule, or the process, has ended."""
+        """Warn if the Schedule, or the process, ended before the adapter phase."""
         wanted = self.has_adapters and self.adapter_step < self.total
         if wanted and self.here and self.step < self.adapter_step:
             warnings.warn(
-                f"A Schedule ended at step {self.step} of total_steps={self.total}, ahead of step "
+                f"A Schedule ended at step {self.step} of total_steps={self.total}, before step "
                 f"{self.adapter_step}, where the adapters begin: they took no part. If the run is "
-                "over, make the Schedule with the number of optimizer steps that it takes; if it "
-                "goes on later, load the Schedule's state_dict then.",
+                "over, make the Schedule with its number of optimizer steps. If the run continues "
+                "later, load the Schedule's state_dict then.",
                 TrainingWarning,
                 stacklevel=2,
             )
 
 
 class Schedule:
-    """Drives a compiled model through SLoPe's phases; used like a learning-rate scheduler.
+    """Sets the phases of a compiled model. It is used like a learning-rate scheduler.
 
     Args:
-        model: what :func:`slope_fx.compile` returned.
-        total_steps: optimizer steps of the whole run.
-        adapter_start: the fraction of them after which the adapters take part, in
-            [0, 1]; 1 means never, and at least the last step has them otherwise. None: the
-            paper's 0.99, or 0 for adapters that ``adapter_init`` made of what was pruned.
-            Without adapters it has no effect.
-        backward_mask_interval: optimizer steps between refreshes of the backward mask;
-            None keeps the first one.
+        model: the object that :func:`slope_fx.compile` returned.
+        total_steps: number of optimizer steps of the whole run.
+        adapter_start: fraction of ``total_steps`` after which the adapters are active, in [0, 1].
+            With 1 they are never active; with less they are active in the last step at least.
+            None: 0.99 as in the paper, or 0 if ``adapter_init`` is not "zero". Without adapters it
+            has no effect.
+        backward_mask_interval: number of optimizer steps between refreshes of the backward masks.
+            None keeps the initial backward masks.
 
     Raises:
-        ArgumentError: steps, fraction or interval are out of range.
-        StateError: ``model`` isn't compiled.
+        ArgumentError: ``total_steps``, ``adapter_start`` or ``backward_mask_interval`` is out of
+            range.
+        StateError: ``model`` is not the object that ``compile`` returned.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Schedule:
         self._weights = list(sparse_weights(model).values())
         self._has_adapters = any(weight.rank for weight in self._weights)
         if adapter_start is None:
-            # Adapters that hold what was pruned are part of the model that training starts from.
+            # Adapters that approximate the pruned part belong to the initial model.
             at_work = record_of(model).config.adapter_init != "zero"
             adapter_start = 0.0 if at_work else _DEFAULT_START
             usual = True
@@ -105,7 +106,7 @@ class Schedule:
         if not usual and not self._has_adapters:
             warnings.warn(
                 f"adapter_start={adapter_start!r} has no effect: the model was compiled without "
-                "adapters. Pass adapter_rank to slope_fx.compile to have them.",
+                "adapters. Pass adapter_rank to slope_fx.compile to add adapters.",
                 ArgumentWarning,
                 stacklevel=2,
             )
@@ -113,19 +114,19 @@ class Schedule:
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps taken so far."""
+        """Number of optimizer steps so far."""
         return self._progress.step
 
     @property
     def phase(self) -> PhaseName:
-        """ "sparse", or "adapter" once the adapters take part."""
+        """The phase: "sparse", or "adapter" if the adapters are active."""
         return "adapter" if self._has_adapters and self._phase.active else "sparse"
 
     def step(self) -> None:
-        """Count one optimizer step: refresh masks and begin the adapter phase when due.
+        """Count an optimizer step. Refreshes backward masks and starts the adapter phase when due.
 
         Raises:
-            StateError: all ``total_steps`` have been taken.
+            StateError: ``total_steps`` steps were already taken.
         """
         if self.last_step >= self.total_steps:
             raise StateError(
@@ -141,11 +142,11 @@ class Schedule:
             for weight in self._weights:
                 weight.refresh_backward_mask()
             log.info("step %d: backward masks refreshed", self.last_step)
-        # Each time, for something else may have touched it: loading weights, say.
+        # At each step, because other code may have changed the phase, such as loading weights.
         self._apply_phase()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume from: plain numbers."""
+        """Returns the state as a dict of plain numbers."""
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
@@ -154,11 +155,11 @@ class Schedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where ``state`` was saved; sets the model's phase too.
+        """Restore the state of a Schedule, and set the phase of the model.
 
         Raises:
-            StateError: ``state`` is of a run with other steps.
-            ArgumentError: it isn't the state of a Schedule.
+            StateError: ``state`` is from a Schedule with other arguments.
+            ArgumentError: ``state`` is not the state of a Schedule.
         """
         mine = self.state_dict()
         if not isinstance(state, Mapping) or set(state) != set(mine):
@@ -178,7 +179,7 @@ class Schedule:
         self._apply_phase()
 
     def _take_phase(self) -> Phase:
-        """The phase of the model's weights; for a copy of a model, a phase of its own."""
+        """The phase of the model's weights. A copied model gets a new phase."""
         phases = {id(weight.phase): weight.phase for weight in self._weights}
         phase = next(iter(phases.values()))
         if len(phases) > 1 or any(weight.is_copy for weight in self._weights):

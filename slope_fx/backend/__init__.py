@@ -1,7 +1,8 @@
-"""From decisions to compiled code: the torch.compile backend, how it is set, what it compiles.
+"""The torch.compile backend of slope_fx.
 
-``settings.py`` is how a model is run, ``rewriting.py`` the backend that runs the passes,
-``regions.py`` compiles the modules that :mod:`slope_fx.planning.regions` chose.
+- ``settings.py`` defines the settings of a run.
+- ``rewriting.py`` defines the backend, which runs the passes.
+- ``regions.py`` compiles the regions that :mod:`slope_fx.planning.regions` chose.
 """
 
 from slope_fx.backend.rewriting import RewritingBackend, rewriting_backend

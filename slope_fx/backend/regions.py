@@ -1,4 +1,4 @@
-"""Compiles the regions of a model, and calls a model whose blocks are compiled one by one."""
+"""Compile the regions of a model."""
 
 import inspect
 from collections.abc import Callable, Hashable
@@ -15,13 +15,13 @@ from slope_fx.planning.regions import Regions
 
 
 def compile_regions(model: nn.Module, settings: Settings, regions: Regions, kind: Hashable) -> None:
-    """Have the regions of ``model`` compiled when they are called; nothing without a backend.
+    """Set the compiled calls of the regions of ``model``. Without a backend, nothing changes.
 
     Args:
-        model: its weights are installed.
-        settings: how it is run.
+        model: a model with installed sparse weights.
+        settings: settings of the run.
         regions: the modules to compile.
-        kind: what the regions of this model share no compiled code beyond.
+        kind: identifies the model. Models with different kinds do not share compiled code.
     """
     if settings.backend is None:
         return
@@ -38,11 +38,11 @@ def compile_regions(model: nn.Module, settings: Settings, regions: Regions, kind
 
 
 def _in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a model whose blocks are compiled one by one.
+    """Returns the call of a model whose blocks are compiled one by one.
 
-    A transformers model with a cache of keys and values is another matter: each block has its
-    own place there, which would make each a graph of its own. Training needs no cache, so none
-    is made unless it is asked for; where one is used, ``whole`` is called instead.
+    In a transformers model with a cache of keys and values, each block has its own index in the
+    cache, so the blocks would not share a graph. Training needs no cache, so the call disables it
+    by default. If a cache is used, the call is ``whole``, the model as one graph.
     """
     signature, caches = inspect.signature(model.forward), takes_cache(model)
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")

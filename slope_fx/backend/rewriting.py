@@ -1,4 +1,4 @@
-"""The torch.compile backend that runs the passes and hands the graph on."""
+"""The torch.compile backend that runs the passes and calls another backend."""
 
 import functools
 import logging
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 class RewritingBackend:
     """Rewrites a Dynamo graph with the passes, then compiles it with another backend.
 
-    Get one from :func:`rewriting_backend`: Dynamo keeps its compiled code by the identity
-    of the backend, so there must be one object for equal settings.
+    Use :func:`rewriting_backend` to get a backend. Dynamo caches compiled code by the identity of
+    the backend, so equal settings must have the same object.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.graphs = 0
-        """Graphs compiled so far, recompiles included."""
+        """Number of compiled graphs so far, including recompiles."""
         self.choices: Choices = {}
         """The engines chosen so far."""
         self._told: set[frozenset[tuple[int, int, int, int]]] = set()
@@ -53,7 +53,7 @@ class RewritingBackend:
         self.graphs += 1
         before, after = self.settings.own_passes()
         context = Context.here(self.settings.engine, self.settings.replays)
-        # None of the caller's modes sees any of this, or changes it.
+        # Modes of the caller must not affect the passes.
         with context.in_force():
             gm = _run_own(gm, before)
             rewrites = run_passes(gm, context, self.settings.disable_passes)
@@ -61,18 +61,19 @@ class RewritingBackend:
         try:
             self._tell(gm, rewrites, example_inputs, context.training)
         except SlopeError as error:
-            return _raiser(error)  # from here it would reach the user wrapped in Dynamo's own
+            return _raiser(error)  # an error that is raised here would be wrapped by Dynamo
         return self._compile(compiled, example_inputs)
 
     def _tell(
         self, gm: GraphModule, rewrites: Rewrites, example_inputs: Sequence[Any], training: bool
     ) -> None:
-        """Say what became of the sparse weights of a graph, and note their engines on them.
+        """Report problems of the sparse weights of a graph, and note their engines.
 
         Raises:
             UnsupportedError: the graph writes to a weight.
-            ExpandedWeightError: a weight is expanded, and that is to be an error.
-            StateError: the graph runs in a DistributedDataParallel made before ``compile``.
+            ExpandedWeightError: a frozen weight is expanded and ``on_fallback`` is "error".
+            StateError: the graph runs in a DistributedDataParallel that was made before
+                ``compile``.
         """
         owners = _Owners(gm, example_inputs)
         for write in rewrites.writes:
@@ -93,7 +94,7 @@ class RewritingBackend:
             warnings.warn(line, EngineWarning, stacklevel=3)
 
     def _note_choices(self, rewrites: Rewrites, owners: "_Owners") -> "Sizes":
-        """Note the engines of a graph's products on its weights, and return them by weight."""
+        """Note the engines of a graph's products on its weights. Returns them by weight size."""
         found: Sizes = {}
         for call in rewrites.calls:
             request = call.request
@@ -109,15 +110,15 @@ class RewritingBackend:
         return found
 
     def _why(self, leftover: Leftover) -> str:
-        """Why a weight is left expanded."""
+        """The reason why a weight is expanded."""
         if leftover.used_by == ("output",):
             return (
-                "Dynamo compiled the reading of its weight by itself, as it does below a graph "
-                "break in one of torch's own containers (nn.Sequential, nn.LSTM)"
+                "Dynamo compiled the reading of its weight as a separate graph, as after a graph "
+                "break in one of torch's containers (nn.Sequential, nn.LSTM)"
             )
         disabled = self.settings.disable_passes
         reason = f"its weight is used by {', '.join(leftover.used_by)}, which no pass rewrites"
-        return reason + (f" (disabled are {', '.join(disabled)})" if disabled else "")
+        return reason + (f" (disabled passes: {', '.join(disabled)})" if disabled else "")
 
     def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         tag = f"{torch.compiler.config.cache_key_tag} slope_fx {_cache_tag()}"
@@ -145,24 +146,28 @@ class RewritingBackend:
 
 @functools.cache
 def _cache_tag() -> str:
-    """What torch.compile's caches on disk must tell apart besides the graph.
+    """A hash of the sources of the ops, for the keys of torch.compile's disk caches.
 
-    The graph names our ops, not what their gradients and fake tensors are, which is in their
-    sources: another version's would be taken for this one's.
+    A graph has only the names of the ops. Without the hash, code from another version of their
+    gradients and fake implementations would be loaded.
     """
     sources = sorted(Path(ops.__file__).parent.glob("*.py"))
     return digest(__version__, *(path.read_text() for path in sources))
 
 
 def _run_own(gm: GraphModule, passes: Sequence[UserPass]) -> GraphModule:
-    """Run the user's passes; one may change the graph in place, or return another."""
+    """Run passes of the user. Each changes the graph in place or returns another graph.
+
+    Raises:
+        ArgumentError: a pass returns another type.
+    """
     for own in passes:
         name = getattr(own, "__name__", repr(own))
         result = own(gm)
         if result is not None and not isinstance(result, GraphModule):
             raise ArgumentError(
-                f"passes: {name} returned a {type(result).__name__}; a pass changes the "
-                "GraphModule it is given and returns None, or returns another GraphModule."
+                f"passes: {name} returned a {type(result).__name__}; a pass changes its "
+                "GraphModule in place and returns None, or returns another GraphModule."
             )
         gm = gm if result is None else result
         gm.graph.lint()
@@ -175,11 +180,11 @@ Sizes = dict[tuple[int, int, int, int], Choices]
 
 
 def nothing_gains(weights: Sizes, training: bool) -> str:
-    """The line for a model whose sparse linears gain no speed, as far as was measured, or "".
+    """The message for a model whose sparse linears are not faster than dense ones, or "".
 
     Args:
-        weights: the engines chosen for its sparse linears.
-        training: whether all three products count, or the forward product alone.
+        weights: the engines of its sparse linears.
+        training: whether all three products count, or only the forward product.
     """
     gains = [selection.gain(chosen.items(), training) for chosen in weights.values()]
     measured = [gain for gain in gains if gain is not None]
@@ -187,8 +192,8 @@ def nothing_gains(weights: Sizes, training: bool) -> str:
         return ""
     best, tokens = max(measured)
     return (
-        f"No sparse linear is faster here than its dense one was (at best {best:.2f}x, for "
-        f"{tokens} tokens): all are too small to gain speed. What is saved is memory."
+        f"No sparse linear is faster here than the dense linear (at best {best:.2f}x, for "
+        f"{tokens} tokens): all are too small to gain speed. The model still saves memory."
     )
 
 
@@ -201,21 +206,22 @@ def rewriting_backend(
     passes: Sequence[Any] = (),
     disable_passes: Sequence[str] = (),
 ) -> RewritingBackend:
-    """The backend that rewrites for slope_fx ahead of ``inner``.
+    """Returns the backend that runs the passes of slope_fx and then the backend ``inner``.
 
-    For compiling parts of a model by hand, as in
-    ``block.compile(backend=slope_fx.rewriting_backend("inductor"))``. ``compile`` does
-    this for you.
+    Use it to compile parts of a model yourself, as in
+    ``block.compile(backend=slope_fx.rewriting_backend("inductor"))``. ``compile`` uses it
+    automatically.
 
     Args:
         inner: a torch.compile backend, by name or as a function.
-        engine: what may compute the sparse products, as for ``compile``.
-        mode, options: as of torch.compile, for ``inner``.
-        passes: your own passes, functions of a GraphModule, after ours or around ``...``.
-        disable_passes: names of ours to leave out.
+        engine: the allowed engines, as for ``compile``.
+        mode, options: as for torch.compile, passed to ``inner``.
+        passes: your passes, functions of a GraphModule. They run after the passes of slope_fx, or
+            before and after ``...``.
+        disable_passes: names of passes of slope_fx to skip.
 
     Raises:
-        ArgumentError: there is no backend, engine, mode, option or pass of that name.
+        ArgumentError: a backend, engine, mode, option or pass does not exist.
     """
     return backend_of(
         Settings.of(
@@ -226,7 +232,7 @@ def rewriting_backend(
 
 
 def backend_of(settings: Settings) -> RewritingBackend:
-    """The backend of such settings: one object for all that a graph is compiled alike by."""
+    """The backend for settings. Settings with equal compilation of graphs share one object."""
     alike = replace(settings, dynamic=None, fullgraph=False, region="auto", on_fallback="warn")
     return _backend_of(alike)
 
@@ -237,7 +243,7 @@ def _backend_of(settings: Settings) -> RewritingBackend:
 
 
 class _Owners:
-    """From the nodes of a graph to the layers that they belong to."""
+    """Finds the layers of the nodes in a graph."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         self._gm = gm
@@ -245,7 +251,7 @@ class _Owners:
         self._inputs = dict(zip(placeholders, example_inputs, strict=False))
 
     def of(self, gm: GraphModule, mask: Node) -> list[SparseWeight]:
-        """The layers with the forward mask that a node of ``gm`` is, in a nested graph or not."""
+        """The layers whose forward mask is the node ``mask`` of ``gm``, or of a nested graph."""
         value = self._inputs.get(_outer_placeholder(self._gm, gm, mask))
         return [] if value is None else find_alive(lambda weight: weight.forward_bits is value)
 
@@ -262,7 +268,11 @@ def _write_error(weights: Iterable[SparseWeight], write: Leftover) -> Unsupporte
 
 
 def _check_wrapper(weight: SparseWeight) -> None:
-    """See that the DistributedDataParallel that runs, if one does, knows the layer's values."""
+    """Check that a running DistributedDataParallel has the values of the layer.
+
+    Raises:
+        StateError: it does not have them.
+    """
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is None or any(p is weight.values for p in wrapper._module_parameters):
         return
@@ -273,7 +283,7 @@ def _check_wrapper(weight: SparseWeight) -> None:
 
 
 def _outer_placeholder(outer: GraphModule, gm: GraphModule, node: Node) -> Node:
-    """The placeholder of the outermost graph that a nested graph's placeholder stands for."""
+    """The placeholder of the outer graph for a placeholder of a nested graph."""
     if gm is outer or node.op != "placeholder":
         return node
     for parent in (m for m in outer.modules() if isinstance(m, GraphModule)):

@@ -1,4 +1,4 @@
-"""How a compiled model is run: the backend, the engines, the regions, the passes."""
+"""``Settings``: backend, engines, regions and passes of a compiled model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -39,29 +39,29 @@ class RunOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run. Equal settings have one backend.
+    """The settings of a compiled model. Equal settings share one backend object.
 
     Attributes:
-        backend: what compiles the rewritten graphs: any torch.compile backend, by name or as a
-            function. None leaves compiling to you (see :func:`~slope_fx.rewriting_backend`).
-        mode, options, dynamic, fullgraph: as of ``torch.compile``; options as sorted pairs.
-        region: "model" compiles one graph; "blocks" compiles the repeated blocks one by one, in
-            little more than a third of the time, and what is outside of them and has no sparse
-            linear stays eager. "auto" takes the blocks if the model has any that repeat. A model
-            of transformers is then called with ``use_cache=False`` while it trains, unless you
-            say otherwise, and is compiled as a whole where a cache of keys and values is used.
-        engine: what computes the sparse products. "auto" measures the engines on each kind of
-            product and takes the fastest. A name ("cpu", "cpu-dense", "dense", "reference") fixes
-            it, so that a run doesn't depend on timings; several names, with commas, limit the
-            choice. Overrides the environment's ``SLOPE_FX_ENGINES``.
-        passes: your own passes over each graph, functions of a ``torch.fx.GraphModule`` that
-            change it in place, or return another. They run after the passes of slope_fx. To run
-            some before, write ``...`` where those are: ``[mine_before, ..., mine_after]``.
-        disable_passes: names of passes of slope_fx to leave out, to find which is at fault (see
-            also :func:`slope_fx.debug.first_difference`).
-        on_fallback: what to do when a sparse layer trains with its dense weight rebuilt because
-            no pass saw its linear: "warn" once a layer, "error", "ignore". It shows when a
-            gradient arrives there.
+        backend: the torch.compile backend for the rewritten graphs, by name or as a function. With
+            None, slope_fx does not compile (see :func:`~slope_fx.rewriting_backend`).
+        mode, options, dynamic, fullgraph: as for ``torch.compile``. The options are sorted pairs.
+        region: "model" compiles one graph. "blocks" compiles the repeated blocks one by one, in
+            little more than a third of the time. Code outside the blocks without sparse linears
+            runs in eager mode. "auto" uses the blocks if the model has repeated blocks. A
+            transformers model then trains with ``use_cache=False`` by default, and is compiled as
+            one graph for calls with a cache of keys and values.
+        engine: the allowed engines. "auto" measures all engines on each kind of product and uses
+            the fastest. One name ("cpu", "cpu-dense", "dense", "reference") fixes the engine, so
+            that a run does not depend on timings. Several names, separated by commas, limit the
+            choice. Overrides the environment variable ``SLOPE_FX_ENGINES``.
+        passes: your passes on each graph. A pass is a function of a ``torch.fx.GraphModule`` that
+            changes it in place or returns another. Your passes run after those of slope_fx. ``...``
+            stands for the passes of slope_fx: ``[mine_before, ..., mine_after]``.
+        disable_passes: names of passes of slope_fx to skip, to find a faulty pass (see also
+            :func:`slope_fx.debug.first_difference`).
+        on_fallback: the action if a sparse layer trains with its dense weight rebuilt because no
+            pass matched its linear: "warn" once per layer, "error" or "ignore". It is detected
+            when a gradient arrives.
     """
 
     backend: str | BackendFunction | None = "inductor"
@@ -77,11 +77,11 @@ class Settings:
 
     @classmethod
     def of(cls, **given: Unpack[RunOptions]) -> "Settings":
-        """The settings that a caller gave, checked.
+        """Returns the settings from keyword arguments.
 
         Raises:
-            ArgumentError: there is no backend, engine, mode, option or pass of that name, or a
-                value isn't allowed.
+            ArgumentError: a backend, engine, mode, option or pass does not exist, or a value is not
+                allowed.
         """
         backend, mode = given.get("backend", "inductor"), given.get("mode")
         options = given.get("options")
@@ -107,7 +107,7 @@ class Settings:
         return settings
 
     def without_effect(self) -> list[str]:
-        """The names of what was set, and has no effect with ``backend=None``."""
+        """The settings that were changed and have no effect with ``backend=None``."""
         idle = {"backend", "region", "on_fallback"}
         return [
             f"{f.name}={getattr(self, f.name)!r}"
@@ -117,18 +117,18 @@ class Settings:
 
     @property
     def replays(self) -> bool:
-        """Whether CUDA graphs are asked for."""
+        """Whether the settings enable CUDA graphs."""
         return bool(self.inductor_options().get("triton.cudagraphs"))
 
     def inductor_options(self) -> dict[str, Any]:
-        """What ``mode`` and ``options`` set of Inductor's configuration."""
+        """The options of Inductor that ``mode`` and ``options`` set."""
         if self.backend != "inductor":
             return {}
         mode = {} if self.mode in (None, "default") else list_mode_options(self.mode)
         return {**mode, **{name.replace("-", "_"): value for name, value in self.options}}
 
     def own_passes(self) -> tuple[tuple[UserPass, ...], tuple[UserPass, ...]]:
-        """The user's passes ahead of ours, and after."""
+        """The user's passes before and after the passes of slope_fx."""
         at = self.passes.index(...) if ... in self.passes else -1
         return self.passes[: max(at, 0)], self.passes[at + 1 :]
 
@@ -149,8 +149,8 @@ def _check_mode(
     for name in options or {}:
         if name.replace("-", "_") not in known:
             raise ArgumentError(
-                f"options[{name!r}] is not an option of Inductor's; torch._inductor.list_options() "
-                "has them."
+                f"options[{name!r}] is not an option of Inductor; torch._inductor.list_options() "
+                "lists them."
             )
 
 
@@ -158,13 +158,13 @@ def _checked_passes(passes: Sequence[Any]) -> tuple[Any, ...]:
     if isinstance(passes, (str, bytes)) or not isinstance(passes, Sequence):
         raise ArgumentError(
             f"passes is a {type(passes).__name__}; it must be a list of functions of a "
-            "GraphModule, with ... in the place of slope_fx's own."
+            "GraphModule, in which `...` stands for the passes of slope_fx."
         )
     for own in passes:
         if own is not ... and not callable(own):
             raise ArgumentError(f"passes has {own!r}, which is neither a function nor `...`.")
     if list(passes).count(...) > 1:
-        raise ArgumentError("passes has `...` more than once; it stands for slope_fx's own.")
+        raise ArgumentError("passes has `...` more than once; it stands for all slope_fx passes.")
     return tuple(passes)
 
 
@@ -177,10 +177,10 @@ def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_engine(engine: object) -> None:
-    """See that ``engine`` names engines that exist, and that a lone one can run here.
+    """Check that the named engines exist, and that a single named engine is available.
 
     Raises:
-        ArgumentError: it doesn't, or it can't.
+        ArgumentError: an engine does not exist or is not available.
     """
     if not isinstance(engine, str) or not engine:
         raise ArgumentError(
@@ -190,15 +190,15 @@ def check_engine(engine: object) -> None:
     named = allowed_engines(engine)
     if len(named) == 1 and engine != AUTO and (reason := ENGINES[named[0]].unavailable()):
         raise ArgumentError(
-            f'engine={engine!r} can\'t be had: {reason}. "auto" takes the best there is.'
+            f'engine={engine!r} is not available: {reason}. "auto" uses the fastest available.'
         )
 
 
 def resolve(inner: str | BackendFunction) -> BackendFunction:
-    """The function of a torch.compile backend.
+    """Returns the function of a torch.compile backend, given by name or as a function.
 
     Raises:
-        ArgumentError: there is no backend of that name.
+        ArgumentError: there is no backend with this name.
     """
     if not isinstance(inner, str):
         if not callable(inner):

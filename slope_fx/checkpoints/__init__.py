@@ -1,8 +1,10 @@
-"""Checkpoints: sparse weights in safetensors, all else in JSON, written whole or not at all.
+"""Checkpoints: tensors in safetensors files, everything else in JSON, written atomically.
 
-``files.py`` writes a folder atomically and checks one, ``manifest.py`` is the JSON that says what
-a checkpoint holds, ``saving.py`` and ``loading.py`` go between it and a model, ``training.py``
-keeps optimizers and the like, ``verify.py`` reads all of a checkpoint and tells what is wrong.
+- ``files.py`` writes a folder atomically and hashes files.
+- ``manifest.py`` reads and writes ``slope_fx.json``, which describes a checkpoint.
+- ``saving.py`` writes a model to a checkpoint, and ``loading.py`` makes a model from one.
+- ``training.py`` stores optimizers, schedules and random states.
+- ``verify.py`` checks all files of a checkpoint.
 """
 
 from slope_fx.checkpoints.loading import load_pretrained

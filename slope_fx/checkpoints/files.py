@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and hashes of what is in them."""
+"""Atomic writes of folders, and hashes of files."""
 
 import ctypes
 import glob
@@ -21,13 +21,13 @@ _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2, RENAME_SWAP of macOS's re
 
 @contextmanager
 def replaced_whole(path: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of ``path`` when the block ends well.
+    """Yields a temporary folder that replaces ``path`` if the block raises no error.
 
-    Until then ``path`` is as it was: whoever looks, or starts after a crash, finds the old folder
-    or the new one, whole. What is left of a write that was killed goes with the next one.
+    The replacement is atomic: after a crash, ``path`` is the complete old folder or the complete
+    new folder. The next write removes the temporary folder of a killed write.
 
     Raises:
-        CheckpointError: the folder can't be written.
+        CheckpointError: the folder cannot be written.
     """
     path = Path(os.path.abspath(path))
     try:
@@ -47,7 +47,8 @@ def replaced_whole(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"path={str(path)!r} can't be written: {error}.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # the old one, if the two were exchanged
+        # After an exchange, this is the old folder.
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -60,12 +61,15 @@ def sha256(path: Path) -> str:
 
 
 def _writer() -> str:
-    """Names this process, so that others can tell whether it still writes."""
+    """The name of this process. Other processes use it to check whether the write still runs."""
     return f"{socket.gethostname().replace('-', '_')}-{os.getpid()}"
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove what processes of this machine left that run no more; others may still write."""
+    """Remove temporary folders of ended processes of this machine.
+
+    Other machines may share the file system, and their writes may still run.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*-*-*"):
         host, pid, _ = left.name.rsplit(".partial-", 1)[1].split("-")
         here = _writer().split("-")[0]
@@ -74,18 +78,18 @@ def _clear_leftovers(path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this machine lives."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # it is somebody else's
+        pass  # the process belongs to another user
     return True
 
 
 def _flush(path: Path) -> None:
-    """Make the system write a file, or a folder's list of names, to the disk."""
+    """Flush a file or a folder entry to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,7 +98,7 @@ def _flush(path: Path) -> None:
 
 
 def _put(partial: Path, path: Path) -> None:
-    """Give ``partial`` the name ``path``."""
+    """Rename ``partial`` to ``path``, and replace the folder that exists there."""
     if not path.exists():
         try:
             os.rename(partial, path)
@@ -102,10 +106,10 @@ def _put(partial: Path, path: Path) -> None:
         except OSError:
             if not path.exists():
                 raise
-    # It is there, perhaps since a moment ago: another process writes to it too.
+    # The folder exists. Another process may have created it since the check above.
     if not _exchange(partial, path):
-        # A system that can't swap two folders: for a moment there is only the old one's other
-        # name, which the loader's error names.
+        # The system cannot exchange two folders. Between the two renames, only the backup name of
+        # the old folder exists. The loader's error gives that name.
         old = previous_of(path)
         shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
@@ -114,12 +118,12 @@ def _put(partial: Path, path: Path) -> None:
 
 
 def previous_of(path: Path) -> Path:
-    """Where the folder ``path`` is while a new one takes its place, if they can't be swapped."""
+    """The backup name of ``path`` during a replacement on systems without an exchange."""
     return path.with_name(f".{path.name}.previous")
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step; False if this system can't."""
+    """Exchange two folders atomically. Returns False if the system cannot do this."""
     library = ctypes.CDLL(None, use_errno=True)
     first, second = os.fsencode(one), os.fsencode(other)
     here = -100  # AT_FDCWD

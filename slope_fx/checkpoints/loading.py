@@ -1,4 +1,4 @@
-"""From a checkpoint to a model."""
+"""Load a compiled model from a checkpoint."""
 
 import importlib
 import os
@@ -44,29 +44,31 @@ def load_pretrained(
     verify: bool = True,
     **run: Unpack[RunOptions],
 ) -> nn.Module:
-    """The compiled model that :func:`slope_fx.save_pretrained` wrote: to train on, or to use.
+    """Returns the compiled model that :func:`slope_fx.save_pretrained` wrote.
 
-    A model of transformers is made from the checkpoint's ``config.json`` and comes evaluated, as
-    from ``from_pretrained``: call ``.train()`` to train it. Adapters take part if they did when
-    it was saved.
+    A transformers model is built from the checkpoint's ``config.json``. It is in evaluation mode,
+    as after ``from_pretrained``: call ``.train()`` to train it. Adapters are active if they were
+    active when the model was saved.
 
     Args:
-        path: the checkpoint's folder.
-        model: for a model that isn't from transformers: a new dense one, as it was before
-            ``compile``; its weights are replaced. Its mode stays.
-        device: where to put it.
-        dtype: of its floating-point tensors, "bfloat16" or ``torch.bfloat16``; None as they
-            were saved.
-        verify: check the files' hashes before anything is read.
-        run: how it is run, by the fields of :class:`~slope_fx.backend.Settings`, as for
-            :func:`slope_fx.compile`; ``region`` is as it was saved unless it is given.
+        path: folder of the checkpoint.
+        model: a new dense model, as before ``compile``. Required if the saved model is not a
+            transformers model. Its weights are replaced and its mode is kept.
+        device: device of the model.
+        dtype: dtype of the floating-point tensors, such as "bfloat16" or ``torch.bfloat16``.
+            None keeps the stored dtypes.
+        verify: whether to check the hashes of the files before the tensors are read.
+        run: fields of :class:`~slope_fx.backend.Settings`, as for :func:`slope_fx.compile`. The
+            default of ``region`` is the stored region.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: anything is missing, left over, truncated, changed, of another pattern
-            or size, or from a newer format version; ``model``, if it was given, is then as it was.
+        ArgumentError: an argument has a value that is not allowed.
+        CheckpointError: a file or a tensor is missing, unexpected, truncated or changed, has
+            another pattern, shape or dtype, or has a newer format version. A given ``model`` is
+            then unchanged.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -113,7 +115,7 @@ def _settings(run: RunOptions) -> Settings:
 
 
 class _Reader:
-    """The checkpoint's tensors, by name."""
+    """Reads the tensors of a checkpoint by name."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
@@ -131,10 +133,15 @@ class _Reader:
         self._stack.close()
 
     def read(self, name: str, shape: tuple[int, ...], kind: torch.dtype | None = None) -> Tensor:
-        """The tensor ``name``, on the device and in the dtype that were asked for.
+        """The tensor ``name``, on the device and in the dtype of the reader.
+
+        Args:
+            name: name of the tensor, or an alias of it.
+            shape: the expected shape.
+            kind: the expected stored dtype. None: any dtype.
 
         Raises:
-            CheckpointError: there is none, or it has another shape or dtype.
+            CheckpointError: the tensor is missing, or has another shape or dtype.
         """
         name = self.manifest.aliases.get(name, name)
         file = self.manifest.tensors.get(name)
@@ -153,12 +160,16 @@ class _Reader:
         self.unread.discard(name)
         if tensor.is_floating_point():
             tensor = tensor.to(self.dtype or tensor.dtype)
-        # A copy: what safetensors gives may be a view of the file.
+        # A copy, because the tensor of safetensors may be a view of the file.
         return tensor.to(self.device, copy=True)
 
 
 def check_names(folder: Path, manifest: Manifest) -> None:
-    """See that the files hold just the tensors that the manifest lists."""
+    """Check that the files contain exactly the tensors that the manifest lists.
+
+    Raises:
+        CheckpointError: a tensor is missing or not listed.
+    """
     for file in sorted(set(manifest.tensors.values())):
         listed = {name for name, where in manifest.tensors.items() if where == file}
         found = tensor_names(folder / file)
@@ -169,10 +180,10 @@ def check_names(folder: Path, manifest: Manifest) -> None:
 
 
 def read_layers(folder: Path, manifest: Manifest) -> None:
-    """Read each sparse layer, and throw it away.
+    """Read and check the tensors of each sparse layer.
 
     Raises:
-        CheckpointError: a tensor has another shape or dtype, a mask another pattern.
+        CheckpointError: a tensor has another shape or dtype, or a mask has another pattern.
     """
     with _Reader(folder, manifest, torch.device("cpu"), None) as reader:
         for plan in sparse_plans(manifest.plans):
@@ -180,7 +191,7 @@ def read_layers(folder: Path, manifest: Manifest) -> None:
 
 
 def _from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
-    """The model of transformers that ``config.json`` describes, its weights unset."""
+    """The transformers model of ``config.json``, with uninitialized weights."""
     if not manifest.transformers:
         raise CheckpointError(
             f"{folder} holds a {manifest.model_class}, which is not a model of transformers: pass "
@@ -203,7 +214,7 @@ def _from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
         raise CheckpointError(
             f"{folder / 'config.json'} can't be read: {first_line(error)}"
         ) from None
-    # Unset memory isn't touched until it is replaced, so the dense weights take none.
+    # The system maps no memory for the dense weights, because they are replaced before a write.
     with torch.random.fork_rng(devices=[]), initialization.no_init_weights():
         model: nn.Module = kind(config)
     model.tie_weights()  # type: ignore[operator]
@@ -225,7 +236,7 @@ def _install(
     on_fallback: OnFallback,
     undo: ExitStack,
 ) -> None:
-    """Put the compressed weights into the model."""
+    """Install the compressed weights in the model."""
     plans = sparse_plans(manifest.plans)
     parameters = dict(model.named_parameters())
     for plan in plans:
@@ -268,7 +279,7 @@ def _read_parts(plan: SparsePlan, manifest: Manifest, reader: _Reader) -> Parts:
 def _move_buffers(
     model: nn.Module, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Put the buffers that aren't stored where the rest is, and cast them as they were."""
+    """Move the buffers that are not stored to the device, and restore their dtypes."""
     for name, buffer in unstored_buffers(model).items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
@@ -279,13 +290,13 @@ def _move_buffers(
 
 
 def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> None:
-    """Give every other parameter and buffer its stored value; see that nothing is left over."""
+    """Load all other parameters and buffers, and check that every stored tensor was read."""
     named, aliases = named_tensors(model)
     _check_sharing(reader.folder, named, aliases, manifest)
     for name, tensor in named.items():
         stored = manifest.aliases.get(name, name)
         if stored in manifest.tensors and stored not in reader.unread:
-            continue  # installed already
+            continue  # already installed
         value = reader.read(name, tuple(tensor.shape))
         if value.is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
@@ -304,7 +315,7 @@ def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> None:
 def _check_sharing(
     folder: Path, named: Mapping[str, Tensor], aliases: Mapping[str, str], manifest: Manifest
 ) -> None:
-    """See that the model shares the parameters that the saved one shared."""
+    """Check that the model shares the same parameters as the saved model."""
 
     def groups(names: Mapping[str, Any], others: Mapping[str, str]) -> set[frozenset[str]]:
         found: dict[str, set[str]] = {name: {name} for name in names}
@@ -323,7 +334,7 @@ def _check_sharing(
 
 
 def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
-    """Put ``value`` in each place where ``old`` is."""
+    """Replace ``old`` by ``value`` in all modules."""
     new: Tensor = value
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)

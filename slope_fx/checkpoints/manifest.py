@@ -1,4 +1,4 @@
-"""``slope_fx.json``: what a checkpoint holds, and how the model is put together again."""
+"""The manifest ``slope_fx.json``, which describes a checkpoint and its model."""
 
 import dataclasses
 import hashlib
@@ -22,17 +22,17 @@ from slope_fx.planning.regions import Region
 
 MANIFEST = "slope_fx.json"
 FORMAT_VERSION = 2
-"""2 has the configuration; of version 1 it is put together from what is known."""
+"""Version 2 stores the configuration. For version 1 it is derived from the listed linears."""
 
 
 @dataclass(frozen=True)
 class SparseEntry:
-    """What the tensors of a sparse layer don't say of it.
+    """The data of a sparse layer that its tensors do not contain.
 
     Attributes:
-        rank: of its adapter, or None.
-        scale: what the adapter's product is multiplied by.
-        adapter_active: whether the adapter takes part.
+        rank: rank of the adapter, or None without an adapter.
+        scale: factor of the adapter's product.
+        adapter_active: whether the adapter is active.
     """
 
     rank: int | None
@@ -42,20 +42,20 @@ class SparseEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that is in ``slope_fx.json``.
+    """The content of ``slope_fx.json``.
 
     Attributes:
-        version: of slope_fx, that wrote it.
-        model_class: the name of the model's class; for people, and for transformers.
-        transformers: whether transformers makes the model from ``config.json``.
-        config, plans, untraced_because, graphs: as of :class:`slope_fx.record.Record`.
-        sparse: the sparse linears, by the name of the layer.
-        region: as of :class:`slope_fx.backend.Settings`.
-        tensors: name to file.
-        aliases: other names of those tensors, where parameters are shared.
-        files: name to size in bytes and SHA-256, of every file but this one.
-        frozen: parameters that don't train, masks aside.
-        buffers: dtypes of the buffers that aren't stored, which a cast of the model changes.
+        version: version of slope_fx that wrote the checkpoint.
+        model_class: class name of the model.
+        transformers: whether transformers builds the model from ``config.json``.
+        config, plans, untraced_because, graphs: as in :class:`slope_fx.record.Record`.
+        sparse: layer name -> entry of each sparse linear.
+        region: as in :class:`slope_fx.backend.Settings`.
+        tensors: tensor name -> file name.
+        aliases: other name of a shared tensor -> its name in ``tensors``.
+        files: file name -> (size in bytes, SHA-256), for all files except the manifest.
+        frozen: names of the parameters that do not train, without masks.
+        buffers: dtypes of the buffers that are not stored. A cast of the model changes them.
     """
 
     version: str
@@ -74,7 +74,7 @@ class Manifest:
     graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Write it into ``folder``, in one step."""
+        """Write the manifest into ``folder`` atomically."""
         data = {
             "format": "slope_fx",
             "format_version": FORMAT_VERSION,
@@ -98,10 +98,10 @@ class Manifest:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the checkpoint in the folder ``path``.
+    """Returns the manifest of the checkpoint in the folder ``path``.
 
     Raises:
-        CheckpointError: there is none, it isn't whole, or it is of a newer format version.
+        CheckpointError: the manifest is missing or damaged, or has a newer format version.
     """
     folder = Path(path)
     file = folder / MANIFEST
@@ -111,7 +111,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         data = json.loads(file.read_text())
         found = data["format"], data["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is no manifest of slope_fx: {error!r:.200}.") from None
+        raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
     if found[0] != "slope_fx" or type(found[1]) is not int or found[1] < 1:
         raise CheckpointError(f"{file} has format {found[0]!r}, version {found[1]!r}; not ours.")
     if found[1] > FORMAT_VERSION:
@@ -151,13 +151,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def digest_of(data: Mapping[str, Any]) -> str:
-    """The SHA-256 of what a manifest says, but for the digest itself."""
+    """The SHA-256 of a manifest without its own ``sha256`` entry."""
     said = {name: value for name, value in data.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _problem(manifest: Manifest) -> str:
-    """What a manifest says that can't be, or ""."""
+    """The reason why a manifest is invalid, or ""."""
     for name in manifest.files:
         if Path(name).name != name or name.startswith("."):
             return f"{name!r} is no plain file name"
@@ -203,20 +203,25 @@ def _why_none(folder: Path) -> str:
             "It holds a model of transformers: if that is dense, load it with from_pretrained and "
             "call slope_fx.compile; if it was saved by the Trainer, add slope_fx's callback there."
         )
-    return f"path={str(folder)!r} has no {MANIFEST}, so it is no checkpoint of slope_fx. {hint}"
+    return f"path={str(folder)!r} has no {MANIFEST}, so it is not a checkpoint of slope_fx. {hint}"
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, tuple[int, str]]:
-    """Size and hash of the named files."""
+    """The size in bytes and the SHA-256 of each named file."""
     return {n: ((folder / n).stat().st_size, sha256(folder / n)) for n in sorted(names)}
 
 
 def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
-    """See that each file of the manifest is there and as it was written.
+    """Check that each file of the manifest exists and is unchanged.
+
+    Args:
+        folder: folder of the checkpoint.
+        manifest: its manifest.
+        hashes: whether to check the hashes in addition to the sizes.
 
     Raises:
-        CheckpointError: one is missing, of another size, or, with ``hashes``, of another content;
-            or there are weights that the manifest doesn't know.
+        CheckpointError: a file is missing or changed, or the folder has a safetensors file that
+            the manifest does not list.
     """
     for name, (size, digest) in manifest.files.items():
         file = folder / name
@@ -243,7 +248,7 @@ def tensor_names(file: Path) -> set[str]:
     """The names of the tensors in a safetensors file.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is damaged.
     """
     try:
         with safe_open(str(file), "pt") as opened:
@@ -281,7 +286,7 @@ def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | N
 
 
 def _config_of(data: dict[str, Any]) -> SlopeConfig:
-    """The configuration; of format version 1 what its linears tell."""
+    """The configuration. For format version 1 it is derived from the listed linears."""
     if data["format_version"] > 1:
         return SlopeConfig.from_dict(data["config"])
     ranks = [linear["rank"] for linear in data["linears"] if linear.get("rank")]

@@ -1,4 +1,4 @@
-"""From a model to a checkpoint."""
+"""Save a compiled model to a checkpoint."""
 
 import contextlib
 import os
@@ -28,8 +28,8 @@ from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.weight import whole
 from slope_fx.version import __version__
 
-# Not transformers' own name for such files: its from_pretrained would take them, find most of the
-# weights missing, and make new ones at random.
+# Not the file name of transformers: its from_pretrained would read the files, find most of the
+# weights missing, and initialize them at random.
 _SHARDS = "slope_fx{suffix}.safetensors"
 
 
@@ -41,30 +41,31 @@ def save_pretrained(
     training: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a compiled model into the folder ``path``, in place of what was there.
+    """Write a compiled model to the folder ``path``, and replace an earlier checkpoint there.
 
-    The folder is written under another name, flushed to the disk, and put in its place in one
-    step: killed at any moment, the last good checkpoint remains. It holds the tensors as they are
-    trained (compressed values, bit-packed masks, adapters, all else) in safetensors, and JSON.
-    Under ``torch.distributed`` every rank calls this; rank 0 writes.
+    The write is atomic: the folder is written under a temporary name, flushed to the disk, and
+    renamed. An interrupted write leaves the earlier checkpoint intact. The checkpoint contains
+    the trained tensors (values, packed masks, adapters, all other parameters and buffers) in
+    safetensors files, and JSON. Under ``torch.distributed`` all ranks must call this function;
+    rank 0 writes.
 
     Args:
-        model: what ``compile`` or ``load_pretrained`` returned.
-        path: a folder; one that exists must be empty or an earlier checkpoint.
-        tokenizer: anything with ``save_pretrained``, to be put beside the weights.
-        training: what a run needs to go on, by name: objects with a ``state_dict`` (optimizer,
+        model: the object that ``compile`` or ``load_pretrained`` returned.
+        path: a folder. An existing folder must be empty or an earlier checkpoint.
+        tokenizer: an object with a ``save_pretrained`` method, saved into the same folder.
+        training: the state of the run, by name: objects with a ``state_dict`` (optimizer,
             learning-rate scheduler, ``Schedule``, GradScaler), or plain data of numbers, strings,
-            tensors, lists and mappings. The random states of torch, Python and NumPy go with it.
-            See :func:`slope_fx.load_training`.
-        max_shard_size: of one file of tensors: bytes, or "5GB".
+            tensors, lists and mappings. The random states of torch, Python and NumPy are saved
+            with it. See :func:`slope_fx.load_training`.
+        max_shard_size: maximum size of a file of tensors, in bytes or as "5GB".
 
     Returns:
         The folder.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
-        CheckpointError: ``path`` holds something else, can't be written, or something can't be
-            stored without pickle.
+        CheckpointError: ``path`` contains other files or cannot be written, or an object cannot
+            be stored without pickle.
     """
     record_of(model)
     path = Path(path)
@@ -84,24 +85,24 @@ def save_pretrained(
         if collected is not None:
             write_training(folder, *collected)
         write_manifest(folder, model, tensors, aliases)
-        for made in folder.glob("*.safetensors"):  # which that library makes for the owner alone
+        for made in folder.glob("*.safetensors"):  # safetensors gives rights to the owner only
             shutil.copymode(folder / MANIFEST, made)
     return path
 
 
 def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Make a folder that another tool saved ``model`` to a checkpoint of slope_fx.
+    """Add a manifest to a folder to which another tool saved ``model``.
 
-    It must hold all of the model's tensors in safetensors, under their names, as the Trainer's
-    ``checkpoint-N`` does; what is added is the manifest.
+    The folder then is a checkpoint of slope_fx. It must contain all tensors of the model in
+    safetensors files, under their names in the model, as the Trainer's ``checkpoint-N`` does.
 
     Args:
-        model: what ``compile`` returned.
+        model: the object that ``compile`` returned.
         path: the folder.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
-        CheckpointError: the folder lacks some of the model's tensors, or has others.
+        CheckpointError: the folder lacks a tensor of the model, or has another tensor.
     """
     folder = Path(path)
     named, aliases = named_tensors(model)
@@ -122,10 +123,13 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The parameters and persistent buffers of ``model`` by name, each once, and other names.
+    """The parameters and persistent buffers of ``model`` by name, and the aliases of shared ones.
+
+    Returns:
+        Name -> tensor, with each tensor once; and other name -> name of the same tensor.
 
     Raises:
-        CheckpointError: its state dict has something that isn't a tensor.
+        CheckpointError: the state dict contains an object that is not a tensor.
     """
     named: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -147,7 +151,7 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_manifest(
     folder: Path, model: nn.Module, tensors: Mapping[str, str], aliases: Mapping[str, str]
 ) -> None:
-    """Describe the files in ``folder`` and the model they hold."""
+    """Write the manifest of ``model`` and of the files in ``folder``."""
     record = record_of(model)
     entries = {
         name: SparseEntry(weight.rank, weight.scale, weight.adapter_active)
@@ -180,13 +184,13 @@ def write_manifest(
 
 
 def unstored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that aren't in the state dict."""
+    """The buffers that are not in the state dict."""
     stored = model.state_dict(keep_vars=True)
     return {name: buffer for name, buffer in model.named_buffers() if name not in stored}
 
 
 def _configuration_files(folder: Path) -> set[str]:
-    """What is beside the weights and belongs to the model; a trainer's own files are its own."""
+    """The names of the other files of the model, without the files of the Trainer."""
     kinds = (".json", ".jinja", ".model", ".txt")
     return {
         file.name for file in folder.iterdir()
@@ -198,8 +202,8 @@ def _configuration_files(folder: Path) -> set[str]:
 def _split(
     named: Mapping[str, Tensor], max_shard_size: int | str
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The tensors of each file, and the file of each tensor."""
-    # Sizes are all that the split looks at; a model of meta tensors costs nothing.
+    """The tensor names of each file, and the file name of each tensor."""
+    # The split needs only sizes, so meta tensors are enough.
     sizes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named.items()}
     try:
         split = split_torch_state_dict_into_shards(
@@ -212,7 +216,7 @@ def _split(
 
 def _stored(tensor: Tensor) -> Tensor:
     tensor = whole(tensor.detach()).cpu().contiguous()
-    # Two views of one storage are two tensors here, and each is stored as it reads.
+    # safetensors refuses tensors that share a storage, so a view is stored as a copy.
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
@@ -230,18 +234,18 @@ def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None
     if tokenizer is not None:
         if not hasattr(tokenizer, "save_pretrained"):
             raise CheckpointError(
-                f"tokenizer is a {type(tokenizer).__name__}; it must have a save_pretrained."
+                f"tokenizer is a {type(tokenizer).__name__}; it must have a save_pretrained method."
             )
         tokenizer.save_pretrained(folder)
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    """Whether transformers can make the model from its configuration."""
+    """Whether transformers can build the model from its configuration."""
     return _class_of(model).__module__.startswith("transformers.") and hasattr(model, "config")
 
 
 def _class_of(model: nn.Module) -> type[nn.Module]:
-    """The model's own class, whatever compile or FSDP has made of it."""
+    """The original class of the model, before compile or FSDP replaced it."""
     base: type[nn.Module] = getattr(type(model), "_slope_kind").base  # noqa: B009
     return base
 
@@ -263,8 +267,8 @@ def _check_target(path: Path) -> None:
             others -= {MANIFEST, *read_manifest(path).files}
     if others:
         raise CheckpointError(
-            f"path={str(path)!r} is a folder that holds {min(others)}, which isn't a checkpoint's "
-            "of slope_fx and would be deleted. Choose an empty or a new one."
+            f"path={str(path)!r} is a folder that holds {min(others)}, which doesn't belong to a "
+            "checkpoint of slope_fx and would be deleted. Choose an empty or a new folder."
         )
 
 

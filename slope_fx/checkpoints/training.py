@@ -1,8 +1,8 @@
-"""The rest of a training run beside the weights: optimizers, schedules, random states.
+"""Save and load the training state: optimizers, schedules and random states.
 
-State dicts are trees of mappings, lists, numbers and tensors. The tensors go into
-``training.safetensors``, the tree with their names in their places into ``training.json``; so
-nothing is unpickled when it is read.
+State dicts are trees of mappings, lists, numbers and tensors. ``training.safetensors`` stores the
+tensors. ``training.json`` stores the tree, with the names of the tensors in their places. Loading
+therefore unpickles nothing.
 """
 
 import contextlib
@@ -30,20 +30,22 @@ _RANDOM = "random_states"
 
 
 def collect_training(training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``training`` and the random states as a tree for JSON, and the tensors that it names.
+    """``training`` and the random states as a JSON tree, and the tensors that the tree names.
 
-    A collective, where states are sharded.
+    This is a collective operation if states are sharded.
 
     Raises:
-        CheckpointError: something in it can't be stored without pickle.
+        CheckpointError: an object in ``training`` cannot be stored without pickle.
     """
     if not isinstance(training, Mapping) or not all(isinstance(k, str) for k in training):
         raise CheckpointError(
-            "training must map names to what has a state_dict, or to plain data, such as "
+            "training must map names to objects with a state_dict, or to plain data, such as "
             '{"optimizer": optimizer, "schedule": schedule, "step": step}.'
         )
     if _RANDOM in training:
-        raise CheckpointError(f"training has {_RANDOM!r}, which is kept by itself.")
+        raise CheckpointError(
+            f"training has {_RANDOM!r}, a reserved name: random states are always saved."
+        )
     tensors: dict[str, Tensor] = {}
     states = {name: _state_of(part) for name, part in training.items()}
     tree = {name: _encode(state, name, tensors) for name, state in states.items()}
@@ -52,7 +54,7 @@ def collect_training(training: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def write_training(folder: Path, tree: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write what :func:`collect_training` gave into ``folder``."""
+    """Write the result of :func:`collect_training` into ``folder``."""
     (folder / TREE).write_text(json.dumps(tree))
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
@@ -64,23 +66,23 @@ def load_training(
     random_states: bool = True,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Put a run's optimizers, schedules and random states back as ``save_pretrained`` found them.
+    """Restore the optimizers, schedules and random states that ``save_pretrained`` saved.
 
     Args:
-        path: the checkpoint.
-        training: by the names that they were saved under, the objects to load: each has a
-            ``load_state_dict``. Make them as for a new run, over the loaded model.
-        random_states: whether to set those of torch, Python and NumPy too. The run goes on
-            exactly where it was if this is the last thing before the loop.
-        verify: check the files' hashes.
+        path: folder of the checkpoint.
+        training: the objects to load, by the names under which they were saved. Each has a
+            ``load_state_dict`` method. Make them as for a new run, with the loaded model.
+        random_states: whether to set the random states of torch, Python and NumPy. To continue
+            the run exactly, make this call the last one before the training loop.
+        verify: whether to check the hashes of the files.
 
     Returns:
-        All else that was saved, by name: plain data, and state dicts of what isn't in
-        ``training``.
+        The remaining saved state by name: plain data, and the state dicts of objects that are not
+        in ``training``.
 
     Raises:
-        CheckpointError: the checkpoint has no such state, isn't whole, or ``training`` names
-            something that wasn't saved.
+        CheckpointError: the checkpoint has no training state or is damaged, ``training`` names an
+            object that was not saved, or an object refuses its state.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -117,7 +119,7 @@ def load_training(
 
 
 def _load(training: Mapping[str, Any], states: Mapping[str, Any]) -> None:
-    """Load all of the parts; if one refuses, the others are as they were."""
+    """Load the state of all objects. If one object refuses its state, all are restored."""
     before = {name: copy.deepcopy(part.state_dict()) for name, part in training.items()}
     for i, (name, part) in enumerate(training.items()):
         try:
@@ -129,7 +131,7 @@ def _load(training: Mapping[str, Any], states: Mapping[str, Any]) -> None:
             if isinstance(error, SlopeError):
                 raise
             raise CheckpointError(
-                f"training[{name!r}], a {type(part).__name__}, can't take the state that was "
+                f"training[{name!r}], a {type(part).__name__}, can't load the state that was "
                 f"saved: {first_line(error)} Make it as the interrupted run did."
             ) from error
 
@@ -140,17 +142,18 @@ def _state_of(part: Any) -> Any:
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON, its tensors put into ``tensors``, under names that the JSON has."""
+    """``value`` as JSON with the names of its tensors, which are added to ``tensors``."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = _plain_tensor(value, where)
         return {"tensor": name}
     if isinstance(value, enum.Enum):
-        pass  # which would come back as something else
+        pass  # an enum would be loaded as its plain value
     elif value is None or isinstance(value, (bool, str)):
         return value if value is None or isinstance(value, bool) else str(value)
     elif isinstance(value, (int, float)):
-        return int(value) if isinstance(value, int) else float(value)  # NumPy's too
+        # NumPy scalars become Python numbers.
+        return int(value) if isinstance(value, int) else float(value)
     elif hasattr(value, "dtype") and hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return _encode(value.item(), where, tensors)
     elif type(value) in (list, tuple):

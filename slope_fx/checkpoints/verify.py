@@ -1,4 +1,4 @@
-"""Reads all of a checkpoint and tells what is wrong with it."""
+"""Check all files of a checkpoint."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -12,20 +12,20 @@ from slope_fx.planning.plan import sparse_plans
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What :func:`verify` found in a checkpoint that is whole.
+    """The content of a valid checkpoint, as :func:`verify` found it.
 
     Attributes:
-        path: the folder.
-        version: of slope_fx, that wrote it.
-        model_class: of the model.
-        patterns: N:M to how many layers have it.
-        dense: linears that are dense.
-        adapters: layers with an adapter, and whether adapters take part.
-        adapters_active: the same for those that take part.
-        tensors: how many there are.
-        bytes: of all files.
-        files: how many.
-        training: whether it has a run's training state.
+        path: folder of the checkpoint.
+        version: version of slope_fx that wrote the checkpoint.
+        model_class: class name of the model.
+        patterns: N:M pattern -> number of layers with it.
+        dense: number of dense linears.
+        adapters: number of layers with an adapter.
+        adapters_active: number of layers with an active adapter.
+        tensors: number of tensors.
+        bytes: total size of the files in bytes.
+        files: number of files.
+        training: whether the checkpoint has a training state.
     """
 
     path: str
@@ -41,17 +41,17 @@ class CheckpointReport:
     training: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON."""
+        """The report as plain data for JSON."""
         return asdict(self)
 
 
 def verify(path: str | os.PathLike[str]) -> CheckpointReport:
-    """Check every file's hash, every tensor's shape and every mask of a checkpoint.
+    """Check the hashes of all files, the shapes of all tensors and all masks of a checkpoint.
 
-    No model is made, and no code but slope_fx's is needed.
+    The model is not built, so the code of the model is not needed.
 
     Raises:
-        CheckpointError: the first thing that is wrong.
+        CheckpointError: a check fails. The message gives the first problem.
     """
     folder = Path(path)
     manifest = read_manifest(folder)

@@ -1,1 +1,1 @@
-"""What other libraries need: callbacks that step the Schedule in their training loops, and PEFT."""
+"""Integrations: callbacks for the training loops of other libraries, and export to PEFT."""

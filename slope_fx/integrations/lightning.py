@@ -1,4 +1,4 @@
-"""For the Trainer of Lightning."""
+"""The callback for Lightning's Trainer."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from slope_fx.errors import ArgumentError, StateError, UnsupportedError
 from slope_fx.record import compiled_models, sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 
-# The same library has two names, and a Trainer of one wants callbacks of the same.
+# The library has two package names. A Trainer requires callbacks from its own package.
 if TYPE_CHECKING:
     Callback = object
 elif "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -18,21 +18,22 @@ else:
 
 
 class SlopeCallback(Callback):
-    """Drives SLoPe's phases from Lightning: ``Trainer(..., callbacks=[SlopeCallback()])``.
+    """Sets the phases in Lightning: ``Trainer(..., callbacks=[SlopeCallback()])``.
 
-    It makes a :class:`slope_fx.Schedule` for each compiled model in the LightningModule, of the
-    Trainer's own number of optimizer steps, steps it after the optimizer, logs
-    ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the fraction of all linear weights
-    that is zero) where the Trainer has a logger, and is saved and restored with its checkpoints.
+    The callback makes a :class:`slope_fx.Schedule` for each compiled model in the LightningModule,
+    with the Trainer's number of optimizer steps, and steps it after the optimizer. If the Trainer
+    has a logger, the callback logs ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the
+    fraction of zeros in all linear weights). Checkpoints of the Trainer include its state.
 
     Args:
-        adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
+        adapter_start, backward_mask_interval: as for :class:`slope_fx.Schedule`.
 
     Raises:
-        ArgumentError: when training ends and another callback has averaged forward masks.
-        StateError: when training begins and nothing in the module is compiled by slope_fx.
-        ArgumentError: when the number of steps isn't known, or there are several optimizers.
-        ArgumentError: when a run is resumed that had another schedule.
+        ArgumentError: at the start of training, if the number of steps is unknown, or the Trainer
+            has several optimizers.
+        StateError: at the start of training, if the module has no compiled model, or a resumed
+            run had another Schedule or no SlopeCallback.
+        UnsupportedError: at the end of training, if another callback has averaged forward masks.
     """
 
     def __init__(
@@ -45,16 +46,16 @@ class SlopeCallback(Callback):
         self._saved: list[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning keeps in its checkpoint."""
+        """The state for Lightning's checkpoint."""
         return {"schedules": [schedule.state_dict() for schedule in self.schedules]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called before training begins; the Schedules are made then."""
-        # What was saved ahead of training, as lr_find and the batch-size finder do, has none.
+        """Keep the state until training starts, when the Schedules are made."""
+        # A state from before training, as from lr_find and the batch-size finder, has no Schedules.
         self._saved = state_dict["schedules"] or None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the Schedules, at the step that the run is at."""
+        """Make the Schedules at the current step of the run."""
         models = compiled_models(pl_module)
         if not models:
             raise StateError(
@@ -63,13 +64,13 @@ class SlopeCallback(Callback):
             )
         if len(trainer.optimizers) > 1:
             raise ArgumentError(
-                f"there are {len(trainer.optimizers)} optimizers, of which Lightning counts every "
-                "step. Step a slope_fx.Schedule yourself, after the optimizer of the model."
+                f"there are {len(trainer.optimizers)} optimizers, and Lightning counts the steps "
+                "of all. Step a slope_fx.Schedule yourself, after the optimizer of the model."
             )
         total = trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise ArgumentError(
-                "the Trainer has no end, so there is no last hundredth of the steps. Set its "
+                "the Trainer has no end, so the start of the adapter phase is not defined. Set its "
                 "max_steps or max_epochs."
             )
         self.schedules = [
@@ -88,9 +89,9 @@ class SlopeCallback(Callback):
             )
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Mend what an average of the weights that was put back has made of backward masks.
+        """Choose backward masks again if a callback has averaged them.
 
-        Lightning's StochasticWeightAveraging averages every parameter, masks too.
+        Lightning's StochasticWeightAveraging averages all parameters, including masks.
         """
         for model in compiled_models(pl_module):
             for weight in sparse_weights(model).values():
@@ -106,7 +107,7 @@ class SlopeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Step the Schedules if the optimizer made a step."""
+        """Step the Schedules if the optimizer took a step."""
         for schedule in self.schedules:
             if schedule.last_step < trainer.global_step:
                 schedule.step()

@@ -1,4 +1,4 @@
-"""For PEFT: the adapters of a compiled model as a LoRA adapter."""
+"""Export the adapters of a compiled model to PEFT."""
 
 import os
 import re
@@ -20,21 +20,22 @@ def export_peft(
 ) -> Path:
     """Write the adapters of ``model`` as a PEFT LoRA adapter.
 
-    ``peft.PeftModel.from_pretrained(dense, path)`` on ``densify(model, "drop")``, or on a
-    checkpoint of that, gives the same outputs.
+    ``peft.PeftModel.from_pretrained(dense, path)`` then has the same outputs as ``model``, where
+    ``dense`` is ``densify(model, "drop")`` or a checkpoint of it.
 
     Args:
-        model: what ``compile`` or ``load_pretrained`` returned, its adapters taking part.
-        path: the folder to write ``adapter_config.json`` and ``adapter_model.safetensors`` to.
-        base_model: name or folder of the dense model, to be put into the configuration.
+        model: the object that ``compile`` or ``load_pretrained`` returned, with active adapters.
+        path: folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base_model: name or folder of the dense model, stored in the configuration.
 
     Returns:
         The folder.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
-        UnsupportedError: no adapter takes part, or one is on something that PEFT knows no LoRA
-            for: a bare parameter, the experts of a mixture, some layers of Mamba.
+        UnsupportedError: no adapter is active, or PEFT has no LoRA for the layer of an adapter,
+            such as a bare parameter, the experts of a mixture, or some layers of Mamba.
+        ArgumentError: PEFT cannot be imported.
     """
     record_of(model)
     layers = adapted(model)
@@ -45,7 +46,8 @@ def export_peft(
     config = peft.LoraConfig(
         r=ranks[first],
         lora_alpha=alphas[first],
-        # A pattern, which PEFT takes for whole paths; a name would be the end of any path.
+        # A regular expression, which PEFT matches against complete paths. A name would match the
+        # end of any path.
         target_modules="|".join(map(re.escape, layers)),
         rank_pattern={f"^{re.escape(p)}$": r for p, r in ranks.items() if r != ranks[first]},
         alpha_pattern={f"^{re.escape(p)}$": a for p, a in alphas.items() if a != alphas[first]},
@@ -69,7 +71,11 @@ def export_peft(
 
 
 def _check_peft_takes(peft: Any, config: Any, model: nn.Module, names: Iterable[str]) -> None:
-    """Raise where PEFT knows a LoRA for the type of a layer, and refuses this layer."""
+    """Check that PEFT accepts LoRA for each layer.
+
+    Raises:
+        UnsupportedError: PEFT supports the type of a layer, but refuses this layer.
+    """
     check = getattr(peft.tuners.tuners_utils, "_check_lora_target_modules_mamba", None)
     if check is None:
         return
@@ -83,16 +89,17 @@ def _check_peft_takes(peft: Any, config: Any, model: nn.Module, names: Iterable[
 
 
 def adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
-    """The modules that PEFT is to give an adapter, by path, with the weights they have one of.
+    """The modules with an active adapter, by path, and their sparse weights.
 
     Raises:
-        UnsupportedError: there is none, or one that PEFT can't have.
+        UnsupportedError: no adapter is active, or PEFT has no LoRA for a module.
     """
     active = [w for w in sparse_weights(model).values() if w.adapter_active and w.rank]
     if not active:
         raise UnsupportedError(
             "the model has no adapters that take part: it was compiled without adapter_rank, or "
-            "they haven't begun. Nothing can be exported; densify(model, 'drop') is all of it."
+            "they haven't begun. There is nothing to export: densify(model, 'drop') gives the "
+            "whole model."
         )
     linears = {id(module) for module in linear_modules(model).values()}
     found = {}
@@ -111,7 +118,7 @@ def adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[SparseWeight, list[tuple[str, str]]]]:
-    """Each sparse weight, with the modules that have it and the attribute it is there."""
+    """Yields each sparse weight with the (module path, attribute) pairs where it is used."""
     places: dict[SparseWeight, list[tuple[str, str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute in _attributes(module):
@@ -126,10 +133,10 @@ def _attributes(module: nn.Module) -> tuple[str, ...]:
 
 
 def library() -> Any:
-    """The library.
+    """Returns the module ``peft``.
 
     Raises:
-        ArgumentError: it can't be imported.
+        ArgumentError: PEFT cannot be imported.
     """
     try:
         import peft

@@ -1,4 +1,4 @@
-"""For the Trainer of transformers."""
+"""The callback for the Trainer of transformers."""
 
 import logging
 import warnings
@@ -18,10 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Refuse a low-rank optimizer that was given none of the sparse layers.
+    """Refuse a low-rank optimizer without low-rank parameters of sparse layers.
 
-    The Trainer picks its targets (GaLore's, APOLLO's) by the name "weight", which no sparse layer
-    has, and would train those with plain AdamW.
+    The Trainer selects the targets of GaLore and APOLLO by the parameter name "weight". Sparse
+    layers have no such parameter, so plain AdamW would train them.
+
+    Raises:
+        ArgumentError: no low-rank group has values of a sparse layer.
     """
     groups = [g for g in getattr(optimizer, "param_groups", ()) if g.get("rank") is not None]
     values = {id(weight.values) for weight in sparse_weights(model).values()}
@@ -35,22 +38,22 @@ def _check_optimizer(model: nn.Module, optimizer: Any) -> None:
 
 
 class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Drives SLoPe's phases from the Trainer: ``Trainer(model, ..., callbacks=[SlopeCallback()])``.
+    """Sets the phases in the Trainer: ``Trainer(model, ..., callbacks=[SlopeCallback()])``.
 
-    It makes a :class:`slope_fx.Schedule` of the Trainer's own number of steps, steps it after the
-    optimizer, puts ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the fraction of all
-    linear weights that is zero) into the training logs, makes each ``checkpoint-N`` one that
-    ``slope_fx.load_pretrained`` reads, and goes on in the right phase after
-    ``resume_from_checkpoint``.
+    The callback makes a :class:`slope_fx.Schedule` with the Trainer's number of steps, and steps
+    it after the optimizer. It adds ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the
+    fraction of zeros in all linear weights) to the training logs. It adds a manifest to each
+    ``checkpoint-N``, so that ``slope_fx.load_pretrained`` can load it. After
+    ``resume_from_checkpoint``, it restores the phase.
 
     Args:
-        adapter_start, backward_mask_interval: as of :class:`slope_fx.Schedule`.
+        adapter_start, backward_mask_interval: as for :class:`slope_fx.Schedule`.
 
     Raises:
-        ArgumentError: when the Trainer is made with ``torch_compile=True``, or its
-            ``optim_target_modules`` miss every sparse layer.
-        StateError: when training begins with a model that isn't compiled by slope_fx.
-        ArgumentError: when a run is resumed that had another schedule, or no SlopeCallback.
+        ArgumentError: if the Trainer is made with ``torch_compile=True``; at the start of
+            training, if ``optim_target_modules`` includes no sparse layer.
+        StateError: at the start of training, if the model is not compiled by slope_fx, or a
+            resumed run had another Schedule or no SlopeCallback.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._sparsity = 0.0
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps in ``trainer_state.json``."""
+        """The state for ``trainer_state.json``."""
         arguments = {
             "adapter_start": self.adapter_start,
             "backward_mask_interval": self.backward_mask_interval,
@@ -71,19 +74,19 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return {"args": arguments, "attributes": {"saved": saved}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refuse what would undo the compilation."""
+        """Refuse ``torch_compile=True``, which would compile the model a second time."""
         if args.torch_compile:
             raise ArgumentError(
                 "torch_compile=True would compile the model a second time, around the sparse "
                 "weights, which then run dense. Leave it out: slope_fx.compile has compiled the "
-                "model. What torch_compile_backend and torch_compile_mode say goes to its "
+                "model. Pass torch_compile_backend and torch_compile_mode to slope_fx.compile, as "
                 "backend= and mode=."
             )
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Make the Schedule, at the step that the run is at."""
+        """Make the Schedule at the current step of the run."""
         assert model is not None
         _check_optimizer(model, kwargs.get("optimizer"))
         self.schedule = Schedule(
@@ -105,7 +108,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Step the Schedule."""
         assert self.schedule is not None
         if self.schedule.last_step == self.schedule.total_steps:
-            return  # a finished run that is resumed takes a step more, and ends
+            return  # the Trainer takes one more step when a finished run is resumed
         before = self.schedule.phase
         self.schedule.step()
         if self.schedule.phase != before:
@@ -119,7 +122,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the phase and the sparsity to the logs of training."""
+        """Add the phase and the sparsity to the training logs."""
         if self.schedule is None or logs is None or "loss" not in logs:
             return
         more = {
@@ -133,7 +136,7 @@ class SlopeCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_save(
         self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
-        """Describe the checkpoint that the Trainer wrote, so that slope_fx can load it alone."""
+        """Add a manifest to the Trainer's checkpoint, so that ``load_pretrained`` can load it."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero or model is None:
             return

@@ -1,9 +1,11 @@
-"""Decisions, taken before a model is changed: which weights are pruned, and how.
+"""Planning: the decisions that are made before a model is changed.
 
-``config.py`` is what the user asks for. ``trace.py`` learns what the model does with its
-parameters, ``plan.py`` decides what becomes of each linear, ``masks.py`` and ``adapters.py`` choose
-masks and initial adapters, from the inputs that ``calibration.py`` observes if they need them.
-``regions.py`` decides which modules are compiled as graphs of their own.
+- ``config.py`` defines the configuration.
+- ``trace.py`` finds the roles of the parameters in the model.
+- ``plan.py`` decides which linears are pruned.
+- ``masks.py`` chooses masks, and ``adapters.py`` makes initial adapters. ``calibration.py``
+  observes the calibration inputs for both.
+- ``regions.py`` chooses the modules that are compiled as separate graphs.
 """
 
 from slope_fx.planning.config import SlopeConfig

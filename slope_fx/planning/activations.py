@@ -1,4 +1,4 @@
-"""What is known of the inputs of a linear from a few calibration batches."""
+"""``Activations``: sums over the calibration inputs of a linear."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 @dataclass
 class Activations:
-    """Sums over the inputs of one linear, or of each of a stack.
+    """Sums over the calibration inputs of one linear, or of each linear of a stack.
 
     Attributes:
-        rows: tokens summed over, (stack,).
-        squares: of each input's elements, (stack, d_in), fp32.
-        gram: sum of x x^T, (stack, d_in, d_in), fp32; None unless it was asked for.
+        rows: number of tokens, int64 (stack,).
+        squares: sum of the squares of each input feature, fp32 (stack, d_in).
+        gram: sum of x x^T, fp32 (stack, d_in, d_in), or None if not needed.
     """
 
     rows: Tensor

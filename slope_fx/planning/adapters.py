@@ -1,4 +1,4 @@
-"""What the adapters start from: nothing, or an approximation of what was pruned."""
+"""Initial adapters: zero, or an approximation of the pruned part of a weight."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from slope_fx.planning.config import CALLABLE, AdapterInit
 
 @dataclass(frozen=True)
 class Adapter:
-    """The two factors of one layer's adapter, and their scale.
+    """The factors and the scale of the adapter of one layer.
 
     Attributes:
         lora_A: (stack * r, d_in).
         lora_B: (stack * d_out, r).
-        scale: what their product is multiplied by.
-        active: whether it takes part from the start.
+        scale: factor of the product B A.
+        active: whether the adapter is active from the first step.
     """
 
     lora_A: Tensor  # noqa: N815
@@ -37,27 +37,29 @@ def make_adapter(
     rank: int,
     activations: Activations | None,
 ) -> Adapter:
-    """The adapter of one layer, in its first state.
+    """Returns the initial adapter of one layer.
 
     Args:
-        adapter_init: "zero": A from N(0, 1) and B zero, so that it adds nothing (METHOD, "Lazy
-            adapters"). "svd": the best approximation of rank r, by Frobenius norm, of what was
-            pruned. "eora": of what that adds to the layer's outputs over the calibration inputs
-            (EoRA, arXiv 2410.21271). A callable (name, weight, mask, rank) -> (A, B): B A is
-            added to the pruned weight.
-        name: the layer's.
-        weight: dense, (d_out, d_in) or (stack, d_out, d_in).
-        mask: bool, shaped like it: what is kept.
-        rank: of the adapter.
-        activations: the layer's, for "eora".
+        adapter_init: "zero": A from N(0, 1) and B = 0, so that the adapter adds nothing (METHOD,
+            "Lazy adapters"). "svd": the best approximation with rank r of the pruned part of the
+            weight, in the Frobenius norm. "eora": the best approximation with rank r of the
+            contribution of the pruned part to the outputs over the calibration inputs (EoRA,
+            arXiv 2410.21271). A callable (name, weight, mask, rank) -> (A, B): B A is added to the
+            pruned weight.
+        name: name of the layer.
+        weight: the dense weight, (d_out, d_in) or (stack, d_out, d_in).
+        mask: the kept elements, bool, in the shape of ``weight``.
+        rank: rank of the adapter.
+        activations: the calibration sums of the layer, for "eora".
 
     Raises:
-        ArgumentError: a callable's factors have the wrong type, shape or values.
+        ArgumentError: the pruned part has NaN or inf, or the factors of a callable have a wrong
+            type, shape or value.
     """
     if adapter_init == CALLABLE:
         raise ArgumentError(
-            f"adapter_init={adapter_init!r} stands for a function of the run that made the "
-            "configuration. Pass the function itself."
+            f"adapter_init={adapter_init!r} stands for a function in a stored configuration. Pass "
+            "the function itself."
         )
     d_out, d_in = weight.shape[-2:]
     scale = 1.0 / rank  # alpha / r, with alpha = 1
@@ -74,7 +76,7 @@ def make_adapter(
         pruned = weight[i].float().masked_fill(mask[i], 0.0)
         if not pruned.isfinite().all():
             raise ArgumentError(
-                f"adapter_init={adapter_init!r}: what was pruned of {name} has NaN or inf. Use "
+                f"adapter_init={adapter_init!r}: the pruned part of {name} has NaN or inf. Use "
                 'adapter_init="zero", or keep the layer dense.'
             )
         gram = None if adapter_init == "svd" or activations is None else activations.gram
@@ -82,20 +84,21 @@ def make_adapter(
         factors.append((a, b))
     a = torch.cat([factor[0] for factor in factors])
     b = torch.cat([factor[1] for factor in factors])
-    # B A is what is to be added; the scale is taken out of both alike, so that neither learns
-    # faster than the other.
+    # scale * B A must equal the product of the factors. The scale is divided out of both factors
+    # equally, so that they learn at the same speed.
     share = scale**-0.5
     return Adapter((a * share).to(weight.dtype), (b * share).to(weight.dtype), scale, True)
 
 
 def low_rank(matrix: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Factors A, B whose product B A is nearest to ``matrix``, with norms shared evenly.
+    """Factors A, B of the best approximation B A of ``matrix``, with balanced norms.
 
     Args:
         matrix: (d_out, d_in).
-        rank: of the product.
-        gram: (d_in, d_in), of the inputs: nearest then means for (matrix - B A) x over the inputs
-            that it was summed over, and is ``matrix``'s own Frobenius norm without it.
+        rank: rank of the product.
+        gram: sum of x x^T over the inputs, (d_in, d_in). The result then minimizes the norm of
+            (matrix - B A) x over the inputs; without ``gram``, the Frobenius norm of
+            matrix - B A.
 
     Returns:
         A (rank, d_in) and B (d_out, rank).
@@ -104,16 +107,16 @@ def low_rank(matrix: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Ten
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         root = s[:rank].sqrt()
         return root[:, None] * vh[:rank], u[:, :rank] * root
-    # With gram = Q diag(e) Q^T, |M x|^2 sums to |M Q diag(e)^(1/2)|^2: project, approximate
-    # there, project back. Directions that no input has are kept, barely, so that the way back
-    # exists.
+    # With gram = Q diag(e) Q^T, |M x|^2 sums to |M Q diag(e)^(1/2)|^2. So the matrix is projected,
+    # approximated, and projected back. Eigenvalues have a small lower bound, so that the inverse
+    # projection exists.
     values, q = torch.linalg.eigh(gram.double())
     values = values.clamp_min(values.max().clamp_min(1e-30) * 1e-8)
     forth = (q * values.sqrt()).to(matrix.dtype)
     back = (q / values.sqrt()).to(matrix.dtype)
     u, s, vh = torch.linalg.svd(matrix @ forth, full_matrices=False)
     a, b = s[:rank, None] * (vh[:rank] @ back.t()), u[:, :rank]
-    # One scale a component, which leaves the product as it is.
+    # Balance the norms of each component. The product does not change.
     root = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-30)).sqrt()
     return a * root[:, None], b / root.clamp_min(1e-30)
 

@@ -1,4 +1,4 @@
-"""What the inputs of each linear look like over a few calibration batches."""
+"""Sum up the inputs of each linear over calibration batches."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,24 +26,24 @@ Calibration = Iterable[ExampleInputs] | None
 def observe(
     model: nn.Module, plans: Sequence[SparsePlan], calibration: Calibration, *, grams: bool
 ) -> dict[str, Activations]:
-    """Run ``model``, dense as it still is, on each batch and sum up what its linears read.
+    """Run the dense ``model`` on each batch, and sum up the inputs of its linears.
 
-    Dynamo traces the model; where it finds one of the weights in a linear, however that is
-    written, the linear's input is summed up beside it. The model runs evaluated, without
-    gradients, and is left as it was.
+    Dynamo traces the model, and :func:`observe_linears` inserts an observer at each linear. The
+    model runs in evaluation mode without gradients.
 
     Args:
-        model: not changed, nor is its mode; what its forward keeps of its inputs changes.
-        plans: of the linears to look at.
-        calibration: the batches, each as ``example_inputs`` of ``compile``.
-        grams: whether to sum x x^T too, d_in * d_in floats a linear.
+        model: the dense model. Its weights and mode do not change, but its forward may change
+            buffers and other state.
+        plans: plans of the linears to observe.
+        calibration: the batches, each in a form of ``example_inputs`` of ``compile``.
+        grams: whether to sum x x^T too, which takes d_in * d_in fp32 numbers per linear.
 
     Returns:
-        The sums by the layer's name.
+        Layer name -> sums.
 
     Raises:
-        ArgumentError: there is no batch, one doesn't run or gives no finite numbers, or a
-            linear was never reached.
+        ArgumentError: there is no batch, a batch fails or gives inputs that are not finite, or a
+            linear got no input.
     """
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
         raise ArgumentError(
@@ -89,7 +89,7 @@ def observe(
 
 
 def _fill_unseen(name: str, found: Activations) -> None:
-    """Give experts that no token reached inputs that are all alike, and say so."""
+    """Replace the sums of experts without tokens by those of uniform inputs, and warn."""
     unseen = (found.rows == 0).nonzero().flatten().tolist()
     if not unseen:
         return
@@ -98,8 +98,8 @@ def _fill_unseen(name: str, found: Activations) -> None:
         found.gram[unseen] = torch.eye(found.gram.shape[-1], device=found.gram.device)
     warnings.warn(
         f"calibration reached no input of {name}'s matrices {', '.join(map(str, unseen))} (of "
-        f"{len(found.rows)}): they are chosen by magnitude, their adapters begin as by "
-        '"svd". Pass more batches to have them seen.',
+        f"{len(found.rows)}): their masks are chosen by magnitude, and their adapters start as "
+        'with "svd". Pass more batches.',
         ArgumentWarning,
         stacklevel=4,
     )
@@ -111,7 +111,7 @@ def _run(
     calibration: Calibration,
     observer: Observer,
 ) -> int:
-    """Run the batches through the model, its regions compiled to be observed."""
+    """Run the batches with observed regions. Returns the number of batches."""
     batches = 0
     with ExitStack() as undo:
         undo.callback(_observers.remove, observer)
@@ -119,7 +119,8 @@ def _run(
         for module in model.modules():
             undo.callback(setattr, module, "training", module.training)
             module.training = False
-        # A linear in a graph that Dynamo gave up on would be left out without a word.
+        # Beyond the recompile limit, Dynamo runs a frame uncompiled, and its linears would be
+        # missed silently.
         limits: dict[str, Any] = {"recompile_limit": 4096, "accumulated_recompile_limit": 65536}
         undo.enter_context(torch._dynamo.config.patch(limits))
         for path in choose_regions(model, "auto", plans, {}).paths:
@@ -129,7 +130,7 @@ def _run(
         for batch in calibration or ():
             args, kwargs = split_inputs(batch, f"calibration's batch {batches}")
             if takes_cache(model):
-                kwargs.setdefault("use_cache", False)  # each block has its own place in a cache
+                kwargs.setdefault("use_cache", False)  # with a cache, each block is another graph
             try:
                 model(*args, **kwargs)
             except Exception as error:
@@ -143,8 +144,8 @@ def _run(
     return batches
 
 
-# One backend and one function for the whole process: Dynamo keeps what it compiled by the identity
-# of the backend, and no more than some graphs for a function's code.
+# One backend and one function for the whole process, because Dynamo caches compiled code by the
+# identity of the backend, and limits the number of graphs per code object.
 _observers: list[Observer] = []
 
 
@@ -158,15 +159,15 @@ def _tell(x: Tensor, parameter: Tensor, rows: Rows, offsets: Tensor | None) -> N
 
 
 def _add(sums: Activations, x: Tensor, rows: Rows, d_out: int, offsets: Tensor | None) -> None:
-    """Add the inputs of one call.
+    """Add the inputs of one call to the sums.
 
     Args:
-        sums: of the weight.
-        x: (..., d_in) for one matrix; (groups, rows, d_in) for several; (rows, d_in) for several
-            with the same input, or with ``offsets`` for a grouped product.
-        rows: what the call reads of the weight, in all of whose matrices rows are counted.
-        d_out: rows of each matrix.
-        offsets: where each group ends among the rows of x.
+        sums: sums of the weight.
+        x: (..., d_in) for one matrix; (groups, rows, d_in) for a stack; (rows, d_in) for a stack
+            with the same input for all matrices, or with ``offsets`` for a grouped product.
+        rows: the rows that the call reads, counted over all matrices of the weight.
+        d_out: number of rows of each matrix.
+        offsets: the end of each group in the rows of x, or None.
     """
     start, stop, groups = rows
     first, last = start // d_out, -(-stop // d_out)

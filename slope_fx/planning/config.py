@@ -1,4 +1,4 @@
-"""What belongs to the weights of a model: sparsity, masks, adapters. Not how they are run."""
+"""``SlopeConfig``: sparsity, masks and adapters of a model."""
 
 import json
 import operator
@@ -21,7 +21,7 @@ Sparsity = str | Pattern | Mapping[str, str | Pattern | None]
 ADAPTER_INITS = ("zero", "svd", "eora")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CALLABLE = "callable"
-"""What stands in JSON for a function of the run that made the model."""
+"""The value in JSON in place of a function."""
 
 
 class ConfigOptions(TypedDict, total=False):
@@ -38,7 +38,7 @@ class ConfigOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SlopeConfig:
-    """What is pruned in a model, and how. A checkpoint stores it.
+    """The configuration of the pruning of a model. A checkpoint stores it.
 
     Attributes:
         sparsity: an N:M pattern with M in 2, 4, 8, 16; or a mapping from ``fnmatch`` patterns on
@@ -51,20 +51,20 @@ class SlopeConfig:
         adapter_rank: rank of the low-rank adapters, or a float in (0, 1) as a fraction of the
             input width of each layer; None for no adapters. They take part once a
             :class:`~slope_fx.Schedule` reaches their phase.
-        adapter_init: what the adapters start from. "zero" for adapters that add nothing until they
-            train. To start from a pretrained model, "svd" for the product nearest to the pruned
-            part, or "eora" for the product nearest to what that part adds to the outputs over the
-            calibration inputs (EoRA, arXiv 2410.21271). Or a callable
-            (name, weight, mask, rank) -> (A, B), of shapes (r, d_in) and (d_out, r), whose product
-            B A is added. All but "zero" take part from the start.
-        skip_first: leave dense the linears that read the embeddings, or the input.
-        skip_head: leave dense the linear that makes the output.
-        skip_router: leave dense the linears whose outputs are ranked to choose something, as the
-            router of a mixture chooses experts. They are small and decide much.
-        storage: how weights are kept between optimizer steps: "values", the kept values alone.
+        adapter_init: initial adapters. "zero": adapters that add nothing until they train. "svd",
+            for a pretrained model: the best approximation of the pruned part of the weight.
+            "eora", for a pretrained model: the best approximation of the contribution of the
+            pruned part to the outputs over the calibration inputs (EoRA, arXiv 2410.21271). A
+            callable (name, weight, mask, rank) -> (A, B), of shapes (r, d_in) and (d_out, r): the
+            product B A is added. All adapters except "zero" are active from the first step.
+        skip_first: keep the linears that read the embeddings or the input dense.
+        skip_head: keep the linear that makes the output dense.
+        skip_router: keep the linears with ranked outputs dense, such as the router of a mixture of
+            experts. They are small and have a large effect.
+        storage: storage of the weights between optimizer steps. "values": only the kept values.
 
     Raises:
-        ArgumentError: a field has a value that isn't allowed.
+        ArgumentError: a field has a value that is not allowed.
     """
 
     sparsity: Sparsity = "2:4"
@@ -87,10 +87,11 @@ class SlopeConfig:
 
     @classmethod
     def of(cls, sparsity: "Sparsity | SlopeConfig", options: ConfigOptions) -> "SlopeConfig":
-        """The configuration that a caller gave whole, or in keywords.
+        """The configuration from a SlopeConfig, or from a sparsity and keyword arguments.
 
         Raises:
-            ArgumentError: a value isn't allowed, or keywords were given beside a SlopeConfig.
+            ArgumentError: a value is not allowed, or keyword arguments were given with a
+                SlopeConfig.
         """
         if not isinstance(sparsity, SlopeConfig):
             return cls(sparsity, **options)
@@ -103,14 +104,14 @@ class SlopeConfig:
 
     @property
     def needs_calibration(self) -> str:
-        """The argument that needs calibration inputs, as it was given; "" if none does."""
+        """The argument that needs calibration inputs, as the user wrote it, or ""."""
         method = MASK_METHODS.get(self.mask) if isinstance(self.mask, str) else None
         if method is not None and method.needs_inputs:
             return f'mask="{self.mask}"'
         return 'adapter_init="eora"' if self.adapter_init == "eora" else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data, fit for JSON; "callable" stands for a function."""
+        """The fields as plain data for JSON. A function becomes "callable"."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: CALLABLE if callable(value) else value for name, value in data.items()}
 
@@ -119,7 +120,7 @@ class SlopeConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ArgumentError: there is an unknown field, or a value that isn't allowed.
+            ArgumentError: a field is unknown, or a value is not allowed.
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in data if name not in known]:
@@ -137,7 +138,7 @@ class SlopeConfig:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ArgumentError: it isn't JSON of a SlopeConfig.
+            ArgumentError: ``text`` is not the JSON of a SlopeConfig.
         """
         try:
             data = json.loads(text)
@@ -149,10 +150,10 @@ class SlopeConfig:
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A dtype that weights may have, by its name or as it is; None stays None.
+    """Returns a supported dtype of weights, given as a name or as a dtype. None stays None.
 
     Raises:
-        ArgumentError: it is another.
+        ArgumentError: the dtype is not supported.
     """
     names = {str(known).removeprefix("torch."): known for known in SUPPORTED_DTYPES}
     known = names.get(dtype) if isinstance(dtype, str) else dtype
@@ -162,7 +163,11 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ArgumentError unless ``value`` is one of the allowed ones, of the same type."""
+    """Check that ``value`` equals an allowed value and has the same type.
+
+    Raises:
+        ArgumentError: it does not.
+    """
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise ArgumentError(f"{argument}={value!r}; allowed are {', '.join(map(repr, allowed))}.")
 
@@ -195,7 +200,7 @@ def _checked_rank(adapter_rank: AdapterRank) -> AdapterRank:
     """``adapter_rank`` as a plain number."""
     good = adapter_rank is None
     if not good and not isinstance(adapter_rank, bool):
-        if hasattr(adapter_rank, "__index__"):  # NumPy's integers are welcome
+        if hasattr(adapter_rank, "__index__"):  # NumPy integers are allowed
             adapter_rank = operator.index(cast(SupportsIndex, adapter_rank))
             good = adapter_rank >= 1
         else:

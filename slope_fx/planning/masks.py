@@ -1,8 +1,8 @@
-"""How the forward mask of a weight is chosen: a registry of methods.
+"""A registry of methods that choose the forward mask of a weight.
 
-A method is a function in this registry. It gets the dense weight, the pattern, and the calibration
-inputs if it needs them. It returns scores, whose N largest of each M are kept; or, where that isn't
-how it chooses, a :class:`Chosen`: the mask itself, and the weight if it updates that.
+A method is a function of the dense weight, the N:M pattern, and the calibration inputs if it needs
+them. It returns scores, and the N largest scores of each group of M are kept. A method that does
+not use scores returns a :class:`Chosen` with the mask, and with the weight if it updates that.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from slope_fx.planning.patterns import Pattern
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a method chose for a weight.
+    """The choice of a method for a weight.
 
     Attributes:
         bits: the packed forward mask, uint8 (stack * d_out, ceil(d_in / 8)).
-        weight: the weight that the values are taken from, of the shape of the given weight, by a
-            method that updates it; None for the weight as it was.
+        weight: the updated weight, in the shape of the given weight. The values are taken from it.
+            None if the method does not update the weight.
     """
 
     bits: Tensor
@@ -37,12 +37,12 @@ Method = Callable[[Tensor, Pattern, Activations | None], Tensor | Chosen]
 
 @dataclass(frozen=True)
 class MaskMethod:
-    """A method as the registry knows it.
+    """An entry of the registry.
 
     Attributes:
-        choose: from the weight (stack, d_out, d_in), the pattern and the calibration inputs to
-            scores of the shape of the weight, or to :class:`Chosen`.
-        needs_inputs: whether it needs calibration inputs.
+        choose: maps the weight (stack, d_out, d_in), the pattern and the calibration inputs to
+            scores in the shape of the weight, or to a :class:`Chosen`.
+        needs_inputs: whether the method needs calibration inputs.
     """
 
     choose: Method
@@ -50,7 +50,7 @@ class MaskMethod:
 
 
 MASK_METHODS: dict[str, MaskMethod] = {}
-"""The methods by the name that ``mask=`` takes."""
+"""The methods by their names in ``mask=``."""
 
 
 def mask_method(name: str, *, needs_inputs: bool = False) -> Callable[[Method], Method]:
@@ -65,15 +65,15 @@ def mask_method(name: str, *, needs_inputs: bool = False) -> Callable[[Method], 
 
 @mask_method("magnitude")
 def magnitude(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tensor:
-    """The largest magnitudes (METHOD, "Masks")."""
+    """Keep the largest magnitudes (METHOD, "Masks")."""
     return weight
 
 
 @mask_method("wanda", needs_inputs=True)
 def wanda(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tensor:
-    """|W_ij| |X_j|, with the norm of each input over the calibration tokens.
+    """Score |W_ij| |X_j|, with the norm of each input over the calibration tokens.
 
-    Source: Wanda, arXiv 2306.11695. The paper compares within a row, which N:M groups do anyway.
+    Source: Wanda, arXiv 2306.11695. The paper compares scores within a row, as N:M groups do.
     """
     assert inputs is not None
     return weight.abs().float() * inputs.squares.sqrt().unsqueeze(-2)
@@ -81,7 +81,7 @@ def wanda(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tenso
 
 @mask_method("random")
 def random(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tensor:
-    """Each choice of N places of M is as likely as another."""
+    """Keep N random elements of each group of M, with equal probability."""
     return torch.rand(weight.shape, device=weight.device)
 
 
@@ -93,25 +93,25 @@ def choose_mask(
     pattern: Pattern,
     inputs: Activations | None = None,
 ) -> Chosen:
-    """The forward mask of a layer.
+    """Returns the forward mask of a layer.
 
     Args:
         mask: the ``mask`` argument of ``compile``.
-        name: of the layer.
+        name: name of the layer.
         weight: (d_out, d_in), or (stack, d_out, d_in).
-        pattern: N:M.
+        pattern: the N:M pattern.
         inputs: the calibration inputs of the layer, for a method that needs them.
 
     Raises:
-        ArgumentError: the mask of a callable has the wrong type or shape, or isn't N:M.
+        ArgumentError: the mask of a callable has a wrong type or shape, or is not N:M.
     """
     flat = weight.reshape(-1, weight.shape[-1])
     if callable(mask):
         return Chosen(_given(mask, name, weight, pattern))
-    if mask not in MASK_METHODS:  # "callable", of a configuration that was read from JSON
+    if mask not in MASK_METHODS:  # "callable", in a configuration from JSON
         raise ArgumentError(
-            f"mask={mask!r} stands for a function of the run that made the configuration. Pass "
-            "the function itself."
+            f"mask={mask!r} stands for a function in a stored configuration. Pass the function "
+            "itself."
         )
     found = MASK_METHODS[mask].choose(weight.view(-1, *weight.shape[-2:]), pattern, inputs)
     if isinstance(found, Chosen):
@@ -122,7 +122,7 @@ def choose_mask(
 def _given(
     mask: Callable[[str, Tensor], Tensor], name: str, weight: Tensor, pattern: Pattern
 ) -> Tensor:
-    """The packed mask that a callable of the user returns."""
+    """The packed mask of a callable, checked."""
     chosen = mask(name, weight)
     where = f"mask({name!r}, weight)"
     if not isinstance(chosen, Tensor) or chosen.dtype is not torch.bool:
@@ -141,7 +141,7 @@ def _given(
 
 
 def mask_problem(mask: Tensor, pattern: Pattern) -> str:
-    """What keeps a bool (d_out, d_in) mask from being N:M, or "" if nothing does."""
+    """The reason why a bool mask (d_out, d_in) is not N:M, or ""."""
     kept = mask.view(mask.shape[0], -1, pattern.m).sum(-1)
     wrong = (kept != pattern.n).nonzero()
     if not len(wrong):
@@ -156,13 +156,13 @@ def mask_problem(mask: Tensor, pattern: Pattern) -> str:
 def packed_masks_problem(
     forward: Tensor, backward: Tensor | None, d_in: int, pattern: Pattern
 ) -> str:
-    """What keeps packed masks from being N:M, or "".
+    """The reason why packed masks are not N:M, or "".
 
     Args:
         forward: uint8 (d_out, ceil(d_in / 8)).
         backward: uint8 (d_out, ceil(d_in * N / M / 8)), or None.
-        d_in: columns of the weight.
-        pattern: N:M.
+        d_in: number of columns of the weight.
+        pattern: the N:M pattern.
     """
     problem = mask_problem(unpack(forward, d_in), pattern)
     if problem:

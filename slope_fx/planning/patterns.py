@@ -1,4 +1,4 @@
-"""N:M patterns, and which of them a layer's name selects."""
+"""N:M patterns, and rules that select a pattern by the name of a layer."""
 
 import fnmatch
 import re
@@ -20,10 +20,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: object, argument: str = "sparsity") -> "Pattern":
-        """``"2:4"`` to a pattern.
+        """Returns the pattern of a text such as ``"2:4"``.
 
         Raises:
-            ArgumentError: ``text`` isn't ``"N:M"`` with M in 2, 4, 8, 16 and 1 <= N < M.
+            ArgumentError: ``text`` is not ``"N:M"`` with M in 2, 4, 8, 16 and 1 <= N < M.
         """
         if isinstance(text, Pattern):
             return text
@@ -43,7 +43,7 @@ class Pattern:
 
     @property
     def density(self) -> float:
-        """The fraction of elements kept, N / M."""
+        """The fraction of kept elements, N / M."""
         return self.n / self.m
 
     def __str__(self) -> str:
@@ -51,11 +51,14 @@ class Pattern:
 
 
 class PatternRules:
-    """The ``sparsity`` argument: a pattern by layer name, the first match wins.
+    """The rules of the ``sparsity`` argument. The first match of a layer's name wins.
 
     Args:
-        sparsity: one pattern for all layers (``"2:4"``), or a mapping from ``fnmatch``
+        sparsity: one N:M pattern for all layers (``"2:4"``), or a mapping from ``fnmatch``
             patterns on the qualified name to an N:M pattern, or to None for dense.
+
+    Raises:
+        ArgumentError: ``sparsity`` is empty, or has a value that is not allowed.
     """
 
     def __init__(self, sparsity: str | Pattern | Mapping[str, str | Pattern | None]) -> None:
@@ -74,7 +77,7 @@ class PatternRules:
         self.matched: set[str] = set()
 
     def select(self, layer: str) -> tuple[Pattern | None, str]:
-        """The layer's pattern, and, where that is None, the reason."""
+        """The pattern of a layer, or None and the reason."""
         for name, pattern in self.rules.items():
             if fnmatch.fnmatchcase(layer, name):
                 self.matched.add(name)
@@ -82,11 +85,11 @@ class PatternRules:
         return None, "no key of sparsity matches its name"
 
     def as_given(self) -> str | dict[str, str | None]:
-        """The rules as plain data: one pattern, or a mapping."""
+        """The rules as plain data: one pattern or a mapping."""
         texts = {name: None if p is None else str(p) for name, p in self.rules.items()}
         only = texts.get("*")
         return only if only is not None and len(texts) == 1 else texts
 
     def unmatched(self) -> list[str]:
-        """Keys that have matched no layer so far."""
+        """The keys that have not matched a layer so far."""
         return [name for name in self.rules if name not in self.matched]

@@ -1,4 +1,4 @@
-"""Decide, before anything is changed, what becomes of every linear."""
+"""Decide which linears of a model are pruned. Nothing is changed here."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,15 @@ from slope_fx.planning.trace import Trace, linear_modules
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What becomes of one linear weight: a :class:`SparsePlan` or a :class:`DensePlan`.
+    """The plan of one linear weight: a :class:`SparsePlan` or a :class:`DensePlan`.
 
     Attributes:
-        name: the layer's qualified name (its parameter's name, less a final ``.weight``).
-        parameter_name: the first qualified name of the parameter; "" where there is none.
-        shape: (d_out, d_in); of a stack of weights (stack, d_out, d_in); the shape of the
-            parameter where its use isn't known.
-        scopes: paths of the modules whose forward uses it.
-        bytes_dense: of the dense weight.
+        name: qualified name of the layer (the parameter's name without a final ``.weight``).
+        parameter_name: first qualified name of the parameter, or "" without a parameter.
+        shape: (d_out, d_in), or (stack, d_out, d_in) for a stack of weights, or the shape of the
+            parameter if its use is unknown.
+        scopes: paths of the modules whose forward uses the weight.
+        bytes_dense: size of the dense weight in bytes.
     """
 
     name: str
@@ -37,10 +37,10 @@ class SparsePlan(LinearPlan):
     """A linear weight that is pruned.
 
     Attributes:
-        pattern: N:M.
-        layout: how the parameter holds the matrix, or the stack of matrices.
-        rows: the sizes of the outputs of its products: d_out, or fewer where a linear reads a part
-            of the rows.
+        pattern: the N:M pattern.
+        layout: layout of the matrix, or of the stack of matrices, in the parameter.
+        rows: the output sizes of the products: d_out, or less if a linear reads a part of the
+            rows.
     """
 
     pattern: Pattern
@@ -53,24 +53,24 @@ class DensePlan(LinearPlan):
     """A linear weight that stays dense.
 
     Attributes:
-        reason: why.
+        reason: the reason why the weight stays dense.
     """
 
     reason: str
 
 
 def sparse_plans(plans: "list[LinearPlan] | tuple[LinearPlan, ...]") -> list[SparsePlan]:
-    """Those of the plans that prune."""
+    """The sparse plans among ``plans``."""
     return [plan for plan in plans if isinstance(plan, SparsePlan)]
 
 
 def values_name(attribute: str) -> str:
-    """The name of the parameter that holds the values of ``attribute``."""
+    """The name of the parameter with the values of ``attribute``."""
     return f"{attribute}_values"
 
 
 def sparse_name(attribute: str) -> str:
-    """The name of the submodule that holds the masks and the adapter of ``attribute``."""
+    """The name of the submodule with the masks and the adapter of ``attribute``."""
     return f"{attribute}_sparse"
 
 
@@ -115,14 +115,14 @@ def _shape(parameter: nn.Parameter, layout: Layout | str) -> tuple[int, ...]:
 
 
 def _unreached(model: nn.Module, reached: set[int], rules: PatternRules) -> list[DensePlan]:
-    """The linear modules whose weight no linear of the trace uses."""
+    """Plans of the linear modules whose weight no linear of the trace uses."""
     plans = []
     for name, module in linear_modules(model).items():
         weight = module._parameters.get("weight")
         if weight is not None and id(weight) in reached:
             continue
         rules.select(name)
-        why = "its weight is computed, not a parameter of its own"
+        why = "its weight is computed, not a parameter"
         if weight is not None:
             why = "the traced forward doesn't use it"
         computed = getattr(module, "weight", None) if weight is None else weight
@@ -133,11 +133,11 @@ def _unreached(model: nn.Module, reached: set[int], rules: PatternRules) -> list
 
 
 def _unknown(model: nn.Module, reached: set[int]) -> list[LinearPlan]:
-    """The matrices of modules that aren't torch's, in a model that was not traced.
+    """Plans of the matrices in modules outside ``torch.nn``, for a model that was not traced.
 
-    Stacks of experts, for example, may be linears; nothing is known of their use.
+    They may be linears, such as stacks of experts, but their use is unknown.
     """
-    why = "the model was not traced, so what its module does with it isn't known"
+    why = "the model was not traced, so the use of this parameter isn't known"
     plans: list[LinearPlan] = []
     for path, module in model.named_modules():
         if type(module).__module__.startswith("torch.nn."):
@@ -152,7 +152,7 @@ def _unknown(model: nn.Module, reached: set[int]) -> list[LinearPlan]:
 
 
 def _layer_name(aliases: list[str], role: WeightRole) -> str:
-    """Of a shared parameter's names, the name under which a linear uses it."""
+    """The name of the layer: for a shared parameter, the name under which a linear uses it."""
     names = [alias.removesuffix(".weight") for alias in aliases]
     return next((name for name in names if name in role.scopes), names[0])
 
@@ -164,7 +164,7 @@ def _why_dense(
     pattern: Pattern,
     config: SlopeConfig,
 ) -> str:
-    """The first reason to leave a weight dense, or "" if there is none."""
+    """The first reason why a weight stays dense, or ""."""
     others = ", ".join(dict.fromkeys(role.other_uses))
     if not role.reads:
         return f"its weight is used through {others}"
@@ -198,7 +198,7 @@ def _why_dense(
 
 
 def _why_not_here(model: nn.Module, aliases: list[str]) -> str:
-    """A reason to leave a weight dense that lies in the modules around it, or ""."""
+    """The reason why the modules of a weight cannot get its new attributes, or ""."""
     for alias in aliases:
         path, _, attribute = alias.rpartition(".")
         owner = model.get_submodule(path)
@@ -209,7 +209,7 @@ def _why_not_here(model: nn.Module, aliases: list[str]) -> str:
 
 
 def layer_rank(config: SlopeConfig, plan: SparsePlan) -> int | None:
-    """The adapter's rank for one layer; None without adapters.
+    """Returns the rank of the adapter of one layer, or None without adapters.
 
     Raises:
         ArgumentError: the rank is larger than the layer.
@@ -229,7 +229,7 @@ def layer_rank(config: SlopeConfig, plan: SparsePlan) -> int | None:
 
 
 def nothing_to_do(plans: list[LinearPlan], untraced_because: str) -> str:
-    """The message for a model without a linear that can be sparse."""
+    """The error message for a model without a linear that can be sparse."""
     if not plans:
         found = "No linear was found in the model."
     else:
@@ -241,6 +241,6 @@ def nothing_to_do(plans: list[LinearPlan], untraced_because: str) -> str:
         found = "No linear of the model can be sparse: " + "; ".join(reasons)
     how = f" The model was not traced ({untraced_because})." if untraced_because else ""
     return (
-        f"{found}.{how} See skip_first, skip_head, skip_router and sparsity for what they leave "
-        "dense."
+        f"{found}.{how} To prune more linears, change skip_first, skip_head, skip_router or "
+        "sparsity."
     )

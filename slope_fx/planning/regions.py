@@ -1,4 +1,4 @@
-"""Which modules are compiled, each as one graph: the whole model, or its repeated blocks."""
+"""Choose the regions of a model: the modules that are compiled as one graph each."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from slope_fx.planning.plan import LinearPlan, SparsePlan
 
 Region = Literal["auto", "model", "blocks"]
 GRAPH = 4
-"""What a graph of its own costs to compile besides its ops, in linears."""
+"""The compile time of an additional graph without its ops, in units of linears."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Regions:
     """The modules to compile.
 
     Attributes:
-        paths: of the modules, "" for the model itself.
-        kinds: a number for each; those of one kind share a graph.
+        paths: paths of the modules; "" is the model itself.
+        kinds: a number for each module. Modules with the same number share a graph.
     """
 
     paths: tuple[str, ...] = ("",)
@@ -35,17 +35,17 @@ class Regions:
 def choose_regions(
     model: nn.Module, region: Region, plans: Iterable[LinearPlan], graphs: Mapping[str, int]
 ) -> Regions:
-    """The modules to compile.
+    """Returns the regions of a model.
 
     Args:
         model: the model.
-        region: "model" for one graph; "blocks" for the repeated blocks, compiled one by
-            one (the same code serves all of a kind), and for each sparse linear outside of
-            them the module that calls it. "auto": the blocks, if less is to be compiled so
-            and three quarters of the linears are in them.
-        plans: of its linears; the modules whose forward calls a sparse one are compiled.
-        graphs: for each module the number of its graph as it was traced; those that it lacks are
-            compared by their types and the shapes of their parameters.
+        region: "model": one graph. "blocks": the repeated blocks are compiled one by one, and
+            blocks with equal graphs share code. For a sparse linear outside the blocks, the module
+            that calls it is compiled. "auto": the blocks, if this compiles less code and three
+            quarters of the sparse linears are in blocks; else one graph.
+        plans: plans of the linears.
+        graphs: module path -> number of its traced graph. Modules that are not in it are compared
+            by the types of their submodules and by the shapes and dtypes of their tensors.
     """
     sparse = [plan for plan in plans if isinstance(plan, SparsePlan)]
     if region == "model":
@@ -69,11 +69,11 @@ def choose_regions(
         )
         key = (type(model.get_submodule(path)), graph_of(path), tuple(inside))
         kinds.append(numbers.setdefault(key, len(numbers)))
-    # Of each kind one is compiled, with as many linears as it has.
+    # One module of each kind is compiled. The cost is its number of linears.
     linears = {kind: _linears_in(path, sparse) for path, kind in zip(paths, kinds, strict=True)}
     one_by_one = sum(linears.values()) + GRAPH * len(linears)
     worse = one_by_one > _linears_in("", sparse) + GRAPH
-    # Around a linear that is compiled alone everything stays eager.
+    # Code around a linear that is compiled alone runs in eager mode.
     alone = sum(_linears_in(path, sparse) for path in chosen - blocks)
     if region == "auto" and (worse or 4 * alone > _linears_in("", sparse)):
         return Regions()
@@ -89,7 +89,7 @@ def _within(path: str, module: str) -> bool:
 
 
 def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], object]:
-    """What two modules have alike if their graphs are equal."""
+    """A function from a module path to a key. Modules with equal graphs have equal keys."""
 
     def structure(path: str) -> object:
         module = model.get_submodule(path)
@@ -101,7 +101,10 @@ def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], ob
 
 
 def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
-    """Members of each ModuleList or Sequential that holds two or more with the same graph."""
+    """Paths of the members of ModuleLists and Sequentials whose graphs repeat.
+
+    If two members of the same type have equal graphs, all members of this type are included.
+    """
     blocks = set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)):

@@ -1,4 +1,4 @@
-"""Learn, without touching data, what a model does with its parameters."""
+"""Trace a model with fake tensors to find the roles of its parameters."""
 
 import copy
 import inspect
@@ -24,13 +24,13 @@ ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Trace:
-    """What is known of a model's weights.
+    """The result of tracing a model.
 
     Attributes:
-        roles: parameter name (its first, if it has several) to role.
-        untraced_because: why there is no graph, and module types had to serve; "" for a
-            traced model.
-        graphs: for each module that is called the number of its graph; equal ones are alike.
+        roles: parameter name (the first name of a shared parameter) -> role.
+        untraced_because: the reason why the model was not traced; "" if it was traced. The roles
+            of an untraced model are derived from the types of its modules.
+        graphs: module path -> number of its graph. Modules with equal graphs have equal numbers.
     """
 
     roles: dict[str, WeightRole]
@@ -39,16 +39,18 @@ class Trace:
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
-    """Trace ``model`` by ``torch.export`` with fake tensors, in its current mode.
+    """Trace ``model`` with ``torch.export`` and fake tensors, in its current mode.
+
+    The model and the random state do not change.
 
     Args:
-        model: left as it was, random state included.
-        example_inputs: a tensor or a sequence of arguments, a mapping of keyword
-            arguments, or the pair (arguments, keyword arguments). None: a transformers
-            model brings its own; another model is not traced.
+        model: the model.
+        example_inputs: a tensor, a sequence of arguments, a mapping of keyword arguments, or the
+            pair (arguments, keyword arguments). None: generated inputs for a transformers model;
+            other models are not traced.
 
     Raises:
-        ArgumentError: the inputs don't fit the model's forward.
+        ArgumentError: the inputs do not fit the model's forward.
     """
     given = example_inputs is not None
     inputs = split_inputs(example_inputs) if given else _transformers_inputs(model)
@@ -56,7 +58,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         return Trace(_roles_by_type(model), "no example_inputs were given")
     args, kwargs = inputs
     if takes_cache(model):
-        # A cache would return keys and values, whose projections aren't the output head.
+        # The outputs would include keys and values, and their projections would look like heads.
         kwargs.setdefault("use_cache", False)
     _check_signature(model, args, kwargs)
     try:
@@ -66,7 +68,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         if given:
             _check_inputs_run(model, args, kwargs)
         reason = f"torch.export failed: {type(error).__name__}: {first_line(error)}".rstrip(".")
-        try:  # some models of transformers fail without a mask, or with one
+        try:  # some transformers models need an attention mask, and others fail with one
             masked = None if given else _masked(model, kwargs)
             if masked is None:
                 return Trace(_roles_by_type(model), reason)
@@ -86,14 +88,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
 
 
 def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # With gradients, for without them torch's own modules take paths of their own.
+    # With gradients enabled, because torch's modules have other code paths without gradients.
     quiet = _quiet_fake_tensors()
     with quiet, _random_state_kept(), _attributes_kept(model), torch.enable_grad():
         return torch.export.export(model, args, kwargs, strict=False)
 
 
 def _masked(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The inputs with an attention mask, for a model that takes one."""
+    """The inputs with an attention mask; None if the model does not accept one."""
     ids, accepted = kwargs.get("input_ids"), inspect.signature(model.forward).parameters
     if ids is None or "attention_mask" not in accepted:
         return None
@@ -101,18 +103,18 @@ def _masked(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def first_names(model: nn.Module) -> dict[int, str]:
-    """The first qualified name of each parameter, by the parameter's id."""
+    """The first qualified name of each parameter, by the id of the parameter."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are linears by their type: ``nn.Linear`` and transformers' ``Conv1D``."""
+    """The modules of type ``nn.Linear`` and transformers' ``Conv1D``, by qualified name."""
     types: tuple[type[nn.Module], ...] = (nn.Linear, *_conv1d())
     return {name: module for name, module in model.named_modules() if isinstance(module, types)}
 
 
 def _conv1d() -> tuple[type[nn.Module], ...]:
-    # Not imported for this: a model has one only if transformers is loaded already.
+    # No import: a model has a Conv1D only if transformers is already imported.
     utilities = sys.modules.get("transformers.pytorch_utils")
     return () if utilities is None else (utilities.Conv1D,)
 
@@ -120,10 +122,14 @@ def _conv1d() -> tuple[type[nn.Module], ...]:
 def split_inputs(
     given: ExampleInputs, argument: str = "example_inputs"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: positional and keyword arguments.
+    """Returns the positional and keyword arguments of example inputs.
+
+    Args:
+        given: the inputs, in one of the forms of :func:`trace`.
+        argument: name of the argument, for error messages.
 
     Raises:
-        ArgumentError: ``given`` is none of the allowed forms.
+        ArgumentError: ``given`` has none of the allowed forms.
     """
     if isinstance(given, Tensor):
         return (given,), {}
@@ -151,9 +157,12 @@ def _check_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Tell inputs that don't fit from a forward that can't be traced, by running it.
+    """Run the forward after a failed trace, to check whether the inputs are the cause.
 
-    On a copy, for a forward may keep things; it is only done when a trace has failed.
+    It runs on a copy of the model, because a forward may change the state of the model.
+
+    Raises:
+        ArgumentError: the forward fails on the inputs.
     """
     try:
         clone = copy.deepcopy(model)
@@ -172,14 +181,14 @@ def _check_inputs_run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _random_state_kept() -> AbstractContextManager[None]:
-    """A traced or tried dropout must not move the random state of the training to come."""
+    """Restores the random state, which a dropout in the trace changes."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what a traced forward sets on its modules: the values are fake."""
+    """Restores the attributes that a traced forward sets on its modules to fake tensors."""
     before = {
         module: {k: dict(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()}
         for module in model.modules()
@@ -192,7 +201,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 now = module.__dict__.get(name)
                 if isinstance(now, dict) and isinstance(value, dict):
-                    # The same dict, for others may hold it.
+                    # The dict is restored in place, because other objects may refer to it.
                     if [(k, id(v)) for k, v in now.items()] != [
                         (k, id(v)) for k, v in value.items()
                     ]:
@@ -206,7 +215,7 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet_fake_tensors() -> Iterator[None]:
-    """A failed trace is told in our own words, not in pages of torch's log."""
+    """Silences the log of torch's fake tensors. slope_fx reports a failed trace itself."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -217,7 +226,7 @@ def _quiet_fake_tensors() -> Iterator[None]:
 
 
 def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Inputs for a transformers model: one short sequence, or one image."""
+    """Inputs for a transformers model: one short sequence or one image. None for other models."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         return None
@@ -242,7 +251,10 @@ def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
-    """A guess at the roles where there is no graph: linears by module type, in module order."""
+    """Roles for an untraced model: linears by module type.
+
+    The first linear is assumed to read the input, and the last to make the output.
+    """
     first = first_names(model)
     linears = linear_modules(model)
     roles: dict[str, WeightRole] = {}
@@ -266,6 +278,6 @@ def _roles_by_type(model: nn.Module) -> dict[str, WeightRole]:
 
 
 def _whole(weight: Tensor, *, transposed: bool) -> Read:
-    """All of a linear module's weight."""
+    """The read of the complete weight of a linear module."""
     d_in, d_out = weight.shape if transposed else reversed(weight.shape)
     return Read(transposed, d_in, d_out, 0, d_out, 1)

@@ -1,4 +1,4 @@
-"""What became of a model, and what would: tables for people, data for programs."""
+"""Reports on compiled models (``explain``) and on configurations (``preview``)."""
 
 from slope_fx.report.explain import explain
 from slope_fx.report.preview import preview

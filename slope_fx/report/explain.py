@@ -1,4 +1,4 @@
-"""``explain``: what became of every linear, and why."""
+"""``explain``: the report on the linears of a compiled model."""
 
 import math
 from collections.abc import Iterable
@@ -19,10 +19,13 @@ from slope_fx.sparse.weight import SparseWeight
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What became of every linear of a compiled model.
+    """Returns a report on each linear of a compiled model.
+
+    The report gives the pattern, engines and sizes of a sparse linear, and the reason why a
+    linear is dense.
 
     Args:
-        model: what :func:`slope_fx.compile` returned.
+        model: the object that :func:`slope_fx.compile` returned.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
@@ -32,8 +35,8 @@ def explain(model: nn.Module) -> Explanation:
     notes = []
     if record.untraced_because:
         notes.append(
-            f"The model was not traced ({record.untraced_because}): these are its nn.Linear and "
-            "Conv1D modules, and first and last are by module order."
+            f"The model was not traced ({record.untraced_because}): the linears are its nn.Linear "
+            "and Conv1D modules, and the first and the last are those in module order."
         )
     met: dict[tuple[int, int, int, int], dict[Problem, Choice]] = {}
     for plan in record.plans:
@@ -53,7 +56,12 @@ def explain(model: nn.Module) -> Explanation:
 
 
 def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, Choice]]:
-    """The engines chosen for products of a weight's size in the model, so for this weight too."""
+    """The engines that were chosen for the products of a weight.
+
+    Args:
+        weight: the weight.
+        rows: the numbers of rows of the weight that a product reads.
+    """
     size = (weight.d_in, weight.n, weight.m)
     return [
         (problem, choice)
@@ -64,7 +72,7 @@ def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, C
 
 
 def _regions(model: nn.Module, record: Record) -> str:
-    """What is compiled, if not the model as one graph."""
+    """The line about the compiled regions; "" if the model is compiled as one graph."""
     if record.settings.backend is None or record.regions.whole:
         return ""
     paths, kinds = record.regions.paths, len(set(record.regions.kinds))
@@ -74,8 +82,8 @@ def _regions(model: nn.Module, record: Record) -> str:
     )
     if record.settings.region == "auto" and takes_cache(model):
         line += (
-            " While it trains the model is called with use_cache=False; where a cache is used it "
-            "is compiled as a whole."
+            " In training, the model is called with use_cache=False. For calls with a cache it is "
+            "compiled as a whole."
         )
     return line
 
@@ -84,7 +92,7 @@ def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> 
     if weight is None or not isinstance(plan, SparsePlan):
         return report_dense(_as_it_is_now(model, plan))
     values = weight.values
-    # The sizes as they are, whatever dtype the model was moved to.
+    # The element size of the current dtype, which a cast of the model changes.
     return report_sparse(
         plan,
         weight.storage.name,
@@ -97,7 +105,7 @@ def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> 
 
 
 def _as_it_is_now(model: nn.Module, plan: LinearPlan) -> DensePlan:
-    """The plan of a linear without a sparse weight; a new plan if its layer was replaced."""
+    """The plan of a linear without a sparse weight. If its layer was replaced, a new plan."""
     try:
         parameter = model.get_parameter(plan.parameter_name)
     except AttributeError:
@@ -114,7 +122,7 @@ def _as_it_is_now(model: nn.Module, plan: LinearPlan) -> DensePlan:
 
 
 def _added(model: nn.Module, record: Record) -> list[LinearReport]:
-    """The linear modules that weren't there when the model was compiled."""
+    """The reports on linear modules that were added after ``compile``."""
     known = {plan.name for plan in record.plans} | {plan.parameter_name for plan in record.plans}
     sparse = {id(weight.values) for weight in sparse_weights(model).values()}
     reports = []
@@ -152,10 +160,10 @@ def report_sparse(
     """The report on a sparse linear.
 
     Args:
-        plan: of the linear.
-        storage: name of the storage format.
-        rank: of its adapter, or None.
-        size: bytes of an element.
+        plan: plan of the linear.
+        storage: name of the storage.
+        rank: rank of the adapter, or None without an adapter.
+        size: size of an element in bytes.
         products, reason, operand_bytes: as in :class:`LinearReport`.
     """
     layout, pattern, count = plan.layout, plan.pattern, math.prod(plan.shape)
@@ -182,7 +190,7 @@ def report_sparse(
 
 
 def product_reports(chosen: Iterable[tuple[Problem, Choice]]) -> tuple[ProductReport, ...]:
-    """The engines chosen for products, by tokens, dtype and product."""
+    """The reports on products, sorted by tokens (largest first), dtype and product."""
     reports = (
         ProductReport(
             PRODUCTS[problem.op],

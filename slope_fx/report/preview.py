@@ -1,4 +1,4 @@
-"""What would become of a model, told from its configuration alone."""
+"""``preview``: the report on a model that is not compiled, from its configuration."""
 
 import os
 import warnings
@@ -28,8 +28,8 @@ from slope_fx.report.explain import product_reports, report_dense, report_sparse
 from slope_fx.report.tables import Explanation, LinearReport, ProductReport
 
 MOST_WIDTH = 2048
-"""Products are measured on weights of at most this width: what is gained hardly changes beyond,
-and takes seconds to measure."""
+"""Products are measured on weights of at most this width. Wider weights have nearly the same
+speedup, and their measurement takes seconds."""
 
 
 def preview(
@@ -41,22 +41,23 @@ def preview(
     measure: bool = True,
     **options: Unpack[ConfigOptions],
 ) -> Explanation:
-    """What ``compile`` would make of a model of transformers, without its weights.
+    """Returns the report that ``explain`` would give for a transformers model after ``compile``.
 
-    The model is made on the meta device, which takes no memory, and traced as ``compile`` would.
-    Of a checkpoint of slope_fx it reports what the checkpoint holds.
+    The weights are not needed: the model is built on the meta device and traced. For a checkpoint
+    of slope_fx, the report describes the checkpoint.
 
     Args:
-        source: a ``config.json``, a folder that has one, a name on the hub, or a checkpoint
-            that ``save_pretrained`` wrote.
-        sparsity, options: what to prune, as for :func:`slope_fx.compile`.
-        dtype: of the weights; None for the configuration's, or float32.
-        tokens: in a step, for which the products are measured.
-        measure: time the products on this machine, to tell which layers gain.
+        source: a ``config.json``, a folder with a ``config.json``, a name on the hub, or a
+            checkpoint that ``save_pretrained`` wrote.
+        sparsity, options: as for :func:`slope_fx.compile`.
+        dtype: dtype of the weights. None: the dtype of the configuration, or float32.
+        tokens: number of tokens for which the products are measured.
+        measure: whether to measure the products on this machine.
 
     Raises:
-        ArgumentError: there is no such configuration, or no model of transformers of its class.
-        SlopeError: as ``compile`` does for the other arguments.
+        ArgumentError: the configuration does not exist, transformers has no model class for it,
+            or an argument has a value that is not allowed.
+        SlopeError: as for ``compile``.
     """
     if not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
@@ -124,18 +125,18 @@ def _of_checkpoint(folder: Path, tokens: int | None) -> Explanation:
 
 
 def _dtype_of(folder: Path, manifest: Manifest) -> torch.dtype:
-    """Of the values of its sparse weights."""
+    """The dtype of the values in a checkpoint."""
     name = next(name for name in manifest.tensors if name.endswith(values_name("")))
     with safe_open(folder / manifest.tensors[name], framework="pt") as file:
         return file.get_tensor(name).dtype
 
 
 def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn.Module:
-    """The model that a configuration describes, on the meta device."""
+    """The model of a configuration, on the meta device."""
     config = config_of(source)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     kind = class_of(config)
-    # The Auto classes have it in public, the models' own for them.
+    # The Auto classes have from_config; the model classes have the private _from_config.
     make = getattr(kind, "from_config", None) or kind._from_config
     try:
         with torch.device("meta"):
@@ -151,7 +152,7 @@ def _meta_model(source: str | os.PathLike[str], dtype: torch.dtype | None) -> nn
 def _measured(
     plans: list[SparsePlan], dtype: torch.dtype, tokens: int
 ) -> dict[str, tuple[ProductReport, ...]]:
-    """What computes the products of each sparse linear here, and how much faster than dense."""
+    """The engines and speedups of each sparse linear on this machine, by the layer's name."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {}
     for plan in plans:
@@ -177,6 +178,6 @@ def _gains(reports: list[LinearReport], tokens: int) -> str:
 
 
 def _speedup(report: LinearReport) -> float:
-    """Of the three products together: each takes the same time dense, nearly."""
+    """The speedup of the three products together, which take nearly equal times when dense."""
     speedups = [p.speedup for p in report.products if p.speedup is not None]
     return len(speedups) / sum(1 / s for s in speedups) if speedups else 0.0

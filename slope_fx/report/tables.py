@@ -1,4 +1,4 @@
-"""What ``explain`` and ``preview`` report, as data and as a table."""
+"""The data classes and the table of the reports of ``explain`` and ``preview``."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,16 +17,16 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class ProductReport:
-    """What computes one product of a sparse linear, and how that was found.
+    """The engine that computes one product of a sparse linear.
 
     Attributes:
         product: "forward", "input gradient" or "weight gradient".
         tokens: rows of the input, rounded up to a power of two.
-        dtype: of the product.
-        threads: that it was chosen for.
-        engine: its name.
-        speedup: measured, against the dense product with a dense weight; None if the engine
-            was given and not measured.
+        dtype: dtype of the product.
+        threads: number of threads for which the engine was chosen.
+        engine: name of the engine.
+        speedup: measured speedup over the dense product with a dense weight. None if the engine
+            was named and not measured.
     """
 
     product: str
@@ -39,23 +39,24 @@ class ProductReport:
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One linear of a compiled model.
+    """The report on one linear.
 
     Attributes:
-        name: qualified name.
+        name: qualified name of the layer.
         kind: "sparse" or "dense".
-        shape: (d_out, d_in), or (stack, d_out, d_in).
-        pattern: "N:M", or None for dense.
-        products: what computes its products, for each kind met so far; empty for dense
+        shape: shape of the weight: (d_out, d_in), or (stack, d_out, d_in).
+        pattern: "N:M", or None for a dense linear.
+        products: the products that have run so far, with their engines. Empty for a dense linear,
             and before the first run.
-        rank: of its adapter, or None.
-        reason: why it is dense; for a sparse one that trained with its dense weight
-            rebuilt, why it did; else "".
-        bytes_before, bytes_after: of its weight: dense, and now (values, masks, adapter).
-        state_before, state_after: the same while training with Adam: weight, gradient
-            and two fp32 moments.
-        operand_bytes: what an engine keeps now that it made of the weight, to use again until
-            the weight changes; in none of the others.
+        rank: rank of the adapter, or None without an adapter.
+        reason: the reason why a linear is dense, or why a sparse linear trained with its dense
+            weight rebuilt; else "".
+        bytes_before, bytes_after: size of the dense weight, and of the values, masks and adapter,
+            in bytes.
+        state_before, state_after: the same sizes with the gradients and the two fp32 moments of
+            Adam.
+        operand_bytes: size of the operands that an engine made from the weight and keeps until
+            the weight changes, in bytes. The other sizes do not include it.
     """
 
     name: str
@@ -74,11 +75,11 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The report on a model. Print it for a table; its fields are the same as data.
+    """The report on a model. ``str`` gives it as a table.
 
     Attributes:
-        linears: a report for each linear.
-        note: what there is to say of the model as a whole; may be "".
+        linears: a report on each linear.
+        note: remarks about the whole model, or "".
     """
 
     linears: tuple[LinearReport, ...]
@@ -90,12 +91,12 @@ class Explanation:
         return tuple(linear for linear in self.linears if linear.kind == "sparse")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON."""
+        """The report as plain data for JSON."""
         return {"linears": [asdict(linear) for linear in self.linears], "note": self.note}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Explanation":
-        """The explanation that :meth:`to_dict` gave ``data`` of."""
+        """The report from the result of :meth:`to_dict`."""
         linears = []
         for report in data["linears"]:
             products = tuple(ProductReport(**product) for product in report["products"])
@@ -133,14 +134,14 @@ class Explanation:
             )
         if any(product.speedup is not None for r in self.sparse for product in r.products):
             lines.append(
-                "engine: what computes the forward product, the input and the weight gradient, and "
-                "how many times faster than the dense product it was when measured here."
+                "engine: the engines of the forward product, the input gradient and the weight "
+                "gradient, with their speedups over the dense products, measured on this machine."
             )
         operands = sum(r.operand_bytes for r in self.sparse)
         if operands:
             lines.append(
                 f"Besides, engines keep {_size(operands)} of operands that they made of the "
-                "weights, until these change."
+                "weights, until the weights change."
             )
         if self.note:
             lines.append(self.note)
@@ -148,9 +149,10 @@ class Explanation:
 
 
 def _engines(report: LinearReport) -> str:
-    """The engines for the largest number of tokens met, as one cell of the table.
+    """The table cell with the engines for the largest number of tokens.
 
-    Of several dtypes, that of the weight comes before what autocast makes of it.
+    If products ran in several dtypes, the cell prefers the dtype of the weight to the dtype of
+    autocast.
     """
     if report.kind == "dense":
         return ""

@@ -1,10 +1,13 @@
-"""Sparse weights: what a layer holds in place of its dense weight, and how that is put there.
+"""Sparse weights, and their installation in a model.
 
-``weight.py`` is :class:`SparseWeight`, ``storage.py`` how its values are kept, ``install.py`` puts
-weights into a model and takes them out. ``reading.py`` is what ``layer.weight`` reads as in eager
-code, ``mask.py`` the parameter of a mask, ``phase.py`` whether adapters take part, ``fallback.py``
-what a layer says when it runs dense, ``optimizers.py`` and ``averaging.py`` what happens at an
-optimizer's step and in averages of weights.
+- ``weight.py`` defines :class:`SparseWeight`, and ``storage.py`` the storage of its values.
+- ``install.py`` installs sparse weights in a model and removes them.
+- ``reading.py`` defines the tensor that ``layer.weight`` returns in eager code.
+- ``mask.py`` defines the parameter of a packed mask.
+- ``phase.py`` stores whether the adapters are active.
+- ``fallback.py`` reports layers that run with their dense weight rebuilt.
+- ``optimizers.py`` checks the steps of optimizers, and ``averaging.py`` excludes masks from
+  averages of weights.
 """
 
 from slope_fx.sparse.storage import STORAGES, CompressedValues, Storage

@@ -1,9 +1,9 @@
-"""Keeps masks out of averages of weights.
+"""Excludes masks from averages of weights.
 
-Masks are parameters (so that FSDP shards them with the values), and torch's ``AveragedModel``
-averages every parameter: of a byte of mask bits that makes another mask, or an error. So, while a
-model with sparse weights is averaged, its masks are set aside, whatever the averaging function is;
-the average gets backward masks of its own values.
+Masks are parameters, so that FSDP shards them with the values. ``AveragedModel`` of torch averages
+all parameters, and an average of packed bits is not a mask. This module patches
+``AveragedModel.update_parameters``: masks are removed from the models during the update, and the
+averaged model then chooses backward masks from its averaged values.
 """
 
 import functools
@@ -19,7 +19,7 @@ from slope_fx.sparse.weight import SparseWeight
 
 @contextmanager
 def masks_set_aside(*models: nn.Module) -> Iterator[None]:
-    """The models without the masks of their sparse weights among their parameters."""
+    """Removes the masks of sparse weights from the parameters of the models in a ``with`` block."""
     weights = [m for model in models for m in model.modules() if isinstance(m, SparseWeight)]
     kept = [weight._parameters for weight in weights]
     try:

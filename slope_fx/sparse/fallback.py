@@ -1,4 +1,4 @@
-"""What a sparse layer says when it runs with its dense weight rebuilt."""
+"""Reports a sparse layer that runs with its dense weight rebuilt."""
 
 import warnings
 from typing import Literal
@@ -9,13 +9,13 @@ OnFallback = Literal["warn", "error", "ignore"]
 
 
 class Fallback:
-    """The state of one layer.
+    """The fallback state of one layer.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         policy: ``on_fallback`` of ``compile``.
-        because: why the layer trained with its dense weight rebuilt; None if it didn't.
-        hint: why its dense weight was last rebuilt where gradients are on.
+        because: the reason why the layer trained with its dense weight rebuilt, or None.
+        hint: the reason why the dense weight was last rebuilt with gradients enabled, or None.
     """
 
     def __init__(self, name: str, policy: OnFallback) -> None:
@@ -24,18 +24,21 @@ class Fallback:
         self.hint: str | None = None
 
     def note(self, reason: str, *, trains: bool) -> None:
-        """Take note that the dense weight was rebuilt where gradients are on.
+        """Note that the dense weight was rebuilt with gradients enabled.
 
-        Reading it does no harm. That the layer trains so shows when a gradient arrives, and is
-        reported then. A layer that doesn't train gets no gradient, but passes one on: it is
-        reported at once.
+        A read alone is harmless, so the report waits until a gradient arrives. A frozen layer gets
+        no gradient, but computes an input gradient, so it is reported immediately.
+
+        Args:
+            reason: why the weight was rebuilt.
+            trains: whether the values require gradients.
         """
         self.hint = reason
         if not trains:
             self.report(reason)
 
     def report(self, reason: str) -> None:
-        """Say, once, that this layer trains with its dense weight rebuilt.
+        """Warn once, or raise, because the layer trains with its dense weight rebuilt.
 
         Raises:
             ExpandedWeightError: with ``on_fallback="error"``.
@@ -54,7 +57,7 @@ class Fallback:
         self.because = reason
 
     def gradient_arrived(self) -> None:
-        """A gradient came through the rebuilt weight: the last sign, however it was compiled."""
+        """Report that a gradient arrived at the rebuilt weight, however the model is compiled."""
         if self.because is None or self.policy == "error":
             self.report(
                 self.hint

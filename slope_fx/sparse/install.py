@@ -1,8 +1,8 @@
-"""Put compressed weights into a model, in place, and take them out again if that fails.
+"""Install sparse weights in a model, in place, and remove them.
 
-A layer keeps its identity and its attributes; its class becomes a subclass on which
-``weight`` is a property. The subclass is shared by all layers of a kind, because Dynamo
-reuses one compiled graph only for modules of one class.
+A layer keeps its identity and its attributes. Its class becomes a subclass with a property
+``weight``. Layers of the same kind share the subclass, because Dynamo reuses a compiled graph
+only for modules of the same class.
 """
 
 import functools
@@ -22,7 +22,7 @@ from slope_fx.sparse.weight import Parts, Shared, SparseWeight
 
 
 class _Kind(NamedTuple):
-    """What a generated class adds to its base: weight properties, and a hook on copies."""
+    """The base of a generated class, its weight properties, and a hook for copies."""
 
     base: type[nn.Module]
     attributes: tuple[str, ...]
@@ -31,7 +31,7 @@ class _Kind(NamedTuple):
 
 @functools.cache
 def _class_of(kind: _Kind) -> type[nn.Module]:
-    """The one class of a kind. It passes for its base: same name, ``isinstance`` holds."""
+    """The class of a kind: a subclass of the base with the same name."""
     body: dict[str, Any] = {
         "__module__": kind.base.__module__,
         "__qualname__": kind.base.__qualname__,
@@ -67,14 +67,18 @@ def _weight_property(attribute: str) -> property:
 
 
 def _refuse_replacement(module: nn.Module, attribute: str) -> NoReturn:
-    """``layer.weight = other``: by hand, by functional_call, by libraries that quantise."""
+    """Refuse ``layer.weight = other``, as in functional_call and quantization libraries.
+
+    Raises:
+        UnsupportedError: always.
+    """
     name = getattr(module, sparse_name(attribute)).name
     raise UnsupportedError(
-        f"{name}: its `{attribute}` can't be replaced or deleted, for it is made from "
-        f"`{values_name(attribute)}` and its masks. To write a dense weight call "
-        f"slope_fx.sparse_weights(model)[{name!r}].write_(dense); for functional_call name "
-        f"`{values_name(attribute)}`; to quantise, prune or parametrise it otherwise make the "
-        "model dense first: slope_fx.densify(model)."
+        f"{name}: its `{attribute}` can't be replaced or deleted, because it is made from "
+        f"`{values_name(attribute)}` and the masks. To write a dense weight, call "
+        f"slope_fx.sparse_weights(model)[{name!r}].write_(dense). For functional_call, pass "
+        f"`{values_name(attribute)}`. To quantise, prune or parametrise it, make the model dense "
+        "first: slope_fx.densify(model)."
     )
 
 
@@ -87,12 +91,12 @@ def _register_parameter(module: nn.Module, name: str, param: nn.Parameter | None
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
-    # Generated classes can't be imported by name; copies and pickles name their kind.
+    # A generated class cannot be imported by name, so copies and pickles store its kind.
     return _blank, tuple(type(module)._slope_kind), module.__getstate__()  # type: ignore[attr-defined]
 
 
 def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
-    # As nn.Module's, but for the masks, which can't.
+    # As nn.Module.requires_grad_, but masks cannot require gradients.
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(requires_grad)
@@ -109,7 +113,7 @@ def _load_from_state_dict(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    # With strict=False, as the Trainer has it, torch would pass over a dense weight in silence.
+    # With strict=False, as in the Trainer, torch would silently ignore a dense weight.
     kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
     for attribute in kind.attributes:
         if f"{prefix}{attribute}" in state_dict and f"{prefix}{values_name(attribute)}" not in (
@@ -130,7 +134,7 @@ def _no_qconfig(module: nn.Module) -> NoReturn:
 
 
 def _refuse_qconfig(module: nn.Module, qconfig: object) -> NoReturn:
-    # torch.ao.quantization sets it on every module, and would pass over the sparse ones in silence.
+    # torch.ao.quantization sets qconfig on all modules, and would silently skip sparse layers.
     raise UnsupportedError(
         "torch.ao.quantization can't quantise a model with sparse weights. Quantise a dense copy: "
         "slope_fx.densify(model)."
@@ -152,7 +156,13 @@ def set_kind(
     attributes: tuple[str, ...] = (),
     after_copy: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Make ``module`` an instance of its class with the given additions, and keep earlier ones."""
+    """Replace the class of ``module`` by its generated subclass.
+
+    Args:
+        module: changed in place.
+        attributes: names of weights, added to those of an earlier call.
+        after_copy: called on a copy of the module. None keeps the function of an earlier call.
+    """
     kind = getattr(type(module), "_slope_kind", _Kind(type(module), (), None))
     kind = _Kind(
         kind.base, tuple(sorted({*kind.attributes, *attributes})), after_copy or kind.after_copy
@@ -168,18 +178,18 @@ def install(
     on_fallback: OnFallback,
     undo: ExitStack,
 ) -> list[Tensor]:
-    """Replace the weight of each sparse plan.
+    """Replace the dense weight of each plan by a sparse weight.
 
     Args:
         model: changed in place.
-        plans: of the sparse linears.
-        make_parts: from the plan and the dense parameter to the tensors that replace it.
-        storage: how the weights are kept.
+        plans: plans of the sparse linears.
+        make_parts: maps a plan and its dense parameter to the tensors that replace it.
+        storage: storage of the weights.
         on_fallback: what a layer does when it runs with its dense weight rebuilt.
-        undo: gets what it takes to put the model back as it was.
+        undo: receives callbacks that restore the model.
 
     Returns:
-        The dense parameters that were replaced.
+        The replaced dense parameters.
     """
     locations: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -209,7 +219,7 @@ def _replace(
     fallback: Fallback,
     undo: ExitStack,
 ) -> None:
-    """Replace one dense parameter wherever a module has it: a shared weight stays shared."""
+    """Replace a dense parameter in all modules that have it. A shared weight stays shared."""
     with torch.no_grad():
         parts = make_parts(plan, dense.detach())
     values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
@@ -226,7 +236,7 @@ def _replace(
 
 @contextmanager
 def _plain_modes() -> Iterator[None]:
-    """Whatever mode the caller is in, parameters are to train, and to be as they are computed."""
+    """Disables inference mode and autocast, which would affect the new parameters."""
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         for device in {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}:
@@ -235,11 +245,11 @@ def _plain_modes() -> Iterator[None]:
 
 
 def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> None:
-    """Give every layer a dense weight again, in place of its values, masks and adapter.
+    """Replace all sparse weights by dense parameters.
 
     Args:
         model: changed in place.
-        dense_of: the weight as the layer's own parameter was shaped.
+        dense_of: maps a sparse weight to the dense weight in the shape of the layer's parameter.
     """
     made: dict[SparseWeight, nn.Parameter] = {}
     for module in list(model.modules()):
@@ -252,13 +262,13 @@ def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> N
                 trains = sparse.values.requires_grad
                 made[sparse] = nn.Parameter(dense_of(sparse), requires_grad=trains)
             del module._modules[sparse_name(attribute)], module._parameters[values_name(attribute)]
-            # Ahead of the bias, where torch's own layers have it.
+            # The weight comes before the bias, as in torch's layers.
             module.__dict__["_parameters"] = {attribute: made[sparse], **module._parameters}
         module.__class__ = kind.base
 
 
 def restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
-    """Give ``module`` back a class and a ``__dict__`` that it had."""
+    """Restore an earlier class and ``__dict__`` of ``module``."""
     module.__class__ = cls
     module.__dict__.clear()
     module.__dict__.update(state)

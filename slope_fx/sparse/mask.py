@@ -1,4 +1,4 @@
-"""The parameters that hold masks: bits, which never train and are no numbers to compute with."""
+"""``Mask``: the parameter of a packed mask, which does not train."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -18,16 +18,17 @@ _ARITHMETIC = (
     "add_", "__iadd__", "sub_", "__isub__", "div_", "__itruediv__", "lerp", "lerp_", "addcmul_",
     "addcdiv_", "clamp_", "normal_", "uniform_",
 )  # fmt: skip
-"""What norms, penalties, averages and optimizers of all parameters do to each, as a method."""
+"""Methods that norms, penalties, averages and optimizers call on parameters."""
 
 
 class Mask(nn.Parameter):
-    """A packed mask, uint8. It says what is wrong where it is taken for a weight.
+    """A packed mask, uint8. Arithmetic on it raises an error.
 
-    ``requires_grad = True``, as in unfreezing all parameters, leaves it as it is.
+    Setting ``requires_grad`` has no effect, so code may unfreeze all parameters of a model.
 
     Raises:
-        UnsupportedError: at arithmetic, and at ``data =`` anything but bits of its shape.
+        UnsupportedError: at arithmetic, and if ``data`` is set to a tensor of another dtype or
+            shape.
     """
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> "Mask":
@@ -59,7 +60,7 @@ class Mask(nn.Parameter):
 
     @property
     def _is_flat_param(self) -> bool:
-        # FSDP1 asks this of each parameter ahead of all else that it checks.
+        # FSDP1 reads this attribute of each parameter before its other checks.
         raise UnsupportedError(
             "FullyShardedDataParallel (FSDP1) makes one flat tensor of all parameters, which masks "
             "can't be part of. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."

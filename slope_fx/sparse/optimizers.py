@@ -1,4 +1,4 @@
-"""What is done and said at the steps of optimizers that hold sparse weights."""
+"""Checks at the steps of optimizers."""
 
 import functools
 import warnings
@@ -17,15 +17,15 @@ from slope_fx.sparse.reading import note_step
 from slope_fx.sparse.weight import SparseWeight, find_alive
 
 _replaced = WeakTensorKeyDictionary()
-"""The dense parameters that sparse weights have replaced, as long as something holds them."""
+"""The dense parameters that sparse weights have replaced, by weak reference."""
 
 
 def watch(replaced: Sequence[Tensor]) -> None:
-    """Look at each optimizer's step in this process from now on.
+    """Check all following optimizer steps in this process.
 
     Args:
-        replaced: dense parameters that no module holds any more. An optimizer that was made before
-            ``compile`` does, and would train nothing.
+        replaced: dense parameters that were replaced. An optimizer that was made before
+            ``compile`` has them, and would not train the sparse layers.
     """
     for parameter in replaced:
         _replaced[parameter] = True
@@ -44,9 +44,10 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
     asleep = {id(factor) for weight in idle for factor in (weight.lora_A, weight.lora_B)}
     for parameter in parameters:
         if id(parameter) in asleep:
-            # An adapter that takes no part gets no step though its gradients were set to zeros: by
-            # zero_grad(set_to_none=False), or by torch.distributed.checkpoint, which makes the
-            # state of a new optimizer so, and asks for one of each parameter: an empty one.
+            # An inactive adapter must not be updated, even if its gradient is zero instead of None.
+            # zero_grad(set_to_none=False) sets zeros. So does torch.distributed.checkpoint to
+            # initialize an optimizer's state. It needs a state for each parameter, so this access
+            # creates an empty one.
             parameter.grad = None
             optimizer.state[parameter]
     _tell_of_missing_schedule(parameters, idle)
@@ -59,7 +60,7 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
 
 
 def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight]) -> None:
-    """Say, once for a model, that its adapters will never take part."""
+    """Warn once for each model that has adapters and no Schedule."""
     stepped = {id(p) for p in parameters if p.grad is not None}
     without = [w for w in idle if not (w.phase.scheduled or w.phase.told)]
     trained = [weight for weight in without if id(weight.values) in stepped]
@@ -69,7 +70,7 @@ def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight
         warnings.warn(
             f"{len(trained)} layers ({trained[0].name} and so on) have adapters, but no "
             "slope_fx.Schedule was made for their model, so the adapters never take part. Make "
-            "slope_fx.Schedule(model, total_steps=...) ahead of training, and step it after the "
+            "slope_fx.Schedule(model, total_steps=...) before training, and step it after the "
             "optimizer.",
             TrainingWarning,
             stacklevel=4,
@@ -77,15 +78,15 @@ def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight
 
 
 def _tell_of_replaced(optimizer: Optimizer, parameters: list[Any]) -> None:
-    """Say, once, that an optimizer holds dense weights that sparse weights have replaced."""
+    """Warn once that an optimizer has dense weights that sparse weights have replaced."""
     stale = [p for p in parameters if p in _replaced]
     for parameter in stale:
         del _replaced[parameter]
     if stale:
         warnings.warn(
-            f"The {type(optimizer).__name__} holds {len(stale)} dense weights that "
-            "slope_fx.compile has replaced: it was made before, and trains none of the sparse "
-            "layers. Make the optimizer after compile.",
+            f"The {type(optimizer).__name__} was made before slope_fx.compile and holds "
+            f"{len(stale)} dense weights that compile has replaced. It does not train their "
+            "sparse layers. Make the optimizer after compile.",
             TrainingWarning,
             stacklevel=4,
         )

@@ -1,19 +1,19 @@
-"""Whether the adapters of a model take part: one state for all of its sparse weights."""
+"""``Phase``: whether the adapters of a model are active."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Phase:
-    """The phase of a model. Its sparse weights share it, and so do those of its deep copies.
+    """The phase of a model. All sparse weights of the model and of its deep copies share it.
 
-    A :class:`~slope_fx.Schedule` moves it. A copy of the model, as for an average of the weights,
-    follows until a Schedule of its own gives it a phase of its own.
+    A :class:`~slope_fx.Schedule` changes the phase. A copy of the model, as for an average of the
+    weights, gets a separate phase when a Schedule is made for it.
 
     Attributes:
-        active: whether the adapters take part. Dynamo guards on it: a change recompiles.
+        active: whether the adapters are active. Dynamo guards on it, so a change recompiles.
         scheduled: whether a Schedule was made for the model.
-        told: whether it was said that the model has adapters and no Schedule.
+        told: whether a warning was given that the model has adapters and no Schedule.
     """
 
     active: bool = False

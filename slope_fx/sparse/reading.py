@@ -1,13 +1,13 @@
-"""What ``layer.weight`` of a sparse layer is in eager code: a tensor to which no write is lost.
+"""The tensor that ``layer.weight`` of a sparse layer returns in eager code.
 
-The dense ``W^R`` is made at each reading, so a write to it would vanish. Each write to a
-:class:`DenseWeight`, or to a view of one, by whatever road, is carried out on the kept values or
-refused:
+Each read rebuilds the dense ``W^R`` as a temporary tensor, so a plain write to it would be lost.
+A :class:`DenseWeight` detects writes to the temporary and to its views. It applies them to the
+values or refuses them:
 
-- an initialisation (``torch.nn.init``, ``reset_parameters``, a fill with one number or with random
-  ones) is projected on the mask, as it is for a weight that is pruned afterwards;
-- any other write is carried out if it leaves the pruned elements zero, so that nothing of it is
-  lost. Otherwise it is refused, and the weight stays as it was.
+- An initialization (``torch.nn.init``, ``reset_parameters``, a fill with a constant or with random
+  numbers) is applied, and its pruned elements are dropped.
+- Any other write is applied if all pruned elements are zero after it. Otherwise it raises an
+  error, and the weight is unchanged.
 """
 
 import sys
@@ -28,7 +28,7 @@ _FILLS = {
     "random_", "uniform_", "zero_",
 }  # fmt: skip
 _DETACHED = ("set_", "resize_", "resize_as_", "as_strided_", "share_memory_", "__dlpack__")
-"""What would give it another memory, or hand out its own. PyTorch lets no subclass know of some."""
+"""Methods that replace or expose the memory. ``__torch_function__`` does not see some of them."""
 _GET_DATA, _SET_DATA = _TENSOR.data.__get__, _TENSOR.data.__set__
 _GET_IS_LEAF, _SET_GRAD = _TENSOR.is_leaf.__get__, _TENSOR.grad.__set__
 _SET_REQUIRES_GRAD = _TENSOR.requires_grad.__set__
@@ -36,7 +36,7 @@ _OF_THE_PARAMETER = {"register_hook", "retain_grad", "register_post_accumulate_g
 
 
 class Read(Protocol):
-    """What is read: the part of :class:`~slope_fx.SparseWeight` that writes are carried out on."""
+    """The part of :class:`~slope_fx.SparseWeight` that a reading needs."""
 
     name: str
     _values_name: str
@@ -56,12 +56,12 @@ class Read(Protocol):
 
 @dataclass
 class _Reading:
-    """One reading of a weight.
+    """One read of a weight.
 
     Attributes:
-        weight: what was read.
-        dense: the tensor that was made, (stack * d_out, d_in): all views share its memory.
-        stamp: of the values, when they were read.
+        weight: the sparse weight.
+        dense: the temporary tensor (stack * d_out, d_in). All views share its memory.
+        stamp: stamp of the values at the time of the read.
     """
 
     weight: Read
@@ -69,7 +69,15 @@ class _Reading:
     stamp: tuple[int, ...]
 
     def refuse(self, what: str, instead: str = "") -> NoReturn:
-        """Raise, with the temporary as it was read."""
+        """Raise an error about the operation ``what``.
+
+        Args:
+            what: the problem.
+            instead: what to do; "" for the general advice.
+
+        Raises:
+            UnsupportedError: always.
+        """
         name = self.weight.name
         raise UnsupportedError(
             f"{name}: {what}. `weight` of a sparse layer is made from its values at each reading. "
@@ -81,7 +89,16 @@ class _Reading:
         )
 
     def written(self, what: str, *, initialises: bool, in_grad_mode: bool) -> None:
-        """Carry a write to the temporary out on the values, or put it back and refuse."""
+        """Apply a write to the temporary to the values, or undo it and raise an error.
+
+        Args:
+            what: name of the operation that wrote.
+            initialises: whether the write is an initialization.
+            in_grad_mode: whether the write was recorded by autograd.
+
+        Raises:
+            UnsupportedError: the write cannot be applied to the values.
+        """
         weight = self.weight
         now = _stamp(weight)
         reason = instead = ""
@@ -89,12 +106,12 @@ class _Reading:
             reason = f"{what} writes to it while gradients are on"
             instead = "Write under torch.no_grad(), as to any parameter."
         elif now != self.stamp:
-            reason = f"{what} writes to a reading from before its values changed"
+            reason = f"{what} writes to a `weight` that was read before its values changed"
             instead = "Read `weight` again."
         elif weight.adapter_active:
-            reason = f"{what} writes to it while its adapter takes part, which `weight` includes"
+            reason = f"{what} writes to it while its adapter is active, which `weight` includes"
         elif not initialises and weight.has_pruned(self.dense):
-            reason = f"{what} gives numbers to elements that are pruned, which would be lost"
+            reason = f"{what} writes to elements that are pruned, which would be lost"
             if what == "`data`" or "add" in what:
                 instead = (
                     "Keep the update apart, as an adapter, or make the model dense first: "
@@ -113,12 +130,12 @@ class _Reading:
 
 
 class DenseWeight(Tensor):
-    """The dense ``W^R`` of a sparse layer, (d_out, d_in) or as the layer has it.
+    """The dense ``W^R`` of a sparse layer, in the shape of the layer's dense parameter.
 
-    Reads are those of any tensor; autograd brings gradients back compressed.
+    It can be read as any tensor. Autograd returns compressed gradients to the values.
 
     Raises:
-        UnsupportedError: at a write that can't be carried out on the values.
+        UnsupportedError: at a write that cannot be applied to the values.
     """
 
     _reading: _Reading
@@ -126,7 +143,13 @@ class DenseWeight(Tensor):
 
     @staticmethod
     def of(weight: Read, dense: Tensor, shaped: Tensor) -> "DenseWeight":
-        """A reading of ``weight``: ``dense`` as ``shaped``, a view of it."""
+        """Returns a reading of ``weight``.
+
+        Args:
+            weight: the sparse weight.
+            dense: the temporary tensor (stack * d_out, d_in).
+            shaped: a view of ``dense`` in the shape of the layer's parameter.
+        """
         return _wrap(shaped, _Reading(weight, dense, _stamp(weight)), direct=True)
 
     @classmethod
@@ -140,10 +163,10 @@ class DenseWeight(Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if torch.compiler.is_compiling():
-            # Compiled code wouldn't tell of its writes, and takes no such subclass anyway.
+            # Compiled code would not report its writes, and does not support this subclass.
             raise UnsupportedError(
                 "`weight` of a sparse layer was read in eager code and given to a compiled "
-                "function. Read it inside of that, or give it a copy: layer.weight.clone()."
+                "function. Read it inside the function, or pass a copy: layer.weight.clone()."
             )
         with torch._C.DisableTorchFunctionSubclass():
             readings = _readings((args, kwargs))
@@ -170,7 +193,7 @@ class DenseWeight(Tensor):
                             and func != _SET_DATA,
                         )  # fmt: skip
             if name in ("numpy", "__array__"):
-                result.setflags(write=False)  # its memory is the temporary's
+                result.setflags(write=False)  # NumPy would write to the temporary
                 return result
             return tree_map(lambda part: _view(part, readings), result)
 
@@ -187,13 +210,13 @@ for _name in _DETACHED:
 
 
 def _special(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> tuple[Any] | None:
-    """The result of what isn't an operation on elements, in a tuple; None for anything else."""
+    """The result, in a tuple, of an operation on attributes; None for other operations."""
     it = args[0] if args and isinstance(args[0], DenseWeight) else None
     if it is None:
         return None
     reading = it._reading
     if func == _GET_DATA:
-        return (_wrap(it.detach(), reading),)  # which counts its writes, as .data doesn't
+        return (_wrap(it.detach(), reading),)  # a write to .data would not change the version
     if not it._direct:
         return None
     values = reading.weight._values_name
@@ -201,10 +224,12 @@ def _special(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> tupl
         reading.weight.values.requires_grad_(args[1] if len(args) > 1 else True)
         return (it,)
     if func == _SET_GRAD:
-        reading.refuse("its gradient can't be set", f"Set that of `{values}`, which is compressed.")
+        reading.refuse(
+            "its gradient can't be set", f"Set the gradient of `{values}`, which is compressed."
+        )
     if name in _OF_THE_PARAMETER:
         reading.refuse(
-            f"{name}() would see nothing of a compiled model", f"Call it on the layer's `{values}`."
+            f"{name}() has no effect in a compiled model", f"Call it on the layer's `{values}`."
         )
     if func == _GET_IS_LEAF and _called_from("torch.optim.optimizer", 3):
         reading.refuse(
@@ -214,7 +239,7 @@ def _special(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> tupl
 
 
 def _assign(it: DenseWeight, data: Any) -> None:
-    """``it.data = data``, as a write to the temporary."""
+    """Apply ``it.data = data`` as a write to the temporary."""
     if not isinstance(data, Tensor) or data.shape != it.shape or data.dtype != it.dtype:
         got = (
             f"{tuple(data.shape)} {data.dtype}" if isinstance(data, Tensor) else type(data).__name__
@@ -235,7 +260,7 @@ def _readings(arguments: Any) -> list[_Reading]:
 
 
 def _view(part: Any, readings: list[_Reading]) -> Any:
-    """A result, wrapped if it shares the memory of a reading."""
+    """A result, wrapped as a :class:`DenseWeight` if it shares memory with a reading."""
     if not isinstance(part, Tensor) or isinstance(part, DenseWeight):
         return part
     for reading in readings:
@@ -247,7 +272,7 @@ def _view(part: Any, readings: list[_Reading]) -> Any:
 def _shares(part: Tensor, dense: Tensor) -> bool:
     try:
         return part.untyped_storage()._cdata == dense.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # of functorch's tensors, sparse ones
+    except (RuntimeError, NotImplementedError):  # functorch and sparse tensors have no storage
         return False
 
 
@@ -261,7 +286,7 @@ _steps = 0
 
 
 def note_step() -> None:
-    """Note that an optimizer stepped. Some write without changing a tensor's version."""
+    """Count an optimizer step. Some optimizers do not change the version of a parameter."""
     global _steps
     _steps += 1
 
@@ -280,7 +305,7 @@ def _initialises(func: Callable[..., Any], name: str) -> bool:
 
 
 def _called_from(module: str, up: int) -> bool:
-    """Whether one of the nearest frames outside of this file is of a module."""
+    """Whether one of the three frames from ``up`` on belongs to the module ``module``."""
     frame: FrameType | None = sys._getframe(up)
     for _ in range(3):
         if frame is not None:

@@ -1,4 +1,4 @@
-"""How a pruned weight is kept between optimizer steps: a registry of storage formats."""
+"""A registry of storages, the formats of pruned weights between optimizer steps."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from slope_fx.planning.patterns import Pattern
 
 
 class Storage(ABC):
-    """A storage format: what the parameter ``weight_values`` holds, and how values come from it.
+    """The content of the parameter ``weight_values``, and how values are computed from it.
 
     Checkpoints store that parameter and the packed masks. To add a format, write a subclass in a
     file of its own and register an instance of it in :data:`STORAGES`.
@@ -21,10 +21,10 @@ class Storage(ABC):
 
     @abstractmethod
     def keep(self, matrix: Tensor, forward_bits: Tensor, pattern: Pattern) -> Tensor:
-        """What is kept of a dense weight.
+        """Returns the data of the parameter for a dense weight.
 
         Args:
-            matrix: (rows, d_in); the rows of a stack lie one below the other.
+            matrix: (rows, d_in), with the rows of all matrices of a stack.
             forward_bits: packed mask, uint8 (rows, ceil(d_in / 8)).
             pattern: N:M.
 
@@ -34,14 +34,14 @@ class Storage(ABC):
 
     @abstractmethod
     def values(self, kept: Tensor, forward_bits: Tensor, pattern: Pattern) -> Tensor:
-        """The compressed values (rows, d_in * N / M), at each reading, with autograd."""
+        """The values (rows, d_in * N / M). Computed at each read, with autograd."""
 
     @abstractmethod
     def shape(self, rows: int, d_in: int, pattern: Pattern) -> tuple[int, ...]:
         """The shape of the parameter."""
 
     def nbytes(self, rows: int, d_in: int, pattern: Pattern, itemsize: int) -> int:
-        """Bytes of the parameter, where an element of the dense weight has ``itemsize``."""
+        """The size of the parameter in bytes, for a dense weight with ``itemsize`` bytes each."""
         return math.prod(self.shape(rows, d_in, pattern)) * itemsize
 
 
@@ -64,10 +64,10 @@ STORAGES: dict[str, Storage] = {format.name: format for format in (CompressedVal
 
 
 def storage_named(name: str) -> Storage:
-    """The storage format of a name.
+    """Returns the storage with a name.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: no storage has this name.
     """
     if name not in STORAGES:
         raise ArgumentError(f"storage={name!r}; allowed are {', '.join(map(repr, STORAGES))}.")

@@ -28,7 +28,7 @@ from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.reading import DenseWeight
 from slope_fx.sparse.storage import Storage
 
-# To tell, from a tensor met in a compiled graph, which layer it belongs to.
+# Finds the layer of a tensor in a compiled graph.
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
 
 Choices = dict[Problem, Choice]
@@ -40,11 +40,10 @@ class Parts:
     """The tensors that replace the dense weight of a layer.
 
     Attributes:
-        kept: the data of the layer's parameter, as its storage format has it, any floating dtype.
+        kept: the data of the parameter in the format of the storage, any floating dtype.
         forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
-        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)); None to choose it from the
-            values.
-        adapter: None for no adapter.
+        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)). None: chosen from the values.
+        adapter: the adapter, or None.
     """
 
     kept: Tensor
@@ -55,7 +54,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all sparse weights of a model have in common.
+    """The objects that all sparse weights of a model share.
 
     Attributes:
         storage: how the weights are kept.
@@ -70,26 +69,25 @@ class Shared:
 
 
 class SparseWeight(nn.Module):
-    """The submodule ``weight_sparse`` that ``compile`` puts beside a layer's ``weight_values``.
+    """The submodule ``weight_sparse`` that ``compile`` adds to a layer with ``weight_values``.
 
-    What trains stays on the layer, as a plain parameter. This module holds the two masks as frozen
-    bit-packed parameters, so that they are sharded, moved and saved like the values, and the
-    adapter if there is one.
+    The values are a plain parameter of the layer. This module has the two masks, as frozen packed
+    parameters, so that they are sharded, moved and saved with the values. It also has the adapter.
 
     Attributes:
-        name: the qualified name of the layer.
-        n, m: the pattern.
-        d_out, d_in: the size of the linear.
-        stack: number of such linears, as the experts of a mixture; 1 for a plain linear. Values,
-            masks and adapters of each lie one below the other.
-        layout: how the layer's own ``weight`` holds them.
+        name: qualified name of the layer.
+        n, m: the N:M pattern.
+        d_out, d_in: size of the linear.
+        stack: number of linears in the weight, such as the experts of a mixture; 1 for a plain
+            linear. Values, masks and adapters are concatenated along the rows.
+        layout: layout of the dense weight in the layer.
         forward_bits: uint8 (stack * d_out, ceil(d_in / 8)), one bit per element.
         backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)), one bit per value.
         lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None.
-        scale: alpha / r, the factor of the product of the adapter.
-        storage, phase, choices: as of :class:`Shared`.
-        fallback: what the layer says when it runs with its dense weight rebuilt.
-        is_copy: whether this is a deep copy that follows the phase of its original.
+        scale: alpha / r, the factor of the adapter's product.
+        storage, phase, choices: as in :class:`Shared`.
+        fallback: reports that the layer runs with its dense weight rebuilt.
+        is_copy: whether this is a deep copy that shares the phase of its original.
     """
 
     forward_bits: nn.Parameter
@@ -113,7 +111,7 @@ class SparseWeight(nn.Module):
         self.storage, self.phase, self.choices = shared.storage, shared.phase, shared.choices
         self.fallback = fallback
         self.is_copy = False
-        # In a tuple, so that the layer doesn't become a submodule of its own submodule.
+        # In a tuple, so that the layer does not become a submodule of this module.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
         self.forward_bits = Mask(parts.forward_bits)
@@ -135,13 +133,13 @@ class SparseWeight(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """The parameter that trains: the kept values, (stack * d_out, d_in * N / M)."""
-        # torch.func.functional_call puts a plain tensor there.
+        """The trained parameter: the kept values (stack * d_out, d_in * N / M)."""
+        # During torch.func.functional_call this is a plain tensor.
         return self._owner[0]._parameters[self._values_name]  # type: ignore[return-value]
 
     @property
     def installed(self) -> bool:
-        """Whether its layer still has the values that it belongs to."""
+        """Whether the layer still has the values of this weight."""
         return self._owner[0]._parameters.get(self._values_name) is not None
 
     @property
@@ -151,12 +149,12 @@ class SparseWeight(nn.Module):
 
     @property
     def adapter_active(self) -> bool:
-        """Whether its adapter takes part."""
+        """Whether the weight has an adapter and the adapter is active."""
         return self.phase.active and self.lora_B is not None
 
     @property
     def expanded_because(self) -> str | None:
-        """Why it trained with its dense weight rebuilt; None if it didn't."""
+        """The reason why the layer trained with its dense weight rebuilt, or None."""
         return self.fallback.because
 
     @property
@@ -165,23 +163,26 @@ class SparseWeight(nn.Module):
         return (self.d_out, self.d_in) if self.stack == 1 else (self.stack, self.d_out, self.d_in)
 
     def forward_mask(self) -> Tensor:
-        """The elements of ``W^R``: bool (d_out, d_in), or (stack, d_out, d_in)."""
+        """The forward mask, of the elements of ``W^R``: bool, in the shape :attr:`shape`."""
         return unpack(self.forward_bits, self.d_in).view(self.shape)
 
     def backward_mask(self) -> Tensor:
-        """The elements of ``W^{R,C}``, a subset of the forward mask, and of its shape."""
+        """The backward mask, of the elements of ``W^{R,C}``: bool, in the shape :attr:`shape`.
+
+        It is a subset of the forward mask.
+        """
         bits = unpack(self.backward_bits, self.d_in * self.n // self.m).to(torch.uint8)
         both = ops.expand(bits, self.forward_bits, self.backward_bits, self.n, self.m)
         return both.bool().view(self.shape)
 
     def masks_problem(self) -> str:
-        """What keeps its masks from being N:M, which only a write to them can; "" for nothing."""
+        """The reason why the masks are not N:M, or "". Only a write to a mask can cause this."""
         forward, backward = whole(self.forward_bits), whole(self.backward_bits)
         return packed_masks_problem(forward, backward, self.d_in, self.pattern)
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """A copy of ``W^R``, of the shape of the masks, without the adapter and gradients."""
+        """A copy of ``W^R`` in the shape :attr:`shape`, without the adapter and autograd."""
         return self._expanded(self.values).view(self.shape)
 
     @torch.no_grad()
@@ -198,7 +199,7 @@ class SparseWeight(nn.Module):
         return ops.backward_mask(values, forward_bits, self.n, self.m)
 
     def read(self, kept: Tensor) -> Tensor:
-        """What the layer's ``weight`` reads as: the markers that the passes look for."""
+        """Returns the layer's ``weight``. In a compiled graph, the passes find its markers."""
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
                 _tell_of_export()
@@ -209,11 +210,11 @@ class SparseWeight(nn.Module):
                 trains=self.values.requires_grad,
             )
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
-            # In a frame that Dynamo gave up; the next may be compiled, and takes no subclass. An
-            # inference tensor refuses to be written to.
+            # Dynamo skipped this frame. The next frame may be compiled, which does not support a
+            # DenseWeight. An inference tensor refuses writes.
             with torch.inference_mode(not torch.is_grad_enabled()):
                 return self.layout.to_parameter(self._markers(kept))
-        with torch.inference_mode(False):  # whose tensors don't count what is written to them
+        with torch.inference_mode(False):  # inference tensors have no version counter
             dense = self._markers(kept)
             return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
 
@@ -229,34 +230,34 @@ class SparseWeight(nn.Module):
         return weight
 
     def write_(self, dense: Tensor) -> "SparseWeight":
-        """Write a dense weight: its elements where the forward mask keeps them, in place.
+        """Write the elements of a dense weight that the forward mask keeps to the values.
 
-        Elements that the mask prunes are dropped. The forward mask and the adapter stay; the
+        The pruned elements are dropped. The forward mask and the adapter do not change. The
         backward mask is chosen from the new values.
 
         Args:
-            dense: (d_out, d_in), or (stack, d_out, d_in), as :meth:`to_dense` gives it; any
-                floating dtype and device.
+            dense: (d_out, d_in), or (stack, d_out, d_in), as from :meth:`to_dense`. Any floating
+                dtype and device.
 
         Returns:
-            Itself.
+            This weight.
 
         Raises:
-            ArgumentError: ``dense`` has another shape, or isn't of floating point.
+            ArgumentError: ``dense`` has another shape or no floating dtype.
         """
         good = isinstance(dense, Tensor) and dense.is_floating_point()
         if not good or tuple(dense.shape) != self.shape:
             got = f"{tuple(dense.shape)} {dense.dtype}" if isinstance(dense, Tensor) else dense
             raise ArgumentError(
-                f"{self.name}: write_ was given {got}; it takes a tensor of floating point of "
-                f"shape {self.shape}, as to_dense() gives it."
+                f"{self.name}: write_ was given {got}; it takes a floating-point tensor of shape "
+                f"{self.shape}, as from to_dense()."
             )
         self.store(dense.reshape(-1, self.d_in))
         return self
 
     @torch.no_grad()
     def store(self, matrix: Tensor) -> None:
-        """Write the kept elements of a dense (stack * d_out, d_in) matrix, as :meth:`write_`."""
+        """Write the kept elements of a dense matrix (stack * d_out, d_in), as :meth:`write_`."""
         values = self.values
         matrix = matrix.detach().to(values.device, values.dtype)
         kept = self.storage.keep(matrix, whole(self.forward_bits), self.pattern)
@@ -267,19 +268,20 @@ class SparseWeight(nn.Module):
         self.refresh_backward_mask()
 
     def note_write(self) -> None:
-        """Tell that the values were written to in a way that PyTorch doesn't count.
+        """Note a write to the values that does not change their version counter.
 
-        An engine may keep an operand that it made of a weight until the weight changes. It sees
-        a change by the version of the parameter, or by an optimizer's step. Call this after other
-        writes, with ``SLOPE_FX_KEEP_OPERANDS=1`` or between two micro-batches of one optimizer
-        step: writes to ``.data``, collectives of ``torch.distributed`` into a parameter, writes
-        by kernels and libraries that are given its address. Elsewhere it does no harm.
+        An engine may keep an operand that it made from a weight until the weight changes. It
+        detects a change by the version of the parameter, or by an optimizer step. Call this method
+        after other writes: writes to ``.data``, collectives of ``torch.distributed`` into a
+        parameter, and writes by kernels and libraries through its address. It is needed with
+        ``SLOPE_FX_KEEP_OPERANDS=1``, or between two micro-batches of one optimizer step. A call is
+        never harmful.
         """
         forget_operands(self.values)
 
     @torch.no_grad()
     def expanded(self) -> Tensor:
-        """What ``weight`` is made of now, (stack * d_out, d_in), without autograd."""
+        """The current content of ``weight``, (stack * d_out, d_in), without autograd."""
         return self._markers(self.values)
 
     @torch.no_grad()
@@ -299,7 +301,7 @@ class SparseWeight(nn.Module):
         return f"{self.pattern}, d_in={self.d_in}, d_out={self.d_out}{stack}{adapter}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseWeight":
-        # The model moves to another device or dtype: what engines made of it stays behind.
+        # The model moves to another device or dtype, so kept operands are no longer valid.
         self.note_write()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
@@ -325,8 +327,8 @@ class SparseWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # A mask of another pattern can have the right shape (2:4 and 4:8 do). The engines rely
-        # on exactly N a group, so nothing else may get in.
+        # A mask of another pattern can have the right shape, such as 2:4 and 4:8. The engines
+        # require exactly N elements per group, so other masks are refused.
         problem = self._stored_mask_problem(
             state_dict.get(f"{prefix}forward_bits"), state_dict.get(f"{prefix}backward_bits")
         )
@@ -337,14 +339,14 @@ class SparseWeight(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if self.lora_B is not None and f"{prefix}lora_B" in state_dict and whole(self.lora_B).any():
-            # While B is zero the adapter adds nothing, so a checkpoint needs no flag to
-            # evaluate as it was saved. Only on, never off: that is the Schedule's to say.
+            # An adapter with B = 0 adds nothing, so B shows whether the adapter was active. Only
+            # a Schedule deactivates adapters.
             if self.is_copy:
                 self.phase = Phase()
             self.phase.active = True
 
     def _stored_mask_problem(self, forward: object, backward: object) -> str:
-        """What is wrong with masks about to be loaded, or "". Missing masks are torch's to tell."""
+        """The problem of the masks in a state dict, or "". torch reports missing masks."""
         if not isinstance(forward, Tensor) or forward.shape != self.forward_bits.shape:
             return ""
         if not isinstance(backward, Tensor) or backward.shape != self.backward_bits.shape:
@@ -358,7 +360,7 @@ class SparseWeight(nn.Module):
 def _tell_of_export() -> None:
     warnings.warn(
         "torch.export of a model with sparse weights: the program rebuilds each dense weight "
-        "at every call, and needs slope_fx to be loaded. For a plain one export a dense copy: "
+        "at every call, and needs slope_fx to run. For a plain program, export a dense copy: "
         "slope_fx.densify(model).",
         ExpandedWeightWarning,
         stacklevel=3,
@@ -366,9 +368,9 @@ def _tell_of_export() -> None:
 
 
 def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
-    """The last resort: what neither the reading nor the backend noticed, the ops do.
+    """Report a gradient of an expanded weight that was not found at compile time.
 
-    That is a model compiled by another hand, by ``torch.compile(model)`` for example.
+    An example is a model that the user compiled with ``torch.compile(model)``.
     """
     for weight in find_alive(lambda w: w.forward_bits.data_ptr() == forward_mask.data_ptr()):
         weight.fallback.gradient_arrived()
@@ -378,14 +380,14 @@ expand_grad_observers.append(_tell_of_expanded_gradient)
 
 
 def find_alive(matches: Callable[[SparseWeight], bool]) -> list[SparseWeight]:
-    """The living sparse weights that ``matches`` holds for, of those that a layer still has.
+    """The sparse weights in this process that a layer still has and ``matches`` accepts.
 
-    A weight that ``densify(inplace=True)`` took away, or whose layer was stripped of its values,
-    lives on until it is collected.
+    A weight that ``densify(inplace=True)`` removed, or whose layer lost its values, exists until
+    it is collected.
     """
     return [weight for weight in list(_alive) if weight.installed and matches(weight)]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP has sharded; any other tensor as it is."""
+    """The full tensor of a sharded tensor; other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

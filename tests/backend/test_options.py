@@ -62,7 +62,7 @@ def test_fullgraph_says_where_a_graph_breaks():
     ("wrong", "words"),
     [
         ({"mode": "fast"}, "mode='fast'; allowed are 'default'"),
-        ({"options": {"no_such": 1}}, "'no_such'] is not an option of Inductor's"),
+        ({"options": {"no_such": 1}}, "'no_such'] is not an option of Inductor"),
         ({"options": [1]}, "options is a list; it must be a mapping"),
         ({"mode": "default", "options": {"max_autotune": True}}, "can't both be given"),
         ({"disable_passes": ["sparsify"]}, "disable_passes has 'sparsify'; there are prune_exp"),

@@ -60,7 +60,7 @@ DAMAGE = {
         lambda p: (p / "config.json").write_text("{}"), "bytes where",
     ),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "no slope_fx.json"),
-    "half a manifest": (lambda p: os.truncate(p / MANIFEST, 300), "no manifest"),
+    "half a manifest": (lambda p: os.truncate(p / MANIFEST, 300), "not a manifest"),
     "a newer format": (
         lambda p: _edit_manifest(p, lambda m: m.update(format_version=FORMAT_VERSION + 1)),
         "Upgrade slope_fx",

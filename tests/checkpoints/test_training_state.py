@@ -107,7 +107,9 @@ def test_an_optimizer_made_before_loading_is_told(tmp_path):
     path, fresh = slope_fx.save_pretrained(model, tmp_path / "c"), net()
     optimizer = torch.optim.SGD(fresh.parameters(), lr=1)
     slope_fx.load_pretrained(path, fresh, **BACKEND)
-    with pytest.warns(slope_fx.errors.TrainingWarning, match="SGD holds 6 dense weights"):
+    with pytest.warns(
+        slope_fx.errors.TrainingWarning, match=r"SGD was made before.*holds 6 dense weights"
+    ):
         optimizer.step()
 
 
@@ -118,7 +120,7 @@ def test_mistakes_with_training_state(saved, tmp_path):
         ({"x": {"deep": [object()]}}, r"x\.deep\.0 is a object"),
         ({"x": {(1, 2): 3}}, "has the key"),
         ([1], "must map names"),
-        ({"random_states": 1}, "by itself"),
+        ({"random_states": 1}, "reserved"),
     ):
         with pytest.raises(slope_fx.errors.CheckpointError, match=words):
             slope_fx.save_pretrained(model, tmp_path / "c", training=training)

@@ -134,7 +134,7 @@ except slope_fx.errors.SlopeError as error:
     warning, engines, error = done.stdout.splitlines()
     assert reason in warning
     assert engines == "{'dense'}"
-    assert error.startswith("engine='cpu' can't be had")
+    assert error.startswith("engine='cpu' is not available")
 
 
 @needs_compiler

@@ -199,7 +199,7 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
     assert "NVIDIA GPUs, not on cpu" in triton.why_not(torch.device("cpu"), torch.float32)
     if not ON_GPU:
         assert triton.unavailable() == "there is no CUDA device"
-        with pytest.raises(ArgumentError, match=r"engine='triton' can't be had: there is"):
+        with pytest.raises(ArgumentError, match=r"engine='triton' is not available: there is"):
             slope_fx.compile(models.gpt2(), engine="triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert triton.unavailable() == "triton is not installed"

@@ -172,14 +172,14 @@ def test_inspect_finds_what_is_wrong(dense, tmp_path, run):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["explain", "nowhere.json"], 1, "not there"),
+        (["explain", "nowhere.json"], 1, "does not exist"),
         (["explain", "{dense}", "--sparsity", "5:4"], 1, "allowed is"),
         (["explain", "{dense}", "--dtype", "int4", "--no-measure"], 1, "dtype='int4'"),
         (["explain", "{dense}", "--tokens", "0"], 1, "tokens=0"),
         (["inspect", "{dense}"], 1, "no slope_fx.json"),
         (["convert", "{dense}", "{dense}", "--to", "sparse"], 1, "not an empty folder"),
         (["convert", "{dense}", "{new}", "--to", "dense"], 1, "is dense already"),
-        (["convert", "{dense}", "{new}", "--to", "peft"], 1, "no adapters to give"),
+        (["convert", "{dense}", "{new}", "--to", "peft"], 1, "no adapters for PEFT"),
         (["convert", "{dense}", "{new}", "--to", "sparse", "--adapter-init", "svd"], 1, "rank"),
         (["convert", "{dense}", "{new}"], 2, "--to"),
         (["shrink"], 2, "invalid choice"),

@@ -252,7 +252,7 @@ def test_while_the_adapter_takes_part():
     model, layer, weight = compiled(adapter_rank=2)
     slope_fx.Schedule(model, 1, adapter_start=0.0)
     weight.lora_B.data.normal_()
-    with torch.no_grad(), pytest.raises(UnsupportedError, match="its adapter takes part"):
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="its adapter is active"):
         layer.weight.mul_(0.5)
     weight.write_(RANDOM)
     assert torch.equal(weight.to_dense(), RANDOM * weight.forward_mask())
