@@ -63,6 +63,7 @@ def sparse_linear(
     training = bool(input_engine or weight_engine)
     if grouped.is_plain(groups, offsets):
         return product.sparse_linear(x, values, forward_mask, bias, n, m, training)
+    _check_bias(bias, groups, offsets)
 
     def one(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
         return product.sparse_linear(rows, of(values), of(forward_mask), None, n, m, training)
@@ -92,10 +93,7 @@ def _(
         x.dtype == values.dtype or (values.dtype == torch.float32 and x.dtype.itemsize == 2),
         lambda: f"slope_fx::sparse_linear: x is {x.dtype}, the weight {values.dtype}",
     )
-    torch._check(
-        bias is None or grouped.is_plain(groups, offsets),
-        lambda: "slope_fx::sparse_linear: a stack of weights takes no bias",
-    )
+    _check_bias(bias, groups, offsets)
     return x.new_empty((*x.shape[:-1], values.shape[0] // groups))
 
 
@@ -157,11 +155,14 @@ def sparse_weight_grad(
     with 16-bit inputs: an engine that accepts such values does not round the sums to 16 bits.
     """
     d_out, kept = grad.shape[-1], x.shape[-1] * n // m
-    dw = grad.new_empty(groups * d_out, kept, dtype=dtype or grad.dtype)
-    product = ENGINES[engine or _choice("sparse_weight_grad", grad, dw, n, m, groups, AUTO)]
+    shape = (groups * d_out, kept)
+    if not engine:
+        values = grad.new_empty(shape, dtype=dtype, device="meta")
+        engine = _choice("sparse_weight_grad", grad, values, n, m, groups, AUTO)
+    product = ENGINES[engine]
     if grouped.is_plain(groups, offsets):
         return product.sparse_weight_grad(grad, x, forward_mask, n, m, dtype)
-    dw.zero_()
+    dw = grad.new_zeros(shape, dtype=dtype or grad.dtype)
     for group, rows in grouped.each(groups, offsets, grad):
         mask = grouped.of_stack(forward_mask, group, groups)
         part = product.sparse_weight_grad(grad[rows], x[rows], mask, n, m, dtype)
@@ -183,6 +184,13 @@ def _(
 ) -> Tensor:
     shape = (groups * grad.shape[-1], x.shape[-1] * n // m)
     return grad.new_empty(shape, dtype=dtype or grad.dtype)
+
+
+def _check_bias(bias: Tensor | None, groups: int, offsets: Tensor | None) -> None:
+    torch._check(
+        bias is None or grouped.is_plain(groups, offsets),
+        lambda: "slope_fx::sparse_linear: a stack of weights takes no bias",
+    )
 
 
 def _choice(

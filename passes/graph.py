@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -80,12 +81,26 @@ def emit(before: Node, build: Callable[..., Any], *operands: Any) -> Any:
     """
     graph = before.graph
     tracer = _Tracer(graph)
-    with graph.inserting_before(before):
+    with graph.inserting_before(before), autocast_at(before):
         result = build(*[Proxy(o, tracer) if isinstance(o, Node) else o for o in operands])
         # In the `with` block, because an attribute such as .mT becomes a node when .node is read.
         if isinstance(result, tuple):
             return tuple(part.node if isinstance(part, Proxy) else part for part in result)
         return result.node
+
+
+@contextmanager
+def autocast_at(node: Node) -> Iterator[None]:
+    """Enter the autocast regions of a graph that are open at a node, in a ``with`` block."""
+    graph, autocast = node.graph, torch.amp.autocast_mode
+    exits = graph.find_nodes(op="call_function", target=autocast._exit_autocast)
+    closed = {exit.args[0] for exit in exits if exit < node}
+    with ExitStack() as regions:
+        for enter in graph.find_nodes(op="call_function", target=autocast._enter_autocast):
+            if enter < node and enter not in closed:
+                device, dtype, enabled, *_ = enter.args
+                regions.enter_context(torch.autocast(device, dtype, enabled))
+        yield
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
@@ -164,15 +179,15 @@ _IN_PLACE = {"setitem", *(name for name in dir(operator) if name.startswith("i")
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an op call by their names in the op's schema, with defaults."""
+    """The arguments of a call of an op by the names of its schema, in its order, with defaults."""
     target: Any = node.target
-    given = {**dict(zip(_names(target), node.args, strict=False)), **node.kwargs}
-    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    return {**defaults, **given}
-
-
-def _names(op: Any) -> list[str]:
-    return [argument.name for argument in op._schema.arguments]
+    schema = target._schema.arguments
+    given = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
+    return {
+        a.name: given.get(a.name, a.default_value)
+        for a in schema
+        if a.name in given or a.has_default_value()
+    }
 
 
 def argument(node: Node, position: int, *names: str) -> Any:

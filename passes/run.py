@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule, Node
@@ -149,7 +149,8 @@ def _run_one(gm: GraphModule, step: Pass, contexts: dict[GraphModule, Context]) 
     before, expected, matches = _nodes(gm), 0, 0
     for graph_module, context in contexts.items():
         expected += step.expects(graph_module)
-        found = step.run(graph_module, context)
+        with context.cast():
+            found = step.run(graph_module, context)
         if found:
             graph_module.graph.lint()
             graph_module.recompile()
@@ -166,10 +167,11 @@ def _run_one(gm: GraphModule, step: Pass, contexts: dict[GraphModule, Context]) 
 def _contexts(gm: GraphModule, context: Context) -> dict[GraphModule, Context]:
     """The context of each graph. A nested graph has the context of the node that calls it."""
     found = {gm: context}
-    for outer in found.copy():
-        for node, nested, _ in nested_calls(outer):
-            if nested not in found:
-                found.update(_contexts(nested, context.at(node)))
+    for node, nested, _ in nested_calls(gm):
+        here = context.at(node)
+        if found.setdefault(nested, here) != here:
+            here = replace(here, certain=False)
+        found.update(_contexts(nested, here))
     return {graph: found.get(graph, context) for graph in graphs_of(gm)}
 
 

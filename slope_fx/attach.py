@@ -6,13 +6,13 @@ from contextlib import ExitStack
 from torch import nn
 
 from slope_fx.backend.regions import compile_regions
-from slope_fx.backend.rewriting import backend_of
 from slope_fx.backend.settings import Settings
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.plan import LinearPlan
 from slope_fx.planning.regions import Regions, choose_regions
-from slope_fx.record import RECORD, Record, record_of, sparse_weights_in
+from slope_fx.record import RECORD, Record, record_of
 from slope_fx.sparse.install import restore, set_kind
+from slope_fx.sparse.optimizers import watch
 
 
 def make_record(
@@ -60,9 +60,7 @@ def attach(model: nn.Module, record: Record, undo: ExitStack) -> None:
 def _compile(model: nn.Module) -> None:
     record = record_of(model)
     compile_regions(model, record.settings, record.regions, kind=record.plans)
-    if record.settings.backend is not None:
-        for weight in sparse_weights_in(model).values():
-            weight.note_choices(backend_of(record.settings).choices)
+    watch()
 
 
 def detach(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from slope_fx.backend.settings import RunOptions, Settings
-from slope_fx.errors import ArgumentError, ArgumentWarning, StateError
+from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, users_stacklevel
 from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity
 from slope_fx.planning.patterns import PatternRules
 from slope_fx.record import sparse_weights_in
@@ -81,13 +81,21 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def say_without_effect(settings: Settings) -> None:
+    """Warn about settings that have no effect without a backend."""
+    for what in settings.without_effect():
+        warnings.warn(
+            f"{what} has no effect with backend=None; give it to rewriting_backend or to "
+            "torch.compile.",
+            ArgumentWarning,
+            stacklevel=users_stacklevel(),
+        )
+
+
 def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibration: bool) -> None:
     """Warn about arguments, or parts of arguments, that have no effect."""
+    say_without_effect(settings)
     lines = [
-        f"{what} has no effect with backend=None; give it to rewriting_backend or to torch.compile."
-        for what in settings.without_effect()
-    ]
-    lines += [
         f"sparsity[{key!r}] matches no linear of the model that an earlier key doesn't match; see "
         "slope_fx.explain(model) for the names."
         for key in rules.unmatched()

@@ -31,7 +31,7 @@ from slope_fx.planning.plan import (
     sparse_plans,
 )
 from slope_fx.planning.trace import ExampleInputs, trace
-from slope_fx.sparse.install import install
+from slope_fx.sparse.install import install, plain_modes
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.storage import storage_named
 from slope_fx.sparse.weight import Parts
@@ -97,7 +97,8 @@ def compile(
     inputs: dict[str, Activations] = {}
     if config.needs_calibration:
         inputs = observe(model, sparse, calibration, grams=config.adapter_init == "eora")
-    masks = _choose_masks(model, sparse, config, inputs)
+    with plain_modes():
+        masks = _choose_masks(model, sparse, config, inputs)
 
     def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
         chosen, rank = masks.pop(plan.name), ranks[plan.name]

@@ -5,6 +5,8 @@ allowed and what to do. The error classes also derive from the matching built-in
 (``ValueError``, ``RuntimeError``).
 """
 
+import sys
+
 from slope_fx.kernels.errors import (
     ArgumentError,
     EngineWarning,
@@ -40,6 +42,17 @@ class ArgumentWarning(SlopeWarning):
 
 class TrainingWarning(SlopeWarning):
     """The training loop does not fit the model. Change the optimizer or the Schedule."""
+
+
+def users_stacklevel() -> int:
+    """The ``stacklevel`` of the nearest frame outside of torch and slope_fx, for a warning."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "torch",
+        "slope_fx",
+    ):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def first_line(error: BaseException) -> str:

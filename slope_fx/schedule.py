@@ -12,7 +12,6 @@ from torch import nn
 
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
 from slope_fx.record import record_of, sparse_weights
-from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.weight import whole
 
 log = logging.getLogger(__name__)
@@ -101,7 +100,6 @@ class Schedule:
         self._progress = _Progress(total_steps, self.adapter_step, self._has_adapters)
         self._resumed = False
         weakref.finalize(self, _Progress.tell_if_early, self._progress)
-        self._phase = self._take_phase()
         self._logged: PhaseName | None = None
         if not usual and not self._has_adapters:
             warnings.warn(
@@ -120,7 +118,7 @@ class Schedule:
     @property
     def phase(self) -> PhaseName:
         """The phase: "sparse", or "adapter" if the adapters are active."""
-        return "adapter" if self._has_adapters and self._phase.active else "sparse"
+        return "adapter" if self._has_adapters and self.last_step >= self.adapter_step else "sparse"
 
     def step(self) -> None:
         """Count an optimizer step. Refreshes backward masks and starts the adapter phase when due.
@@ -178,19 +176,10 @@ class Schedule:
         self._resumed = True
         self._apply_phase()
 
-    def _take_phase(self) -> Phase:
-        """The phase of the model's weights. A copied model gets a new phase."""
-        phases = {id(weight.phase): weight.phase for weight in self._weights}
-        phase = next(iter(phases.values()))
-        if len(phases) > 1 or any(weight.is_copy for weight in self._weights):
-            phase = Phase(phase.active)
-            for weight in self._weights:
-                weight.phase, weight.is_copy = phase, False
-        phase.scheduled = True
-        return phase
-
     def _apply_phase(self) -> None:
-        self._phase.active = self._has_adapters and self.last_step >= self.adapter_step
+        for phase in {weight.phase for weight in self._weights}:
+            phase.scheduled = True
+            phase.set(self.phase == "adapter")
         if self.phase != self._logged:
             log.info("step %d: %s phase", self.last_step, self.phase)
             self._logged = self.phase

@@ -11,16 +11,15 @@ from typing import Any, cast
 import torch
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
-from torch.nn.parallel import DistributedDataParallel
 
 from slope_fx import ops
+from slope_fx.backend.noting import noting
 from slope_fx.backend.settings import Settings, UserPass, resolve
 from slope_fx.dynamo import BackendFunction, CompiledFunction
 from slope_fx.errors import (
     ArgumentError,
     EngineWarning,
     SlopeError,
-    StateError,
     UnsupportedError,
 )
 from slope_fx.kernels import selection
@@ -45,8 +44,6 @@ class RewritingBackend:
         self.settings = settings
         self.graphs = 0
         """Number of compiled graphs so far, including recompiles."""
-        self.choices: Choices = {}
-        """The engines chosen so far."""
         self._told: set[frozenset[tuple[int, int, int, int]]] = set()
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
@@ -59,43 +56,31 @@ class RewritingBackend:
             rewrites = run_passes(gm, context, self.settings.disable_passes)
             compiled = _run_own(gm, after)
         try:
-            self._tell(gm, rewrites, example_inputs, context.training)
+            chosen = self._tell(gm, rewrites, example_inputs, context.training)
         except SlopeError as error:
             return _raiser(error)  # an error that is raised here would be wrapped by Dynamo
-        return self._compile(compiled, example_inputs)
+        return noting(self._compile(compiled, example_inputs), chosen)
 
     def _tell(
         self, gm: GraphModule, rewrites: Rewrites, example_inputs: Sequence[Any], training: bool
-    ) -> None:
-        """Report problems of the sparse weights of a graph, and note their engines.
+    ) -> dict[int, Choices]:
+        """Report problems of the sparse weights of a graph.
+
+        Returns:
+            The engines of its products, by the place of the layer's forward mask among the inputs.
 
         Raises:
             UnsupportedError: the graph writes to a weight.
             ExpandedWeightError: a frozen weight is expanded and ``on_fallback`` is "error".
-            StateError: the graph runs in a DistributedDataParallel that was made before
-                ``compile``.
         """
         owners = _Owners(gm, example_inputs)
         for write in rewrites.writes:
             raise _write_error(owners.of(write.gm, write.mask), write)
-        if not training:
-            self._note_choices(rewrites, owners)
-            return
-        for leftover in rewrites.leftovers:
+        for leftover in rewrites.leftovers if training else ():
             for weight in owners.of(leftover.gm, leftover.mask):
                 weight.fallback.note(self._why(leftover), trains=weight.values.requires_grad)
-        for call in rewrites.calls:
-            for weight in owners.of(call.gm, call.mask):
-                _check_wrapper(weight)
-        weights = self._note_choices(rewrites, owners)
-        line = nothing_gains(weights, training=True)
-        if line and frozenset(weights) not in self._told:
-            self._told.add(frozenset(weights))
-            warnings.warn(line, EngineWarning, stacklevel=3)
-
-    def _note_choices(self, rewrites: Rewrites, owners: "_Owners") -> "Sizes":
-        """Note the engines of a graph's products on its weights. Returns them by weight size."""
-        found: Sizes = {}
+        sizes: Sizes = {}
+        by_place: dict[int, Choices] = {}
         for call in rewrites.calls:
             request = call.request
             chosen = {
@@ -103,11 +88,15 @@ class RewritingBackend:
                 for op in call.products
             }
             size = (request.d_out, request.d_in, request.n, request.m)
-            found.setdefault(size, {}).update(chosen)
-            self.choices.update(chosen)
-            for weight in owners.of(call.gm, call.mask):
-                weight.note_choices(self.choices)
-        return found
+            sizes.setdefault(size, Choices()).update(chosen)
+            place = owners.place_of(call.gm, call.mask)
+            if place is not None:
+                by_place.setdefault(place, Choices()).update(chosen)
+        line = nothing_gains(sizes, training=True) if training else ""
+        if line and frozenset(sizes) not in self._told:
+            self._told.add(frozenset(sizes))
+            warnings.warn(line, EngineWarning, stacklevel=3)
+        return by_place
 
     def _why(self, leftover: Leftover) -> str:
         """The reason why a weight is expanded."""
@@ -223,6 +212,8 @@ def rewriting_backend(
     Raises:
         ArgumentError: a backend, engine, mode, option or pass does not exist.
     """
+    if inner is None:
+        raise ArgumentError("inner=None; it must be a torch.compile backend, such as 'inductor'.")
     return backend_of(
         Settings.of(
             backend=inner, engine=engine, mode=mode, options=options, passes=passes,
@@ -247,12 +238,19 @@ class _Owners:
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         self._gm = gm
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        self._inputs = dict(zip(placeholders, example_inputs, strict=False))
+        self._placeholders = gm.graph.find_nodes(op="placeholder")
+        self._inputs = example_inputs
+
+    def place_of(self, gm: GraphModule, mask: Node) -> int | None:
+        """The place among the inputs of a node of ``gm``, which may be nested; None without."""
+        placeholder = _outer_placeholder(self._gm, gm, mask)
+        known = placeholder in self._placeholders
+        return self._placeholders.index(placeholder) if known else None
 
     def of(self, gm: GraphModule, mask: Node) -> list[SparseWeight]:
-        """The layers whose forward mask is the node ``mask`` of ``gm``, or of a nested graph."""
-        value = self._inputs.get(_outer_placeholder(self._gm, gm, mask))
+        """The layers whose forward mask is the node ``mask`` of ``gm``."""
+        place = self.place_of(gm, mask)
+        value = None if place is None else self._inputs[place]
         return [] if value is None else find_alive(lambda weight: weight.forward_bits is value)
 
 
@@ -264,21 +262,6 @@ def _write_error(weights: Iterable[SparseWeight], write: Leftover) -> Unsupporte
         "the write would be lost. Keep the layer dense with sparsity={...: None}, switch the "
         "write off in the model (RWKV: config.rescale_every = 0), or write outside of forward, "
         "with slope_fx.sparse_weights(model)[name].write_(dense)."
-    )
-
-
-def _check_wrapper(weight: SparseWeight) -> None:
-    """Check that a running DistributedDataParallel has the values of the layer.
-
-    Raises:
-        StateError: it does not have them.
-    """
-    wrapper = DistributedDataParallel._get_active_ddp_module()
-    if wrapper is None or any(p is weight.values for p in wrapper._module_parameters):
-        return
-    raise StateError(
-        f"{weight.name}: the DistributedDataParallel around the model goes on synchronising the "
-        "parameters that compile replaced. Call slope_fx.compile first, then wrap."
     )
 
 

@@ -1,6 +1,6 @@
 """``Settings``: backend, engines, regions and passes of a compiled model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict, cast, get_args
 
@@ -169,6 +169,10 @@ def _checked_passes(passes: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(names, Iterable):
+        raise ArgumentError(
+            f"disable_passes is a {type(names).__name__}; it must be a list of {', '.join(NAMES)}."
+        )
     given = [names] if isinstance(names, str) else list(names)
     for name in given:
         if name not in NAMES:

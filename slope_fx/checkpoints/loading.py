@@ -21,7 +21,7 @@ from slope_fx.checkpoints.manifest import (
     tensor_names,
 )
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
-from slope_fx.checks import check_model
+from slope_fx.checks import check_model, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
 from slope_fx.kernels.packing import packed_width
 from slope_fx.planning.adapters import Adapter
@@ -29,7 +29,7 @@ from slope_fx.planning.config import parse_dtype
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.plan import SparsePlan, sparse_name, sparse_plans, values_name
 from slope_fx.sparse.fallback import OnFallback
-from slope_fx.sparse.install import install
+from slope_fx.sparse.install import install, plain_modes
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.storage import storage_named
 from slope_fx.sparse.weight import Parts
@@ -82,6 +82,7 @@ def load_pretrained(
     if run.get("region") is None:
         run["region"] = manifest.region  # type: ignore[typeddict-item]
     settings = _settings(run)
+    say_without_effect(settings)
     given = model is not None
     if model is None:
         model = _from_configuration(folder, manifest)
@@ -89,9 +90,9 @@ def load_pretrained(
         check_model(model)
     with _Reader(folder, manifest, torch.device(device), to) as reader, ExitStack() as undo:
         _keep_parameters(model, undo)
-        replaced = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        _install(model, manifest, reader, settings.on_fallback, undo)
-        _fill(model, manifest, reader)
+        replaced = _install(model, manifest, reader, settings.on_fallback, undo)
+        with plain_modes():
+            replaced += _fill(model, manifest, reader)
         record = make_record(
             model, manifest.config, settings, manifest.plans, manifest.untraced_because,
             manifest.graphs,
@@ -103,7 +104,7 @@ def load_pretrained(
     _move_buffers(model, manifest, torch.device(device), to)
     if not given:
         return model.eval()
-    watch(replaced)
+    watch(replaced, by="slope_fx.load_pretrained")
     return model
 
 
@@ -235,7 +236,7 @@ def _install(
     reader: _Reader,
     on_fallback: OnFallback,
     undo: ExitStack,
-) -> None:
+) -> list[tuple[Tensor, Tensor]]:
     """Install the compressed weights in the model."""
     plans = sparse_plans(manifest.plans)
     parameters = dict(model.named_parameters())
@@ -251,7 +252,9 @@ def _install(
     def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
         return _read_parts(plan, manifest, reader)
 
-    install(model, plans, make_parts, storage_named(manifest.config.storage), on_fallback, undo)
+    return install(
+        model, plans, make_parts, storage_named(manifest.config.storage), on_fallback, undo
+    )
 
 
 def _read_parts(plan: SparsePlan, manifest: Manifest, reader: _Reader) -> Parts:
@@ -289,9 +292,10 @@ def _move_buffers(
         owner._buffers[attribute] = buffer.to(device, kind or buffer.dtype)
 
 
-def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> None:
+def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> list[tuple[Tensor, Tensor]]:
     """Load all other parameters and buffers, and check that every stored tensor was read."""
     named, aliases = named_tensors(model)
+    replaced: list[tuple[Tensor, Tensor]] = []
     _check_sharing(reader.folder, named, aliases, manifest)
     for name, tensor in named.items():
         stored = manifest.aliases.get(name, name)
@@ -302,7 +306,9 @@ def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> None:
             raise CheckpointError(
                 f"{reader.folder}: {name} is {value.dtype}, the model's {tensor.dtype}."
             )
-        _assign(model, tensor, value)
+        new = _assign(model, tensor, value)
+        if tensor.requires_grad:
+            replaced.append((tensor, new))
     if reader.unread:
         names = sorted(reader.unread)
         raise CheckpointError(
@@ -310,6 +316,7 @@ def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> None:
             + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
             + ", for which the model has no place."
         )
+    return replaced
 
 
 def _check_sharing(
@@ -333,7 +340,7 @@ def _check_sharing(
         )
 
 
-def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
+def _assign(model: nn.Module, old: Tensor, value: Tensor) -> Tensor:
     """Replace ``old`` by ``value`` in all modules."""
     new: Tensor = value
     if isinstance(old, nn.Parameter):
@@ -343,3 +350,4 @@ def _assign(model: nn.Module, old: Tensor, value: Tensor) -> None:
             for name, tensor in tensors.items():
                 if tensor is old:
                     tensors[name] = new  # type: ignore[assignment]
+    return new

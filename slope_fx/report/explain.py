@@ -15,7 +15,7 @@ from slope_fx.planning.trace import linear_modules
 from slope_fx.record import Record, record_of, sparse_weights
 from slope_fx.report.tables import PRODUCTS, Explanation, LinearReport, ProductReport
 from slope_fx.sparse.storage import storage_named
-from slope_fx.sparse.weight import SparseWeight
+from slope_fx.sparse.weight import Choices, SparseWeight
 
 
 def explain(model: nn.Module) -> Explanation:
@@ -38,13 +38,13 @@ def explain(model: nn.Module) -> Explanation:
             f"The model was not traced ({record.untraced_because}): the linears are its nn.Linear "
             "and Conv1D modules, and the first and the last are those in module order."
         )
-    met: dict[tuple[int, int, int, int], dict[Problem, Choice]] = {}
+    met: dict[tuple[int, int, int, int], Choices] = {}
     for plan in record.plans:
         weight = weights.get(plan.name)
         if weight is not None and isinstance(plan, SparsePlan):
             for rows in plan.rows:
                 size = (rows, weight.d_in, weight.n, weight.m)
-                met[size] = dict(_choices(weight, [rows]))
+                met[size] = Choices(_choices(weight, [rows]))
     trained = any(gain(choices.items(), training=True) for choices in met.values())
     if line := nothing_gains(met, trained):
         notes.append(line)
@@ -65,8 +65,7 @@ def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, C
     size = (weight.d_in, weight.n, weight.m)
     return [
         (problem, choice)
-        for choices in weight.choices
-        for problem, choice in choices.items()
+        for problem, choice in weight.choices.items()
         if problem.d_out in rows and (problem.d_in, problem.n, problem.m) == size
     ]
 
@@ -191,16 +190,12 @@ def report_sparse(
 
 def product_reports(chosen: Iterable[tuple[Problem, Choice]]) -> tuple[ProductReport, ...]:
     """The reports on products, sorted by tokens (largest first), dtype and product."""
-    reports = (
-        ProductReport(
-            PRODUCTS[problem.op],
-            problem.tokens,
-            problem.dtype,
-            problem.threads,
-            choice.engine,
-            choice.speedup,
-        )
-        for problem, choice in chosen
-    )
+    reports: dict[tuple[object, ...], ProductReport] = {}
+    # Of two choices for a product, the choice for a weight that trains comes last and counts.
+    for problem, choice in sorted(chosen, key=lambda pair: pair[0].makes_operand):
+        about = (PRODUCTS[problem.op], problem.tokens, problem.dtype, problem.threads)
+        reports[about] = ProductReport(*about, choice.engine, choice.speedup)
     order = list(PRODUCTS.values())
-    return tuple(sorted(reports, key=lambda r: (-r.tokens, r.dtype, order.index(r.product))))
+    return tuple(
+        sorted(reports.values(), key=lambda r: (-r.tokens, r.dtype, order.index(r.product)))
+    )

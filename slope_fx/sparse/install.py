@@ -18,7 +18,7 @@ from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
 from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.storage import Storage
-from slope_fx.sparse.weight import Parts, Shared, SparseWeight
+from slope_fx.sparse.weight import Choices, Parts, Shared, SparseWeight
 
 
 class _Kind(NamedTuple):
@@ -177,7 +177,7 @@ def install(
     storage: Storage,
     on_fallback: OnFallback,
     undo: ExitStack,
-) -> list[Tensor]:
+) -> list[tuple[Tensor, Tensor]]:
     """Replace the dense weight of each plan by a sparse weight.
 
     Args:
@@ -189,7 +189,7 @@ def install(
         undo: receives callbacks that restore the model.
 
     Returns:
-        The replaced dense parameters.
+        The dense parameters that were replaced, each with its replacement.
     """
     locations: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -197,16 +197,15 @@ def install(
             if parameter is not None:
                 locations.setdefault(id(parameter), []).append((module, attribute))
 
-    shared = Shared(storage, Phase(), [])
-    replaced: list[Tensor] = []
-    with _plain_modes():
+    shared = Shared(storage, Phase(), Choices())
+    replaced: list[tuple[Tensor, Tensor]] = []
+    with plain_modes():
         for plan in plans:
             dense = model.get_parameter(plan.parameter_name)
             places = locations[id(dense)]
-            _replace(
-                plan, dense, places, make_parts, shared, Fallback(plan.name, on_fallback), undo
-            )
-            replaced.append(dense)
+            fallback = Fallback(plan.name, on_fallback)
+            values = _replace(plan, dense, places, make_parts, shared, fallback, undo)
+            replaced.append((dense, values))
     return replaced
 
 
@@ -218,7 +217,7 @@ def _replace(
     shared: Shared,
     fallback: Fallback,
     undo: ExitStack,
-) -> None:
+) -> nn.Parameter:
     """Replace a dense parameter in all modules that have it. A shared weight stays shared."""
     with torch.no_grad():
         parts = make_parts(plan, dense.detach())
@@ -232,10 +231,11 @@ def _replace(
         module.register_parameter(values_name(name), values)
         module.add_module(sparse_name(name), sparse)
         set_kind(module, (name,))
+    return values
 
 
 @contextmanager
-def _plain_modes() -> Iterator[None]:
+def plain_modes() -> Iterator[None]:
     """Disables inference mode and autocast, which would affect the new parameters."""
     with ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))

@@ -2,33 +2,34 @@
 
 import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from slope_fx.errors import ArgumentError, TrainingWarning
+from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.reading import note_step
 from slope_fx.sparse.weight import SparseWeight, find_alive
 
 _replaced = WeakTensorKeyDictionary()
-"""The dense parameters that sparse weights have replaced, by weak reference."""
+"""Replaced parameters, weakly held: the replacement, and the function that replaced it."""
 
 
-def watch(replaced: Sequence[Tensor]) -> None:
+def watch(replaced: Iterable[tuple[Tensor, Tensor]] = (), by: str = "slope_fx.compile") -> None:
     """Check all following optimizer steps in this process.
 
     Args:
-        replaced: dense parameters that were replaced. An optimizer that was made before
-            ``compile`` has them, and would not train the sparse layers.
+        replaced: parameters that were replaced, each with its replacement. An optimizer that holds
+            the first and not the second was made too early, and would not train the second.
+        by: the function that replaced them.
     """
-    for parameter in replaced:
-        _replaced[parameter] = True
+    for old, new in replaced:
+        _replaced[old] = TensorWeakRef(new), by
     _register()
 
 
@@ -73,22 +74,27 @@ def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight
             "slope_fx.Schedule(model, total_steps=...) before training, and step it after the "
             "optimizer.",
             TrainingWarning,
-            stacklevel=4,
+            stacklevel=users_stacklevel(),
         )
 
 
 def _tell_of_replaced(optimizer: Optimizer, parameters: list[Any]) -> None:
     """Warn once that an optimizer has dense weights that sparse weights have replaced."""
-    stale = [p for p in parameters if p in _replaced]
+    held = {id(parameter) for parameter in parameters}
+    stale = {}
+    for parameter in parameters:
+        new, by = _replaced.get(parameter, (None, ""))
+        if new is not None and id(new()) not in held:
+            stale[parameter] = by
     for parameter in stale:
         del _replaced[parameter]
-    if stale:
+    for by in sorted(set(stale.values())):
         warnings.warn(
-            f"The {type(optimizer).__name__} was made before slope_fx.compile and holds "
-            f"{len(stale)} dense weights that compile has replaced. It does not train their "
-            "sparse layers. Make the optimizer after compile.",
+            f"The {type(optimizer).__name__} was made before {by} and holds "
+            f"{list(stale.values()).count(by)} parameters that it replaced. It does not train what "
+            f"is in their place. Make the optimizer after {by}.",
             TrainingWarning,
-            stacklevel=4,
+            stacklevel=users_stacklevel(),
         )
 
 

@@ -1,14 +1,15 @@
 """``Phase``: whether the adapters of a model are active."""
 
-from dataclasses import dataclass
+import weakref
+from typing import Any
 
 
-@dataclass
 class Phase:
-    """The phase of a model. All sparse weights of the model and of its deep copies share it.
+    """The phase of a model. All sparse weights of the model share it.
 
-    A :class:`~slope_fx.Schedule` changes the phase. A copy of the model, as for an average of the
-    weights, gets a separate phase when a Schedule is made for it.
+    A :class:`~slope_fx.Schedule` changes the phase. A deep copy of the model, as for an average of
+    the weights, has a phase of its own. It follows the phase of the original into the adapter
+    phase, until a Schedule is made for the copy.
 
     Attributes:
         active: whether the adapters are active. Dynamo guards on it, so a change recompiles.
@@ -16,6 +17,22 @@ class Phase:
         told: whether a warning was given that the model has adapters and no Schedule.
     """
 
-    active: bool = False
-    scheduled: bool = False
-    told: bool = False
+    def __init__(self, active: bool = False) -> None:
+        self.active = active
+        self.scheduled = self.told = False
+        self._copies: weakref.WeakSet[Phase] = weakref.WeakSet()
+
+    def set(self, active: bool) -> None:
+        """Change the phase. Copies without a Schedule become active too."""
+        self.active = active
+        for copy in self._copies if active else ():
+            if not copy.scheduled:
+                copy.set(True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Phase":
+        made = Phase(self.active)
+        self._copies.add(made)
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Phase, (self.active,)

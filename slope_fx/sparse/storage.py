@@ -69,6 +69,6 @@ def storage_named(name: str) -> Storage:
     Raises:
         ArgumentError: no storage has this name.
     """
-    if name not in STORAGES:
+    if not isinstance(name, str) or name not in STORAGES:
         raise ArgumentError(f"storage={name!r}; allowed are {', '.join(map(repr, STORAGES))}.")
     return STORAGES[name]

@@ -27,12 +27,17 @@ from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.reading import DenseWeight
 from slope_fx.sparse.storage import Storage
+from slope_fx.sparse.wrappers import check_wrapper
 
 # Finds the layer of a tensor in a compiled graph.
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
 
-Choices = dict[Problem, Choice]
-"""The engines that a backend has chosen for products."""
+
+class Choices(dict[Problem, Choice]):
+    """The engines that were chosen for products. They are of this process: pickles omit them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Choices, ()
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,12 @@ class Shared:
     Attributes:
         storage: how the weights are kept.
         phase: whether the adapters take part.
-        choices: those of each backend that compiles the model. Dynamo reuses compiled code for
-            models alike, so that the backend may have chosen while it compiled another model.
+        choices: the engines of the products that the model ran so far.
     """
 
     storage: Storage
     phase: Phase
-    choices: list[Choices]
+    choices: Choices
 
 
 class SparseWeight(nn.Module):
@@ -87,7 +91,6 @@ class SparseWeight(nn.Module):
         scale: alpha / r, the factor of the adapter's product.
         storage, phase, choices: as in :class:`Shared`.
         fallback: reports that the layer runs with its dense weight rebuilt.
-        is_copy: whether this is a deep copy that shares the phase of its original.
     """
 
     forward_bits: nn.Parameter
@@ -110,7 +113,6 @@ class SparseWeight(nn.Module):
         self.stack, self.d_out, self.d_in = plan.layout.stack, plan.layout.d_out, plan.layout.d_in
         self.storage, self.phase, self.choices = shared.storage, shared.phase, shared.choices
         self.fallback = fallback
-        self.is_copy = False
         # In a tuple, so that the layer does not become a submodule of this module.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
@@ -140,7 +142,9 @@ class SparseWeight(nn.Module):
     @property
     def installed(self) -> bool:
         """Whether the layer still has the values of this weight."""
-        return self._owner[0]._parameters.get(self._values_name) is not None
+        # A copy in the making has an owner without parameters yet.
+        parameters = self._owner[0].__dict__.get("_parameters") or {}
+        return parameters.get(self._values_name) is not None
 
     @property
     def rank(self) -> int | None:
@@ -205,6 +209,7 @@ class SparseWeight(nn.Module):
                 _tell_of_export()
             return self.layout.to_parameter(self._markers(kept))
         if torch.is_grad_enabled():
+            check_wrapper(self.name, kept)
             self.fallback.note(
                 "its weight was read outside of a compiled graph",
                 trains=self.values.requires_grad,
@@ -290,11 +295,6 @@ class SparseWeight(nn.Module):
         pruned = ~unpack(self.forward_bits, self.d_in)
         return bool((matrix.detach() * pruned != 0).any())
 
-    def note_choices(self, choices: Choices) -> None:
-        """Take note of the choices of a backend that compiles the model."""
-        if not any(known is choices for known in self.choices):
-            self.choices.append(choices)
-
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""
         stack = f", stack={self.stack}" if self.stack > 1 else ""
@@ -312,9 +312,8 @@ class SparseWeight(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseWeight":
         made = SparseWeight.__new__(SparseWeight)
         memo[id(self)] = made
-        for shared in (self.phase, self.storage, *self.choices):  # the copy follows the phase
-            memo[id(shared)] = shared
-        made.__setstate__({**copy.deepcopy(self.__dict__, memo), "is_copy": True})
+        memo[id(self.storage)] = self.storage
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
         return made
 
     def _load_from_state_dict(
@@ -341,8 +340,6 @@ class SparseWeight(nn.Module):
         if self.lora_B is not None and f"{prefix}lora_B" in state_dict and whole(self.lora_B).any():
             # An adapter with B = 0 adds nothing, so B shows whether the adapter was active. Only
             # a Schedule deactivates adapters.
-            if self.is_copy:
-                self.phase = Phase()
             self.phase.active = True
 
     def _stored_mask_problem(self, forward: object, backward: object) -> str:

@@ -70,7 +70,9 @@ def test_a_function_is_named_in_json_and_refused_when_it_is_read_back():
     given = SlopeConfig(mask=lambda name, weight: weight > 0)
     read = SlopeConfig.from_json(given.to_json())
     assert read.mask == "callable"
-    with pytest.raises(slope_fx.errors.ArgumentError, match="stands for a function of the run"):
+    with pytest.raises(
+        slope_fx.errors.ArgumentError, match="stands for a function in a stored configuration"
+    ):
         slope_fx.compile(net(), read, example_inputs=X)
 
 
