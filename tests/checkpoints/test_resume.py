@@ -1,6 +1,8 @@
 """A run that was interrupted and resumed equals one that was not, bit for bit."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,31 @@ def test_killed_and_resumed(tmp_path, monkeypatch):
     result = kill_and_resume.kill_and_resume(tmp_path, steps=8, kills=3, seed=1)
     assert result["identical"]
     assert result["kills_in_sparse_phase"] + result["kills_in_adapter_phase"] == 3
+
+
+LOADED = """
+import sys, warnings, torch, slope_fx
+model = slope_fx.load_pretrained(sys.argv[1], backend="eager").train()
+weight = next(iter(slope_fx.sparse_weights(model).values()))
+before = weight.lora_A.detach().clone()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+ids = torch.arange(12)[None] % 32
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    model(input_ids=ids, labels=ids).loss.backward()
+    for factor in (weight.lora_A, weight.lora_B):
+        factor.grad = torch.zeros_like(factor)
+    optimizer.step()
+said = sum("no slope_fx.Schedule" in str(warning.message) for warning in told)
+print(torch.equal(before, weight.lora_A), said)
+"""
+
+
+def test_a_model_loaded_in_another_process_keeps_its_idle_adapters(tmp_path):
+    """Nothing is compiled there: what looks at optimizers' steps is there all the same."""
+    model = slope_fx.compile(models.gpt2(), adapter_rank=2, backend="eager")
+    path = slope_fx.save_pretrained(model, tmp_path / "c")
+    command = [sys.executable, "-c", LOADED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "1"]

@@ -86,3 +86,28 @@ def test_ddp_made_first_is_refused(one_process):
     slope_fx.compile(model, backend="aot_eager")
     with pytest.raises(slope_fx.errors.StateError, match=r"Call slope_fx.compile first, then wrap"):
         wrapped(batch())
+
+
+@pytest.mark.parametrize("first", ["a model alike", "the model itself"])
+def test_ddp_made_first_is_found_whatever_was_compiled_before(one_process, first):
+    """Dynamo reuses a graph: nothing is compiled when the wrong wrapper runs."""
+    model = models.gpt2()
+    wrapped = ddp(model)
+    slope_fx.compile(model, backend="aot_eager")
+    earlier = model
+    if first == "a model alike":
+        earlier = slope_fx.compile(models.gpt2(), backend="aot_eager")
+    loss_of(earlier, batch()).backward()
+    for _ in range(2):
+        with pytest.raises(slope_fx.errors.StateError, match=r"Call slope_fx\.compile first"):
+            wrapped(batch())
+    with wrapped.no_sync(), pytest.raises(slope_fx.errors.StateError):
+        wrapped(batch())
+
+
+def test_ddp_made_first_is_found_in_eager_code(one_process):
+    model = models.gpt2()
+    wrapped = ddp(model)
+    slope_fx.compile(model, backend=None, on_fallback="ignore")
+    with pytest.raises(slope_fx.errors.StateError, match=r"Call slope_fx\.compile first"):
+        wrapped(batch())
