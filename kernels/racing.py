@@ -1,4 +1,4 @@
-"""Races: measurements of which of several functions is the fastest here, kept on disk.
+"""Races: measure which of several functions is the fastest on this machine. Keeps the results.
 
 ``selection`` races engines, and an engine can race its own tile sizes. A file beside the compiled
 kernels keeps the :class:`Result` of each race. There is one file for each device, version of
@@ -99,9 +99,9 @@ def run(
 def race(runs: Runs, device: torch.device) -> tuple[dict[str, float], bool]:
     """The best time of each function, which run in turns, and whether the machine was quiet.
 
-    The best run is the one with the fewest disturbances. Usually, graphs are compiled at the same
-    time, and a product that shares its cores with a compiler can take ten times as long. If the
-    times differ much, the race therefore takes longer.
+    The fastest run was disturbed the least. Usually, graphs are compiled at the same time, and a
+    product that shares its cores with a compiler can take ten times as long. If the times differ
+    much, the race therefore takes longer.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     timed = timer(device)

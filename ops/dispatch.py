@@ -25,7 +25,7 @@ def request_of(
         values: (groups * d_out, d_in * N / M).
         n, m: the N:M pattern.
         groups: number of weights that share the tokens.
-        more: the other attributes of :class:`Request`.
+        more: attributes of :class:`Request` that do not follow from the tensors.
     """
     tokens = 1
     for length in tokens_of.shape[:-1]:

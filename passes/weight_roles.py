@@ -31,7 +31,7 @@ class WeightRole:
     Attributes:
         scopes: paths of the modules whose forward calls a linear with this weight.
         reads: the rows that these linears read. Empty if they do not read complete rows.
-        other_uses: names of the other ops that read the parameter.
+        other_uses: names of the ops that read the parameter and are not linears.
         reads_embeddings, reads_input: whether a linear with this weight reads an embedding, or
             the model's input, with no other linear before it.
         makes_output: whether a linear with this weight computes the model's output, with no other

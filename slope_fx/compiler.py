@@ -67,10 +67,10 @@ def compile(
             form of ``example_inputs``. The dense model runs on them in evaluation mode. "eora"
             needs d_in * d_in fp32 numbers per layer.
         options: fields of :class:`SlopeConfig`, which configure the pruning: ``mask``,
-            ``adapter_rank``, ``adapter_init``, ``skip_first``, ``skip_head``, ``skip_router``.
-            Fields of :class:`~slope_fx.backend.Settings`, which configure the run: ``backend``,
-            ``mode``, ``options``, ``dynamic``, ``fullgraph``, ``region``, ``engine``, ``passes``,
-            ``disable_passes``, ``on_fallback``.
+            ``adapter_rank``, ``adapter_init``, ``skip_first``, ``skip_head``, ``skip_router``,
+            ``storage``. Fields of :class:`~slope_fx.backend.Settings`, which configure the run:
+            ``backend``, ``mode``, ``options``, ``dynamic``, ``fullgraph``, ``region``, ``engine``,
+            ``passes``, ``disable_passes``, ``on_fallback``.
 
     Returns:
         ``model``.

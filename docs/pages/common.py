@@ -67,8 +67,10 @@ def filled(text: str, blocks: dict[str, str]) -> str:
 
 def taken(result: Result) -> str:
     """Where and when a result was taken."""
+    count = result["threads"]
+    threads = "1 thread" if count == 1 else f"{count} threads"
     return (
-        f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}, "
+        f"{result['device']}, {threads}, torch {result['versions']['torch']}, "
         f"{result['date']}, at {result['commit']}."
     )
 

@@ -160,7 +160,7 @@ def pretrained() -> str:
         f"Perplexity on {result['held_out_tokens']:,} tokens of Hamlet and Macbeth. The model is "
         f"{result['model']} in fp32, {result['sparsity']}, rank {result['rank']}. Calibration "
         f"reads {result['calibration_tokens']:,} tokens. Training takes {result['steps']} steps of "
-        f"{result['tokens_per_step']:,} tokens of the other plays.",
+        f"{result['tokens_per_step']:,} tokens of the plays without these two.",
         table(rows, headers),
         "Each run was made once, is short, and uses one learning rate. The dense model learns the "
         "plays too. Adapters from EoRA start and end at a lower perplexity than adapters from SVD, "

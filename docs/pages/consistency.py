@@ -87,7 +87,7 @@ def roads_section(cells: list[Cell], result: dict[str, Any]) -> str:
     allowed = plain[0]["bounds"].get("logits", 0.0) if plain else 0.0
     return section(
         "By road, in fp32",
-        f"The worst error of all cases except *steps*, and what it is an error of. The bound is "
+        f"The largest error of all cases except *steps*, and the result that has it. The bound is "
         f"{allowed:.0e}. `cpu-dense`, `dense` and `reference` are engines, behind aot_eager. The "
         f"other roads use the engine `cpu`. {taken(result)}",
         table(rows, ("model", "phase", *roads)),

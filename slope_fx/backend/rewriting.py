@@ -1,7 +1,6 @@
 """The torch.compile backend that runs the passes and calls another backend."""
 
 import functools
-import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,8 +28,6 @@ from slope_fx.passes import Context, Leftover, Rewrites, run_passes
 from slope_fx.passes.graph import nested_calls
 from slope_fx.sparse.weight import Choices, SparseWeight, find_alive
 from slope_fx.version import __version__
-
-log = logging.getLogger(__name__)
 
 
 class RewritingBackend:
@@ -242,7 +239,10 @@ class _Owners:
         self._inputs = example_inputs
 
     def place_of(self, gm: GraphModule, mask: Node) -> int | None:
-        """The place among the inputs of a node of ``gm``, which may be nested; None without."""
+        """The index of the input that is the node ``mask`` of ``gm``, or None.
+
+        ``gm`` may be nested in the graph.
+        """
         placeholder = _outer_placeholder(self._gm, gm, mask)
         known = placeholder in self._placeholders
         return self._placeholders.index(placeholder) if known else None
