@@ -88,21 +88,36 @@ def test_ddp_made_first_is_refused(one_process):
         wrapped(batch())
 
 
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+@pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("first", ["a model alike", "the model itself"])
-def test_ddp_made_first_is_found_whatever_was_compiled_before(one_process, first):
+def test_ddp_made_first_is_found_whatever_was_compiled_before(one_process, first, unused):
     """Dynamo reuses a graph: nothing is compiled when the wrong wrapper runs."""
-    model = models.gpt2()
-    wrapped = ddp(model)
-    slope_fx.compile(model, backend="aot_eager")
-    earlier = model
+    x, how = torch.randn(8, 16), {"backend": "eager", "region": "model"}
+    model = Plain()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=unused)
+    slope_fx.compile(model, example_inputs=x, **how)
     if first == "a model alike":
-        earlier = slope_fx.compile(models.gpt2(), backend="aot_eager")
-    loss_of(earlier, batch()).backward()
+        other = slope_fx.compile(Plain(), example_inputs=x, **how)
+        right = DistributedDataParallel(other, find_unused_parameters=unused)
+        right(x).sum().backward()
+    else:
+        model(x).sum().backward()
     for _ in range(2):
         with pytest.raises(slope_fx.errors.StateError, match=r"Call slope_fx\.compile first"):
-            wrapped(batch())
+            wrapped(x)
     with wrapped.no_sync(), pytest.raises(slope_fx.errors.StateError):
-        wrapped(batch())
+        wrapped(x)
 
 
 def test_ddp_made_first_is_found_in_eager_code(one_process):
