@@ -27,6 +27,19 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message):
+    """Send warnings between the processes of pytest-xdist as plain UserWarnings.
+
+    Its main process imports the module of a warning's class, in a thread for each worker. An import
+    of slope_fx there, beside another one, has ended a run: the thread's error counts as a crash of
+    the worker, whose next report then has no place.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        text = f"{warning_message.category.__name__}: {warning_message.message}"
+        warning_message.message, warning_message.category = UserWarning(text), UserWarning
+
+
 @pytest.fixture(autouse=True)
 def _fresh_torch():
     """Each test starts with the same random state and nothing compiled."""
