@@ -48,6 +48,16 @@ def _fresh_torch():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Runs a function on several processes: ``ranks.run(2, function, *arguments)``."""
+    from ranks import Ranks
+
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
 @pytest.fixture
 def backend():
     """The rewriting backend over ``aot_eager``, its count of compiled graphs at zero."""
