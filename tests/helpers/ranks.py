@@ -8,6 +8,7 @@ for the next.
 import contextlib
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ class Ranks:
         where = function.__code__.co_filename, function.__qualname__
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(self._processes[:world]):
-                pipe.send((where, args, rank, world, f"{folder}/store"))
+                pipe.send_bytes(pickle.dumps((where, args, rank, world, f"{folder}/store")))
             results: dict[int, Any] = {}
             errors: dict[int, str] = {}
             end = time.monotonic() + timeout
@@ -60,7 +61,7 @@ class Ranks:
                         continue
                     try:
                         if pipe.poll(0.02):
-                            good, value = pipe.recv()
+                            good, value = pickle.loads(pipe.recv_bytes())
                             (results if good else errors)[rank] = value
                     except (EOFError, OSError):
                         errors[rank] = f"ended with {process.wait()}"
@@ -103,7 +104,7 @@ def _serve(address: str) -> None:
     modules: dict[str, Any] = {}
     while True:
         try:
-            (file, name), args, rank, world, store = pipe.recv()
+            (file, name), args, rank, world, store = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
@@ -129,7 +130,7 @@ def _serve(address: str) -> None:
         finally:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
-        pipe.send(answer)
+        pipe.send_bytes(pickle.dumps(answer))  # not send: it would share tensors' memory
 
 
 if __name__ == "__main__":
