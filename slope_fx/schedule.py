@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
 from slope_fx.record import record_of, sparse_weights
-from slope_fx.sparse.weight import whole
+from slope_fx.sparse.agreement import check_agreement, groups_of
+from slope_fx.sparse.shards import gather, reshard
+from slope_fx.sparse.weight import SparseWeight, whole
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +82,9 @@ class Schedule:
         _check_count("total_steps", total_steps)
         if backward_mask_interval is not None:
             _check_count("backward_mask_interval", backward_mask_interval, "; None for never")
-        self._weights = list(sparse_weights(model).values())
+        self._model, self._weights = model, list(sparse_weights(model).values())
+        self._sharded: list[SparseWeight] = []
+        self._agreed = False
         self._has_adapters = any(weight.rank for weight in self._weights)
         if adapter_start is None:
             # Adapters that approximate the pruned part belong to the initial model.
@@ -137,6 +142,7 @@ class Schedule:
         self._progress.here += 1
         interval = self.backward_mask_interval
         if interval is not None and self.last_step % interval == 0:
+            self._reshard()
             for weight in self._weights:
                 weight.refresh_backward_mask()
             log.info("step %d: backward masks refreshed", self.last_step)
@@ -180,9 +186,33 @@ class Schedule:
         for phase in {weight.phase for weight in self._weights}:
             phase.scheduled = True
             phase.set(self.phase == "adapter")
+        if not self._agreed and groups_of(self._weights):
+            check_agreement(self._weights, self.state_dict())
+            self._agreed = True
+        if self.phase != self._logged or self._progress.here == 1:
+            # Again after the first step: the model may be sharded after the Schedule was made.
+            self._reshard()
+            factors = [f for w in self._weights for f in (w.lora_A, w.lora_B) if f is not None]
+            gather(self._model, factors, self.phase == "adapter")
         if self.phase != self._logged:
             log.info("step %d: %s phase", self.last_step, self.phase)
             self._logged = self.phase
+
+    def _reshard(self) -> None:
+        """Let a model that FSDP2 shards have its sharded parameters, which a write must go to.
+
+        Raises:
+            StateError: a module outside of the model has gathered the parameters.
+        """
+        reshard(self._model)
+        for weight in self._sharded:
+            if not isinstance(weight.values, DTensor):
+                raise StateError(
+                    f"{weight.name} has whole values, where its shards are to be written: the "
+                    "module on which fully_shard was called has gathered them. Call its "
+                    "reshard() before Schedule.step()."
+                )
+        self._sharded = [weight for weight in self._weights if isinstance(weight.values, DTensor)]
 
     def _warn_if_trained(self) -> None:
         if self.phase == "sparse" and any(

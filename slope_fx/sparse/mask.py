@@ -1,5 +1,6 @@
 """``Mask``: the parameter of a packed mask, which does not train."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -66,11 +67,28 @@ class Mask(nn.Parameter):
             "can't be part of. Use FSDP2: torch.distributed.fsdp.fully_shard(model)."
         )
 
+    def type(self, *args: Any, **kwargs: Any) -> Any:
+        # ZeroRedundancyOptimizer compares the types of all its parameters.
+        if sys._getframe(2).f_globals.get("__name__") == _ZERO:
+            raise UnsupportedError(f"ZeroRedundancyOptimizer can't hold masks. {_ADVICE}")
+        return super().type(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Mask, (self.data,)
 
 
 _data: Any = torch._C.TensorBase.data
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+def fingerprint_of(bits: Tensor) -> int:
+    """A number that differs for different masks: 64 bits of all bytes in their order."""
+    if bits.is_meta:
+        return 0
+    words = torch.nn.functional.pad(bits.detach().flatten(), (0, -bits.numel() % 8))
+    words = words.view(torch.int64)
+    places = torch.arange(1, 2 * len(words), 2, device=bits.device)
+    return int(((words ^ (words >> 29)) * places).sum())
 
 
 def _refused(name: str) -> Callable[..., NoReturn]:

@@ -3,11 +3,12 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -23,11 +24,12 @@ from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import SparsePlan, values_name
 from slope_fx.sparse.fallback import Fallback
-from slope_fx.sparse.mask import Mask
+from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.reading import DenseWeight
+from slope_fx.sparse.shards import refresh_sharded
 from slope_fx.sparse.storage import Storage
-from slope_fx.sparse.wrappers import check_wrapper
+from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for, wrapper_of
 
 # Finds the layer of a tensor in a compiled graph.
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
@@ -117,6 +119,7 @@ class SparseWeight(nn.Module):
         self._owner = (owner,)
         self._values_name = values_name(attribute)
         self.forward_bits = Mask(parts.forward_bits)
+        self._first_fingerprint = fingerprint_of(parts.forward_bits)
         backward_bits = parts.backward_bits
         if backward_bits is None:
             backward_bits = self._backward_mask(parts.kept, parts.forward_bits)
@@ -192,11 +195,11 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def refresh_backward_mask(self) -> None:
         """Choose the backward mask from the current values."""
-        bits = self._backward_mask(whole(self.values), whole(self.forward_bits))
-        if isinstance(self.backward_bits, DTensor):
-            mesh, placements = self.backward_bits.device_mesh, self.backward_bits.placements
-            bits = distribute_tensor(bits, mesh, placements)
-        self.backward_bits.copy_(bits)
+        values, forward, backward = self.values, self.forward_bits, self.backward_bits
+        if isinstance(values, DTensor):
+            refresh_sharded(values, forward, backward, self.n, self.m, self._backward_mask)
+        else:
+            backward.copy_(self._backward_mask(values, forward))
 
     def _backward_mask(self, kept: Tensor, forward_bits: Tensor) -> Tensor:
         values = self.storage.values(kept.detach(), forward_bits, self.pattern)
@@ -294,6 +297,31 @@ class SparseWeight(nn.Module):
         """Whether a dense (stack * d_out, d_in) matrix has an element that the mask prunes."""
         pruned = ~unpack(self.forward_bits, self.d_in)
         return bool((matrix.detach() * pruned != 0).any())
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in nn.Module. A DistributedDataParallel does not get the adapter to manage."""
+        named = super().named_parameters(prefix, recurse, remove_duplicate)
+        wrapper = ddp_that_asks()
+        if wrapper is None:
+            return named
+        factors = [factor for factor in (self.lora_A, self.lora_B) if factor is not None]
+        reduce_for(wrapper, self, factors)
+        return ((name, p) for name, p in named if not any(p is factor for factor in factors))
+
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """The groups of processes that train this weight together, in a wrapper or as shards."""
+        values, wrapper = self.values, wrapper_of(self)
+        groups = [] if wrapper is None else [wrapper.process_group]
+        if isinstance(values, DTensor):
+            groups += [values.device_mesh.get_group(dim) for dim in range(values.device_mesh.ndim)]
+        return groups
+
+    def fingerprint(self) -> int:
+        """A number of the forward mask; of a sharded mask, that of the mask before."""
+        bits = self.forward_bits
+        return self._first_fingerprint if isinstance(bits, DTensor) else fingerprint_of(bits)
 
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""

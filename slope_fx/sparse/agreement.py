@@ -1,0 +1,71 @@
+"""Checks that the processes that train a model together have the same model and schedule."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch.distributed as dist
+
+from slope_fx.errors import StateError
+from slope_fx.sparse.weight import SparseWeight
+from slope_fx.version import __version__
+
+
+def groups_of(weights: Sequence[SparseWeight]) -> list[dist.ProcessGroup]:
+    """The process groups of the wrappers and shards of ``weights``, each once."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    groups = {group.group_name: group for weight in weights for group in weight.process_groups()}
+    return [group for group in groups.values() if group.size() > 1]
+
+
+def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, object]) -> None:
+    """Compare the sparse layers, the schedule and the version of all ranks of each process group.
+
+    This is a collective operation. A hash is compared first, and only if it differs what it is of.
+
+    Args:
+        weights: the sparse weights of the model.
+        schedule: the state of its Schedule.
+
+    Raises:
+        StateError: on all ranks, if one differs from the others.
+    """
+    for group in groups_of(weights):
+        mine = {"the version of slope_fx": __version__}
+        mine |= {f"the Schedule's {name}": str(value) for name, value in schedule.items()}
+        for weight in weights:
+            if group in weight.process_groups():
+                mine[f"layer {weight.name}"] = _described(weight)
+        digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
+        digests: list[str] = [""] * group.size()
+        dist.all_gather_object(digests, digest, group=group)
+        if len(set(digests)) > 1:
+            all_of_them: list[dict[str, str]] = [{}] * group.size()
+            dist.all_gather_object(all_of_them, mine, group=group)
+            raise StateError(_difference(all_of_them, group))
+
+
+def _described(weight: SparseWeight) -> str:
+    shape, rank = "x".join(map(str, weight.shape)), weight.rank or "none"
+    return f"{weight.pattern} {shape}, adapter rank {rank}, mask {weight.fingerprint():016x}"
+
+
+def _difference(all_of_them: Sequence[Mapping[str, str]], group: dist.ProcessGroup) -> str:
+    names = list(dict.fromkeys(name for one in all_of_them for name in one))
+    wrong = [name for name in names if len({one.get(name) for one in all_of_them}) > 1]
+    name = wrong[0]
+    (usual, _), *_ = Counter(one.get(name, "absent") for one in all_of_them).most_common()
+    others = [
+        f"rank {dist.get_global_rank(group, i)}: {one.get(name, 'absent')}"
+        for i, one in enumerate(all_of_them)
+        if one.get(name, "absent") != usual
+    ]
+    shown = "; ".join(others[:4]) + ("; and others" if len(others) > 4 else "")
+    more = f" {len(wrong) - 1} more things differ." if len(wrong) > 1 else ""
+    return (
+        f"The ranks disagree about {name}: {shown}; the other ranks: {usual}.{more} Call compile "
+        "and Schedule with the same arguments on all ranks, and give them the same model: the same "
+        "seed, or one checkpoint."
+    )
