@@ -1,7 +1,8 @@
 """Training on several ranks, and the same training in one process."""
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def together(
     steps: int = STEPS,
     first: int = 0,
     made: Callable[[Any, Any], None] | None = None,
+    micro_batches: int = 1,
 ) -> dict[str, Any]:
     """Train on this rank, in a data-parallel wrapper.
 
@@ -76,6 +78,7 @@ def together(
         wrap: makes the wrapper, or shards the model in place.
         steps, first: the steps to take are those from ``first`` to ``steps``.
         made: called with the optimizer and the Schedule ahead of the first step.
+        micro_batches: number of batches whose gradients are accumulated.
     """
     wrapped = wrap(model)
     optimizer = adamw(model)
@@ -83,13 +86,30 @@ def together(
     if made is not None:
         made(optimizer, schedule)
     for step in range(first, steps):
-        loss = loss_of(wrapped, batch(step, dist.get_rank()))
-        loss.backward()
+        mean = torch.zeros(())
+        for micro in range(micro_batches):
+            last = micro == micro_batches - 1
+            ids = batch(step, dist.get_rank() * micro_batches + micro)
+            with contextlib.nullcontext() if last else accumulating(wrapped):
+                loss = loss_of(wrapped, ids) / micro_batches
+                loss.backward()
+            mean += loss.detach()
         _step(optimizer, schedule)
-        mean = loss.detach().clone()
         dist.all_reduce(mean)
         losses.append(mean.item() / dist.get_world_size())
     return {"losses": losses, "state": whole_state(model)}
+
+
+@contextlib.contextmanager
+def accumulating(wrapped: Any) -> Iterator[None]:
+    """Gradients are not averaged yet."""
+    if hasattr(wrapped, "no_sync"):
+        with wrapped.no_sync():
+            yield
+        return
+    wrapped.set_requires_gradient_sync(False)
+    yield
+    wrapped.set_requires_gradient_sync(True)
 
 
 def _step(optimizer: Any, schedule: slope_fx.Schedule) -> None:

@@ -35,9 +35,7 @@ def counting() -> Iterator[Counter[str]]:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not inside:  # some of these functions call others
-                named = (
-                    kwargs[key] for key in ("input_tensor", "input", "tensor") if key in kwargs
-                )
+                keys = [key for key in ("input_tensor", "input", "tensor") if key in kwargs]
                 tensor = args[place] if len(args) > place else kwargs[keys[0]]
                 sent[label] += tensor.nbytes
             inside.append(name)
