@@ -13,6 +13,7 @@ from slope_fx.planning.regions import Regions, choose_regions
 from slope_fx.record import RECORD, Record, record_of
 from slope_fx.sparse.install import restore, set_kind
 from slope_fx.sparse.optimizers import watch
+from slope_fx.stages import watch_stages
 
 
 def make_record(
@@ -61,10 +62,12 @@ def _compile(model: nn.Module) -> None:
     record = record_of(model)
     compile_regions(model, record.settings, record.regions, kind=record.plans)
     watch()
+    watch_stages()
 
 
 def detach(model: nn.Module) -> None:
     """Undo :func:`attach` on a model whose weights are dense again."""
     record: Record = model.__dict__.pop(RECORD)
-    for path in {"", *record.regions.paths}:
-        model.get_submodule(path)._compiled_call_impl = None
+    for _, module in record.regions.present(model):
+        module._compiled_call_impl = None
+    model._compiled_call_impl = None

@@ -10,7 +10,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from slope_fx.backend.settings import RunOptions, Settings
-from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, users_stacklevel
+from slope_fx.errors import (
+    ArgumentError,
+    ArgumentWarning,
+    StateError,
+    UnsupportedError,
+    users_stacklevel,
+)
 from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity
 from slope_fx.planning.patterns import PatternRules
 from slope_fx.record import sparse_weights_in
@@ -43,6 +49,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         StateError: the model is already compiled by slope_fx.
         ArgumentError: the model cannot be compiled in its current state.
+        UnsupportedError: transformers split the model between ranks.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; it must be a torch.nn.Module.")
@@ -69,6 +76,7 @@ def check_model(model: nn.Module) -> None:
                 "does not support sparse weights. Pass the uncompiled model: slope_fx.compile "
                 "compiles it, and backend= and region= say how."
             )
+    _check_split(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ArgumentError(
@@ -79,6 +87,27 @@ def check_model(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no values to choose a mask from. Give the "
                 "model storage first, with model.to_empty(device=...) and an initialisation."
             )
+
+
+def _check_split(model: nn.Module) -> None:
+    """Check that transformers did not split the model for expert or pipeline parallelism.
+
+    Raises:
+        UnsupportedError: it did.
+    """
+    experts = [n for n, m in model.named_modules() if getattr(m, "_is_expert_parallel", False)]
+    if experts:
+        raise UnsupportedError(
+            f"{', '.join(experts)}: transformers split the experts between ranks (ep_size), and "
+            "slope_fx has no expert parallelism. Load the model without ep_size, compile it, and "
+            "shard it with torch.distributed.fsdp.fully_shard, which shards sparse experts too."
+        )
+    if hasattr(model, "_pp_stage"):
+        raise UnsupportedError(
+            "model: transformers split its layers between ranks (pp_size), for generation only: "
+            "no gradient passes between its stages. Load the model without pp_size, compile it, "
+            "and make the stages with torch.distributed.pipelining."
+        )
 
 
 def say_without_effect(settings: Settings) -> None:

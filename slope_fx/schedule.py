@@ -86,6 +86,8 @@ class Schedule:
         self._sharded: list[SparseWeight] = []
         self._agreed = False
         self._has_adapters = any(weight.rank for weight in self._weights)
+        if not self._weights:  # a stage of a pipeline without sparse layers keeps step
+            self._has_adapters = record_of(model).config.adapter_rank is not None
         if adapter_start is None:
             # Adapters that approximate the pruned part belong to the initial model.
             at_work = record_of(model).config.adapter_init != "zero"

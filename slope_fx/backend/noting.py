@@ -1,7 +1,7 @@
 """Compiled graphs that report, when they run for a model, which engines they were compiled with."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
@@ -11,6 +11,9 @@ from slope_fx.sparse.weight import Choices, find_alive
 from slope_fx.sparse.wrappers import check_wrapper
 
 _numbers = itertools.count()
+
+first_runs: list[Callable[[], None]] = []
+"""Called when a compiled graph first runs for a layer."""
 
 
 def noting(compiled: CompiledFunction, chosen: Mapping[int, Choices]) -> CompiledFunction:
@@ -47,3 +50,5 @@ def _note(inputs: tuple[Any, ...], chosen: Mapping[int, Choices]) -> None:
     for weight in find_alive(lambda weight: id(weight.forward_bits) in places):
         weight.choices.update(places[id(weight.forward_bits)])
         check_wrapper(weight.name, weight.values)
+    for check in first_runs:
+        check()

@@ -27,8 +27,7 @@ def compile_regions(model: nn.Module, settings: Settings, regions: Regions, kind
         return
     backend = backend_of(settings)
     options: dict[str, Any] = {"dynamic": settings.dynamic, "fullgraph": settings.fullgraph}
-    for path, number in zip(regions.paths, regions.kinds, strict=True):
-        module = model.get_submodule(path)
+    for number, module in regions.present(model):
         kinds = len(set(regions.kinds))
         call = compiled_call(module, backend, kind=(kind, number), kinds=kinds, **options)
         module._compiled_call_impl = call

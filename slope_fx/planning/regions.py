@@ -1,7 +1,7 @@
 """Choose the regions of a model: the modules that are compiled as one graph each."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,13 @@ class Regions:
     def whole(self) -> bool:
         """Whether the model is compiled as one graph."""
         return self.paths == ("",)
+
+    def present(self, model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+        """The kinds and the modules, without those that a stage of a pipeline does not have."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for path, kind in zip(self.paths, self.kinds, strict=True):
+            if path in modules:
+                yield kind, modules[path]
 
 
 def choose_regions(
@@ -101,13 +108,13 @@ def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], ob
 
 
 def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
-    """Paths of the members of ModuleLists and Sequentials whose graphs repeat.
+    """Paths of the members of ModuleLists, ModuleDicts and Sequentials whose graphs repeat.
 
     If two members of the same type have equal graphs, all members of this type are included.
     """
     blocks = set()
     for path, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             continue
         prefix = f"{path}." if path else ""
         alike: dict[type, list[str]] = {}

@@ -140,7 +140,7 @@ def _added(model: nn.Module, record: Record) -> list[LinearReport]:
 def report_dense(plan: DensePlan) -> LinearReport:
     """The report on a dense linear."""
     size = plan.bytes_dense
-    state = 2 * size + 8 * math.prod(plan.shape)
+    state = 2 * size + 8 * math.prod(plan.shape) if size else 0  # 0: its layer was removed
     return LinearReport(
         plan.name, "dense", plan.shape, None, (), None, plan.reason, size, size, state, state
     )

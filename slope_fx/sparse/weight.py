@@ -26,6 +26,7 @@ from slope_fx.planning.plan import SparsePlan, values_name
 from slope_fx.sparse.fallback import Fallback
 from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.pipelines import refuse_tracer
 from slope_fx.sparse.reading import DenseWeight
 from slope_fx.sparse.shards import refresh_sharded
 from slope_fx.sparse.storage import Storage
@@ -209,6 +210,8 @@ class SparseWeight(nn.Module):
         """Returns the layer's ``weight``. In a compiled graph, the passes find its markers."""
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
+                if not torch.compiler.is_dynamo_compiling():
+                    refuse_tracer(self.name)
                 _tell_of_export()
             return self.layout.to_parameter(self._markers(kept))
         if torch.is_grad_enabled():

@@ -117,6 +117,24 @@ def test_a_sequential_of_equal_blocks():
     assert run(model, x, dense) == 2
 
 
+def test_a_dict_of_equal_blocks():
+    """torchtitan names its blocks, so that a stage of a pipeline keeps their names."""
+
+    class Named(Chain):
+        def forward(self, x):
+            h = self.embed(x)
+            for block in self.blocks.values():
+                h = block(h)
+            return self.head(h)
+
+    dense, x = Named(*[0] * 6), torch.randn(2, 8)
+    dense.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(dense.blocks)})
+    model, regions, kinds = compiled(copy.deepcopy(dense), x)
+    assert regions.paths == tuple(f"blocks.{i}" for i in range(6))
+    assert kinds == 1
+    assert run(model, x, dense) == 2
+
+
 def test_blocks_of_one_class_with_other_graphs():
     dense, x = Chain(0, 1, 2, 3, 4, 4), torch.randn(2, 8)
     _, regions, _ = compiled(copy.deepcopy(dense), x)
