@@ -128,7 +128,8 @@ def check_filled(weight: Started) -> None:
         advice = (
             "Give the model storage with model.to_empty(device=...), then run its own "
             "initialization, such as model.init_weights() or module.reset_parameters(); or load a "
-            "checkpoint; or write a dense weight with "
+            "checkpoint, of a dense model with slope_fx.checkpoints.load_dense(path, model); or "
+            "write a dense weight with "
             f"slope_fx.sparse_weights(model)[{weight.name!r}].write_(dense)."
         )
     raise StateError(f"{weight.name}: its sparse weight {what}. {advice}")

@@ -128,6 +128,8 @@ class _Reading:
         elif start is not None and (
             initialises or not start.written or what in ("copy_()", "`data`")
         ):
+            if self.dense.is_meta:
+                return  # a write to a meta tensor has no effect
             if start.written or not self.dense.isnan().any():
                 weight.store(matrix)
                 self.unpruned = True

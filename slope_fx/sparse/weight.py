@@ -284,7 +284,7 @@ class SparseWeight(nn.Module):
         """Write the kept elements of a dense matrix (stack * d_out, d_in), as :meth:`write_`."""
         values = self.values
         if values.is_meta:
-            return  # a write to a meta tensor has no effect
+            return
         matrix = matrix.detach().to(values.device, values.dtype)
         if self.start is not None:
             fill(self, matrix)

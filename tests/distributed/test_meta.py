@@ -5,13 +5,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import slope_fx
 from models import TRANSFORMERS, batch, loss_of
-from slope_fx.errors import StateError
+from slope_fx.checkpoints import load_dense
+from slope_fx.errors import ArgumentError, CheckpointError, StateError
 from slope_fx.sparse.mask import Mask
 
 
@@ -168,3 +170,130 @@ def test_sharded_then_initialised(ranks, mask, world, diverging):
     for found, theirs in ranks.run(world, sharded_first, mask, diverging):
         assert_equal(found, before)
         assert theirs == pytest.approx(losses, abs=2e-5)
+
+
+def loaded(kind, folder):
+    model = fully_shard(on_meta(kind))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    load_dense(folder, model)
+    return state(model)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_dense_checkpoint(ranks, tmp_path, kind):
+    """As if it were loaded before compile: into a sharded model, and into one with other masks."""
+    model = dense(kind, 11)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="30KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    model.base_model.save_pretrained(tmp_path / "base")  # its names lack a prefix
+    head = kind == "gpt2"  # llama's base model has no head, and gpt2's is its embedding
+    other = slope_fx.compile(dense(kind, 13), adapter_rank=4, backend="aot_eager")
+    torch.manual_seed(0)
+    slope_fx.compile(model, adapter_rank=4, backend="aot_eager")
+    load_dense(tmp_path / ("base" if head else "shards"), other)
+    assert_equal(state(other), state(model))
+    for found in ranks.run(2, loaded, kind, tmp_path / "shards"):
+        assert_equal(found, state(model))
+
+
+def test_wrong_dense_checkpoint(tmp_path):
+    model = dense("llama", 11)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    slope_fx.compile(model, backend=None)
+    before, name = state(model), "model.layers.0.mlp.up_proj.weight"
+    for wrong, match in [
+        ({n: t for n, t in tensors.items() if n != name}, f"has no tensor {name}"),
+        (
+            {**tensors, "other": tensors[name].clone()},
+            "has other, for which the model has no place",
+        ),
+        (
+            {**tensors, name: tensors[name].t().contiguous()},
+            rf"{name} is \(32, 64\); .* \(64, 32\)",
+        ),
+    ]:
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        with pytest.raises(CheckpointError, match=match):
+            load_dense(tmp_path / "wrong.safetensors", model)
+    assert_equal(state(model), before)
+    save_file(tensors, tmp_path / "good.safetensors")
+    with pytest.raises(StateError, match=r"embed_tokens.weight is on the meta device"):
+        load_dense(tmp_path / "good.safetensors", on_meta("llama"))
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        load_dense(tmp_path / "nothing", model)
+    slope_fx.compile(rich := dense("llama"), backend=None, adapter_rank=4, adapter_init="svd")
+    with pytest.raises(ArgumentError, match="adapter_init='svd'"):
+        load_dense(tmp_path / "good.safetensors", rich)
+
+
+def test_without_content():
+    """What needs the weights says which layer has none, and what to do."""
+    model, ids = on_meta("llama"), batch()
+    layer, name = model.model.layers[1].mlp.up_proj, "model.layers.1.mlp.up_proj"
+    weight = slope_fx.sparse_weights(model)[name]
+    model.init_weights()  # has no effect on the meta device
+    for device in ("meta", "cpu"):
+        if device == "cpu":
+            model.to_empty(device="cpu")
+            assert not weight.forward_bits.any()
+        uses = [
+            weight.to_dense,
+            weight.forward_mask,
+            weight.refresh_backward_mask,
+            lambda: F.linear(torch.ones(1, 32, device=device), layer.weight),  # noqa: B023
+            lambda: slope_fx.Schedule(model, 3),
+            lambda: slope_fx.save_pretrained(model, "unwritten"),
+            lambda: slope_fx.densify(model),
+            lambda: torch.optim.SGD(model.parameters()).step(),
+        ]
+        if device == "cpu":
+            uses.append(lambda: loss_of(model, ids))
+        for use in uses:
+            with pytest.raises(StateError, match=r"model\.layers\..* (initialized|meta device)"):
+                use()
+    with torch.no_grad():
+        layer.weight[:8].normal_()
+    with pytest.raises(StateError, match="initialized in part"):
+        weight.to_dense()
+
+
+def test_content_from_elsewhere():
+    """A state dict, a write into the tensors, and to_empty of a trained model."""
+    model, source = on_meta("llama"), initialise(on_meta("llama"))
+    model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    other = on_meta("llama").to_empty(device="cpu")
+    with torch.no_grad():
+        for mine, theirs in zip(other.parameters(), source.parameters(), strict=True):
+            mine.copy_(theirs)
+    for filled in (model, other):
+        slope_fx.Schedule(filled, 3)
+        weight = slope_fx.sparse_weights(filled)["model.layers.1.mlp.up_proj"]
+        mask = weight.forward_mask()
+        nn.init.normal_(filled.model.layers[1].mlp.up_proj.weight)  # keeps the mask
+        assert torch.equal(weight.forward_mask(), mask)
+    filled.to_empty(device="cpu")
+    with pytest.raises(StateError, match=r"not initialized\. Load a checkpoint"):
+        weight.to_dense()
+    with pytest.raises(StateError, match="masks were lost"):
+        nn.init.normal_(filled.model.layers[1].mlp.up_proj.weight)
+    filled.load_state_dict(source.state_dict())
+    assert_equal(state(filled), state(source))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mask": lambda name, weight: weight > 0},
+        {"mask": "wanda", "calibration": [batch()]},
+        {"adapter_init": "svd"},
+        {"adapter_init": lambda *args: args},
+        {"adapter_init": "eora", "calibration": [batch()]},
+    ],
+)
+def test_refused(options):
+    with pytest.raises(
+        ArgumentError, match=r"needs the weights, and model.layers.0.* is on the meta"
+    ):
+        on_meta("llama", **options)
