@@ -1,7 +1,7 @@
 """Checks of the arguments of ``compile``."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -19,6 +19,7 @@ from slope_fx.errors import (
 )
 from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity
 from slope_fx.planning.patterns import PatternRules
+from slope_fx.planning.plan import SparsePlan
 from slope_fx.record import sparse_weights_in
 
 
@@ -82,11 +83,36 @@ def check_model(model: nn.Module) -> None:
             raise ArgumentError(
                 f"{name} is not initialised yet. Run a lazy module once before compile."
             )
-        if parameter.is_meta:
-            raise ArgumentError(
-                f"{name} is on the meta device and has no values to choose a mask from. Give the "
-                "model storage first, with model.to_empty(device=...) and an initialisation."
-            )
+
+
+def check_meta(model: nn.Module, plans: Sequence[SparsePlan], config: SlopeConfig) -> None:
+    """Check that weights on the meta device, if any, can get their masks and adapters later.
+
+    Args:
+        model: the model.
+        plans: plans of its sparse weights.
+        config: the configuration.
+
+    Raises:
+        ArgumentError: the masks or the adapters need the weights now.
+    """
+    names = [plan.parameter_name for plan in plans]
+    on_meta = [name for name in names if model.get_parameter(name).is_meta]
+    if not on_meta:
+        return
+    what = config.needs_calibration
+    if callable(config.mask):
+        what = "mask=, a function,"
+    elif config.adapter_init != "zero":
+        what = f"adapter_init={config.adapter_init!r}"
+        if callable(config.adapter_init):
+            what = "adapter_init=, a function,"
+    if what:
+        raise ArgumentError(
+            f"{what} needs the weights, and {on_meta[0]} is on the meta device. Use "
+            'mask="magnitude" or "random" and adapter_init="zero", or load the weights before '
+            "compile."
+        )
 
 
 def _check_split(model: nn.Module) -> None:

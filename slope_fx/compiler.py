@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from slope_fx.attach import attach, make_record
 from slope_fx.checks import (
     CompileOptions,
+    check_meta,
     check_model,
     say_untraced,
     say_what_was_ignored,
@@ -31,6 +32,7 @@ from slope_fx.planning.plan import (
     sparse_plans,
 )
 from slope_fx.planning.trace import ExampleInputs, trace
+from slope_fx.sparse.blank import Start
 from slope_fx.sparse.install import install, plain_modes
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.storage import storage_named
@@ -56,8 +58,14 @@ def compile(
     plain parameter ``weight_values`` of shape (d_out, d_in * N / M), so make the optimizer after
     ``compile``. Source: SLoPe (ICLR 2025), arXiv 2405.16325.
 
+    A model on the meta device is compiled without weights. Masks and adapters are then chosen when
+    the model's own initialization writes the weights: after ``model.to_empty(device=...)``, run
+    ``model.init_weights()`` or ``reset_parameters()`` as for a dense model, before or after
+    ``fully_shard``. Random masks and adapters depend on the seed of ``torch.manual_seed`` and on
+    the name of the layer, so they are those of a model that was compiled with its weights.
+
     Args:
-        model: any module with fp32, bf16 or fp16 weights.
+        model: any module with fp32, bf16 or fp16 weights, or on the meta device.
         sparsity: an N:M pattern, a mapping from layer names to N:M patterns, as
             :attr:`SlopeConfig.sparsity`, or a :class:`SlopeConfig`.
         example_inputs: inputs for the trace of the model: a tensor, a sequence of arguments, a
@@ -93,6 +101,7 @@ def compile(
     sparse = sparse_plans(plans)
     if not sparse:
         raise NoEligibleLinearError(nothing_to_do(plans, traced.untraced_because))
+    check_meta(model, sparse, config)
     ranks = {plan.name: layer_rank(config, plan) for plan in sparse}
     inputs: dict[str, Activations] = {}
     if config.needs_calibration:
@@ -104,12 +113,13 @@ def compile(
         chosen, rank = masks.pop(plan.name), ranks[plan.name]
         weight = _matrices(plan, dense) if chosen.weight is None else chosen.weight
         kept = storage.keep(weight.view(-1, plan.shape[-1]), chosen.bits, plan.pattern)
+        start = Start(str(config.mask)) if dense.is_meta else None
         if rank is None:
-            return Parts(kept, chosen.bits)
+            return Parts(kept, chosen.bits, start=start)
         mask = unpack(chosen.bits, plan.shape[-1]).view(plan.shape)
         seen = inputs.get(plan.name)
         adapter = make_adapter(config.adapter_init, plan.name, weight, mask, rank, seen)
-        return Parts(kept, chosen.bits, adapter=adapter)
+        return Parts(kept, chosen.bits, adapter=adapter, start=start)
 
     record = make_record(model, config, settings, plans, traced.untraced_because, traced.graphs)
     with ExitStack() as undo:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
 from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.agreement import check_agreement, groups_of
+from slope_fx.sparse.blank import settle
 from slope_fx.sparse.shards import gather, reshard
 from slope_fx.sparse.weight import SparseWeight, whole
 
@@ -69,7 +70,8 @@ class Schedule:
     Raises:
         ArgumentError: ``total_steps``, ``adapter_start`` or ``backward_mask_interval`` is out of
             range.
-        StateError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned, or it was compiled on the
+            meta device and a layer is not initialized.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Schedule:
         self._model, self._weights = model, list(sparse_weights(model).values())
         self._sharded: list[SparseWeight] = []
         self._agreed = False
+        for weight in self._weights:
+            settle(weight)
         self._has_adapters = any(weight.rank for weight in self._weights)
         if not self._weights:  # a stage of a pipeline without sparse layers keeps step
             self._has_adapters = record_of(model).config.adapter_rank is not None

@@ -7,6 +7,7 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from slope_fx.dynamo import CompiledFunction
+from slope_fx.sparse.blank import check_filled
 from slope_fx.sparse.weight import Choices, find_alive
 from slope_fx.sparse.wrappers import check_wrapper
 
@@ -28,7 +29,8 @@ def noting(compiled: CompiledFunction, chosen: Mapping[int, Choices]) -> Compile
             inputs.
 
     Raises:
-        StateError: by the result, in a DistributedDataParallel that was made before ``compile``.
+        StateError: by the result, in a DistributedDataParallel that was made before ``compile``,
+            or for a layer without content.
     """
     if not chosen:
         return compiled
@@ -48,6 +50,7 @@ def noting(compiled: CompiledFunction, chosen: Mapping[int, Choices]) -> Compile
 def _note(inputs: tuple[Any, ...], chosen: Mapping[int, Choices]) -> None:
     places = {id(inputs[place]): choices for place, choices in chosen.items()}
     for weight in find_alive(lambda weight: id(weight.forward_bits) in places):
+        check_filled(weight)
         weight.choices.update(places[id(weight.forward_bits)])
         check_wrapper(weight.name, weight.values)
     for check in first_runs:

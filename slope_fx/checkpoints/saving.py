@@ -25,6 +25,7 @@ from slope_fx.checkpoints.manifest import (
 from slope_fx.checkpoints.training import collect_training, write_training
 from slope_fx.errors import CheckpointError
 from slope_fx.record import record_of, sparse_weights
+from slope_fx.sparse.blank import check_filled
 from slope_fx.sparse.weight import whole
 from slope_fx.version import __version__
 
@@ -63,11 +64,13 @@ def save_pretrained(
         The folder.
 
     Raises:
-        StateError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned, or a layer of it is not
+            initialized.
         CheckpointError: ``path`` contains other files or cannot be written, or an object cannot
             be stored without pickle.
     """
-    record_of(model)
+    for weight in sparse_weights(model).values():
+        check_filled(weight)
     path = Path(path)
     _check_target(path)
     named, aliases = named_tensors(model)

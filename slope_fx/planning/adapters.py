@@ -9,6 +9,7 @@ from torch import Tensor
 from slope_fx.errors import ArgumentError
 from slope_fx.planning.activations import Activations
 from slope_fx.planning.config import CALLABLE, AdapterInit
+from slope_fx.planning.draws import own_draws
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ def make_adapter(
     """Returns the initial adapter of one layer.
 
     Args:
-        adapter_init: "zero": A from N(0, 1) and B = 0, so that the adapter adds nothing (METHOD,
-            "Lazy adapters"). "svd": the best approximation with rank r of the pruned part of the
-            weight, in the Frobenius norm. "eora": the best approximation with rank r of the
-            contribution of the pruned part to the outputs over the calibration inputs (EoRA,
-            arXiv 2410.21271). A callable (name, weight, mask, rank) -> (A, B): B A is added to the
-            pruned weight.
+        adapter_init: "zero": A from N(0, 1), by :func:`own_draws`, and B = 0, so that the adapter
+            adds nothing (METHOD, "Lazy adapters"). "svd": the best approximation with rank r of the
+            pruned part of the weight, in the Frobenius norm. "eora": the best approximation with
+            rank r of the contribution of the pruned part to the outputs over the calibration inputs
+            (EoRA, arXiv 2410.21271). A callable (name, weight, mask, rank) -> (A, B): B A is added
+            to the pruned weight.
         name: name of the layer.
         weight: the dense weight, (d_out, d_in) or (stack, d_out, d_in).
         mask: the kept elements, bool, in the shape of ``weight``.
@@ -66,7 +67,8 @@ def make_adapter(
     weight, mask = weight.reshape(-1, d_out, d_in), mask.reshape(-1, d_out, d_in)
     stack = len(weight)
     if adapter_init == "zero":
-        a = weight.new_empty(stack * rank, d_in).normal_()
+        with own_draws(name, "adapter", weight.device):
+            a = weight.new_empty(stack * rank, d_in).normal_()
         return Adapter(a, weight.new_zeros(stack * d_out, rank), scale, False)
     factors = []
     for i in range(stack):

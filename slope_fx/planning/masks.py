@@ -15,6 +15,7 @@ from slope_fx import ops
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels.packing import pack, unpack
 from slope_fx.planning.activations import Activations
+from slope_fx.planning.draws import own_draws
 from slope_fx.planning.patterns import Pattern
 
 
@@ -81,7 +82,10 @@ def wanda(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tenso
 
 @mask_method("random")
 def random(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tensor:
-    """Keep N random elements of each group of M, with equal probability."""
+    """Keep N random elements of each group of M, with equal probability.
+
+    The numbers are those of :func:`own_draws`.
+    """
     return torch.rand(weight.shape, device=weight.device)
 
 
@@ -113,7 +117,8 @@ def choose_mask(
             f"mask={mask!r} stands for a function in a stored configuration. Pass the function "
             "itself."
         )
-    found = MASK_METHODS[mask].choose(weight.view(-1, *weight.shape[-2:]), pattern, inputs)
+    with own_draws(name, "mask", weight.device):
+        found = MASK_METHODS[mask].choose(weight.view(-1, *weight.shape[-2:]), pattern, inputs)
     if isinstance(found, Chosen):
         return found
     return Chosen(ops.magnitude_mask(found.reshape(flat.shape), pattern.n, pattern.m))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from slope_fx.errors import ArgumentError, first_line
 from slope_fx.hub import takes_cache
@@ -57,6 +58,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     if inputs is None:
         return Trace(_roles_by_type(model), "no example_inputs were given")
     args, kwargs = inputs
+    if any(parameter.is_meta for parameter in model.parameters()):
+        # Fake tensors of one operation must have one device.
+        args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs)
     if takes_cache(model):
         # The outputs would include keys and values, and their projections would look like heads.
         kwargs.setdefault("use_cache", False)

@@ -121,7 +121,8 @@ def _load_from_state_dict(
         ):
             error_msgs.append(
                 f"{prefix}{attribute} is the weight of a dense model, where this one has "
-                f"{prefix}{values_name(attribute)}. Load dense weights before slope_fx.compile."
+                f"{prefix}{values_name(attribute)}. Load dense weights before slope_fx.compile, or "
+                "with slope_fx.checkpoints.load_dense(path, model)."
             )
     kind.base._load_from_state_dict(
         module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,

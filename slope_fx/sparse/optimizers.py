@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
+from slope_fx.sparse.blank import settle
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.reading import note_step
 from slope_fx.sparse.weight import SparseWeight, find_alive
@@ -51,6 +52,10 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
             # creates an empty one.
             parameter.grad = None
             optimizer.state[parameter]
+    held = {id(parameter) for parameter in parameters}
+    for weight in find_alive(lambda weight: weight.start is not None):
+        if id(weight.values) in held:
+            settle(weight)
     _tell_of_missing_schedule(parameters, idle)
     _tell_of_replaced(optimizer, parameters)
     if isinstance(optimizer, LBFGS) and any(isinstance(p, Mask) for p in parameters):

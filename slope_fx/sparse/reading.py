@@ -8,6 +8,9 @@ values or refuses them:
   numbers) is applied, and its pruned elements are dropped.
 - Any other write is applied if all pruned elements are zero after it. Otherwise it raises an
   error, and the weight is unchanged.
+
+A weight without content, of a model that was compiled on the meta device, gets its content by
+writes (see ``blank.py``).
 """
 
 import sys
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slope_fx.errors import UnsupportedError
+from slope_fx.passes.views import Layout
+from slope_fx.sparse.blank import Started, check_filled
 
 _TENSOR: Any = Tensor
 _FILLS = {
@@ -35,10 +40,9 @@ _SET_REQUIRES_GRAD = _TENSOR.requires_grad.__set__
 _OF_THE_PARAMETER = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
 
-class Read(Protocol):
+class Read(Started, Protocol):
     """The part of :class:`~slope_fx.SparseWeight` that a reading needs."""
 
-    name: str
     _values_name: str
 
     @property
@@ -62,11 +66,16 @@ class _Reading:
         weight: the sparse weight.
         dense: the temporary tensor (stack * d_out, d_in). All views share its memory.
         stamp: stamp of the values at the time of the read.
+        layout: if it is given, ``dense`` has the shape of the layer's parameter instead.
+        unpruned: whether the temporary still has the elements that the values lack. An
+            initialization in several steps, such as ``trunc_normal_``, needs them.
     """
 
     weight: Read
     dense: Tensor
     stamp: tuple[int, ...]
+    layout: Layout | None = None
+    unpruned: bool = False
 
     def refuse(self, what: str, instead: str = "") -> NoReturn:
         """Raise an error about the operation ``what``.
@@ -88,6 +97,13 @@ class _Reading:
             )
         )
 
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Give the temporary the current content of the weight."""
+        content = self.weight.expanded()
+        self.dense.copy_(content if self.layout is None else self.layout.to_parameter(content))
+        self.unpruned = False
+
     def written(self, what: str, *, initialises: bool, in_grad_mode: bool) -> None:
         """Apply a write to the temporary to the values, or undo it and raise an error.
 
@@ -99,7 +115,8 @@ class _Reading:
         Raises:
             UnsupportedError: the write cannot be applied to the values.
         """
-        weight = self.weight
+        weight, start = self.weight, self.weight.start
+        matrix = self.dense if self.layout is None else self.layout.to_matrix(self.dense)
         now = _stamp(weight)
         reason = instead = ""
         if in_grad_mode:
@@ -108,9 +125,21 @@ class _Reading:
         elif now != self.stamp:
             reason = f"{what} writes to a `weight` that was read before its values changed"
             instead = "Read `weight` again."
+        elif start is not None and (
+            initialises or not start.written or what in ("copy_()", "`data`")
+        ):
+            if self.dense.is_meta:
+                return  # a write to a meta tensor has no effect
+            if start.written or not self.dense.isnan().any():
+                weight.store(matrix)
+                self.unpruned = True
+            else:
+                start.partial = self.dense.detach()
+            self.stamp = _stamp(weight)
+            return
         elif weight.adapter_active:
             reason = f"{what} writes to it while its adapter is active, which `weight` includes"
-        elif not initialises and weight.has_pruned(self.dense):
+        elif not initialises and weight.has_pruned(matrix):
             reason = f"{what} writes to elements that are pruned, which would be lost"
             if what == "`data`" or "add" in what:
                 instead = (
@@ -119,14 +148,13 @@ class _Reading:
                     f"slope_fx.sparse_weights(model)[{weight.name!r}].write_(dense)."
                 )
         if reason:
-            with torch.no_grad():
-                self.dense.copy_(weight.expanded())
+            if start is None or start.written:
+                self.renew()
             self.refuse(reason, instead)
-        weight.store(self.dense)
+        weight.store(matrix)
         self.stamp = _stamp(weight)
         if initialises:
-            with torch.no_grad():
-                self.dense.copy_(weight.expanded())
+            self.renew()
 
 
 class DenseWeight(Tensor):
@@ -142,15 +170,18 @@ class DenseWeight(Tensor):
     _direct: bool
 
     @staticmethod
-    def of(weight: Read, dense: Tensor, shaped: Tensor) -> "DenseWeight":
+    def of(
+        weight: Read, dense: Tensor, shaped: Tensor, layout: Layout | None = None
+    ) -> "DenseWeight":
         """Returns a reading of ``weight``.
 
         Args:
             weight: the sparse weight.
             dense: the temporary tensor (stack * d_out, d_in).
             shaped: a view of ``dense`` in the shape of the layer's parameter.
+            layout: if it is given, ``dense`` is ``shaped``.
         """
-        return _wrap(shaped, _Reading(weight, dense, _stamp(weight)), direct=True)
+        return _wrap(shaped, _Reading(weight, dense, _stamp(weight), layout), direct=True)
 
     @classmethod
     def __torch_function__(
@@ -175,6 +206,10 @@ class DenseWeight(Tensor):
             handled = _special(func, name, args)
             if handled is not None:
                 return handled[0]
+            initialises = _initialises(func, name)
+            for reading in readings:
+                if reading.unpruned and not initialises:
+                    reading.renew()
             before = [reading.dense._version for reading in readings]
             alone = args and isinstance(args[0], DenseWeight) and args[0].requires_grad
             try:
@@ -188,10 +223,12 @@ class DenseWeight(Tensor):
                     if reading.dense._version != version:
                         reading.written(
                             "`data`" if func == _SET_DATA else f"{name}()",
-                            initialises=_initialises(func, name),
+                            initialises=initialises,
                             in_grad_mode=bool(alone) and torch.is_grad_enabled()
                             and func != _SET_DATA,
                         )  # fmt: skip
+            if not initialises:
+                _check_use(name, result, readings)
             if name in ("numpy", "__array__"):
                 result.setflags(write=False)  # NumPy would write to the temporary
                 return result
@@ -248,6 +285,24 @@ def _assign(it: DenseWeight, data: Any) -> None:
             f"`data` was set to {got}, where the weight is {tuple(it.shape)} {it.dtype}"
         )
     it.detach().copy_(data)
+
+
+def _check_use(name: str, result: Any, readings: list[_Reading]) -> None:
+    """Check that weights have content from which a tensor was computed.
+
+    Raises:
+        StateError: one has none.
+    """
+    if name.startswith("new_") or name.endswith("_like"):
+        return  # memory for an initialization
+    for reading in readings:
+        start = reading.weight.start
+        if start is None or start.written:
+            continue
+        if any(
+            isinstance(t, Tensor) and not _shares(t, reading.dense) for t in tree_leaves(result)
+        ):
+            check_filled(reading.weight)
 
 
 def _readings(arguments: Any) -> list[_Reading]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from slope_fx import ops
 from slope_fx.errors import ArgumentError, ExpandedWeightWarning
@@ -23,6 +23,7 @@ from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import SparsePlan, values_name
+from slope_fx.sparse.blank import Start, check_filled, content, emptied, fill, put, to_initialise
 from slope_fx.sparse.fallback import Fallback
 from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.phase import Phase
@@ -52,12 +53,14 @@ class Parts:
         forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
         backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)). None: chosen from the values.
         adapter: the adapter, or None.
+        start: for tensors on the meta device, how they get their content.
     """
 
     kept: Tensor
     forward_bits: Tensor
     backward_bits: Tensor | None = None
     adapter: Adapter | None = None
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class SparseWeight(nn.Module):
         scale: alpha / r, the factor of the adapter's product.
         storage, phase, choices: as in :class:`Shared`.
         fallback: reports that the layer runs with its dense weight rebuilt.
+        start: the state of a weight without content; None for all other weights.
     """
 
     forward_bits: nn.Parameter
@@ -115,15 +119,15 @@ class SparseWeight(nn.Module):
         self.n, self.m = plan.pattern.n, plan.pattern.m
         self.stack, self.d_out, self.d_in = plan.layout.stack, plan.layout.d_out, plan.layout.d_in
         self.storage, self.phase, self.choices = shared.storage, shared.phase, shared.choices
-        self.fallback = fallback
+        self.fallback, self.start = fallback, parts.start
         # In a tuple, so that the layer does not become a submodule of this module.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
         self.forward_bits = Mask(parts.forward_bits)
-        self._first_fingerprint = fingerprint_of(parts.forward_bits)
+        self.first_fingerprint = fingerprint_of(parts.forward_bits)
         backward_bits = parts.backward_bits
         if backward_bits is None:
-            backward_bits = self._backward_mask(parts.kept, parts.forward_bits)
+            backward_bits = self.chosen_backward_mask(parts.kept, parts.forward_bits)
         self.backward_bits = Mask(backward_bits)
         adapter = parts.adapter
         self.lora_A = None if adapter is None else nn.Parameter(adapter.lora_A)
@@ -172,6 +176,7 @@ class SparseWeight(nn.Module):
 
     def forward_mask(self) -> Tensor:
         """The forward mask, of the elements of ``W^R``: bool, in the shape :attr:`shape`."""
+        check_filled(self)
         return unpack(self.forward_bits, self.d_in).view(self.shape)
 
     def backward_mask(self) -> Tensor:
@@ -179,6 +184,7 @@ class SparseWeight(nn.Module):
 
         It is a subset of the forward mask.
         """
+        check_filled(self)
         bits = unpack(self.backward_bits, self.d_in * self.n // self.m).to(torch.uint8)
         both = ops.expand(bits, self.forward_bits, self.backward_bits, self.n, self.m)
         return both.bool().view(self.shape)
@@ -191,18 +197,21 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         """A copy of ``W^R`` in the shape :attr:`shape`, without the adapter and autograd."""
-        return self._expanded(self.values).view(self.shape)
+        check_filled(self)
+        return content(self, self.values).view(self.shape)
 
     @torch.no_grad()
     def refresh_backward_mask(self) -> None:
         """Choose the backward mask from the current values."""
+        check_filled(self)
         values, forward, backward = self.values, self.forward_bits, self.backward_bits
         if isinstance(values, DTensor):
-            refresh_sharded(values, forward, backward, self.n, self.m, self._backward_mask)
+            refresh_sharded(values, forward, backward, self.n, self.m, self.chosen_backward_mask)
         else:
-            backward.copy_(self._backward_mask(values, forward))
+            backward.copy_(self.chosen_backward_mask(values, forward))
 
-    def _backward_mask(self, kept: Tensor, forward_bits: Tensor) -> Tensor:
+    def chosen_backward_mask(self, kept: Tensor, forward_bits: Tensor) -> Tensor:
+        """The packed backward mask of plain tensors as in :class:`Parts`."""
         values = self.storage.values(kept.detach(), forward_bits, self.pattern)
         return ops.backward_mask(values, forward_bits, self.n, self.m)
 
@@ -223,9 +232,13 @@ class SparseWeight(nn.Module):
         if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             # Dynamo skipped this frame. The next frame may be compiled, which does not support a
             # DenseWeight. An inference tensor refuses writes.
+            check_filled(self)
             with torch.inference_mode(not torch.is_grad_enabled()):
                 return self.layout.to_parameter(self._markers(kept))
         with torch.inference_mode(False):  # inference tensors have no version counter
+            if self.start is not None and not self.adapter_active:
+                parameter = to_initialise(self, kept)
+                return DenseWeight.of(self, parameter, parameter, self.layout)
             dense = self._markers(kept)
             return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
 
@@ -244,7 +257,10 @@ class SparseWeight(nn.Module):
         """Write the elements of a dense weight that the forward mask keeps to the values.
 
         The pruned elements are dropped. The forward mask and the adapter do not change. The
-        backward mask is chosen from the new values.
+        backward mask is chosen from the new values. A weight that was compiled on the meta device
+        and did not train yet gets new masks, as from ``compile``.
+
+        Call this on all ranks if the weight is sharded. Rank 0's tensor is written.
 
         Args:
             dense: (d_out, d_in), or (stack, d_out, d_in), as from :meth:`to_dense`. Any floating
@@ -270,11 +286,14 @@ class SparseWeight(nn.Module):
     def store(self, matrix: Tensor) -> None:
         """Write the kept elements of a dense matrix (stack * d_out, d_in), as :meth:`write_`."""
         values = self.values
+        if values.is_meta:
+            return
         matrix = matrix.detach().to(values.device, values.dtype)
-        kept = self.storage.keep(matrix, whole(self.forward_bits), self.pattern)
-        if isinstance(values, DTensor):
-            kept = distribute_tensor(kept, values.device_mesh, values.placements)
-        values.copy_(kept)
+        if self.start is not None:
+            fill(self, matrix)
+            self.note_write()
+            return
+        put(values, self.storage.keep(matrix, whole(self.forward_bits), self.pattern))
         self.note_write()
         self.refresh_backward_mask()
 
@@ -293,12 +312,14 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def expanded(self) -> Tensor:
         """The current content of ``weight``, (stack * d_out, d_in), without autograd."""
+        if isinstance(self.values, DTensor) and not self.adapter_active:
+            return content(self, self.values)
         return self._markers(self.values)
 
     @torch.no_grad()
     def has_pruned(self, matrix: Tensor) -> bool:
         """Whether a dense (stack * d_out, d_in) matrix has an element that the mask prunes."""
-        pruned = ~unpack(self.forward_bits, self.d_in)
+        pruned = ~unpack(whole(self.forward_bits), self.d_in)
         return bool((matrix.detach() * pruned != 0).any())
 
     def named_parameters(
@@ -324,7 +345,7 @@ class SparseWeight(nn.Module):
     def fingerprint(self) -> int:
         """A number of the forward mask; of a sharded mask, that of the mask before."""
         bits = self.forward_bits
-        return self._first_fingerprint if isinstance(bits, DTensor) else fingerprint_of(bits)
+        return self.first_fingerprint if isinstance(bits, DTensor) else fingerprint_of(bits)
 
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""
@@ -334,7 +355,16 @@ class SparseWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseWeight":
         # The model moves to another device or dtype, so kept operands are no longer valid.
         self.note_write()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        was_meta = self.forward_bits.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("forward_bits", "backward_bits"):
+            bits = self._parameters[name]
+            if type(bits) is nn.Parameter and not isinstance(bits.data, DTensor):
+                self._parameters[name] = Mask(bits.data)  # torch made a plain parameter
+        empties = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
+        if empties or was_meta != self.forward_bits.is_meta:
+            emptied(self)
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -368,6 +398,9 @@ class SparseWeight(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        loaded = all(f"{prefix}{name}" in state_dict for name in ("forward_bits", "backward_bits"))
+        if loaded and not self.forward_bits.is_meta:
+            self.start = None
         if self.lora_B is not None and f"{prefix}lora_B" in state_dict and whole(self.lora_B).any():
             # An adapter with B = 0 adds nothing, so B shows whether the adapter was active. Only
             # a Schedule deactivates adapters.
