@@ -1,0 +1,342 @@
+"""A model converter and learning-rate schedulers for torchtitan."""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
+from torchtitan.components.quantization.utils import has_quantization
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+from torchtitan.protocols.module import Module
+from torchtitan.trainer import Trainer
+
+from slope_fx.compiler import compile
+from slope_fx.errors import ArgumentError, UnsupportedError
+from slope_fx.kernels.packing import unpack
+from slope_fx.planning.adapters import make_adapter
+from slope_fx.planning.config import SlopeConfig
+from slope_fx.planning.masks import choose_mask
+from slope_fx.record import record_of, sparse_weights, sparsity_of
+from slope_fx.schedule import Schedule
+from slope_fx.sparse.weight import SparseWeight
+
+
+class SlopeConverter(ModelConfigConverter):
+    """Makes a torchtitan model sparse: ``model_registry("8B", converters=[...])``.
+
+    The model is built as torchtitan builds it, and then :func:`slope_fx.compile` is called on it,
+    before torchtitan applies activation checkpointing and FSDP2. The forward masks are chosen from
+    the initial weights.
+
+    The config of a run needs :class:`SlopeSchedulers` as ``lr_scheduler``, and these options of
+    torchtitan: ``training.disable_cuda_graphs``, ``parallelism.spmd_backend="partial_dtensor"``,
+    and no ``compile.enable`` for the model, because slope_fx compiles it.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        """The arguments of :func:`slope_fx.compile`.
+
+        Attributes:
+            sparsity: as for :func:`slope_fx.compile`.
+            options: keyword arguments of :func:`slope_fx.compile`, such as ``adapter_rank``.
+        """
+
+        sparsity: Any = "2:4"
+        options: dict[str, Any] = field(default_factory=dict)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def convert(self, model_config: Module.Config) -> Module.Config:
+        """Returns a config that builds the sparse model. ``model_config`` is not changed.
+
+        Raises:
+            UnsupportedError: the model is not a decoder, or has quantized layers.
+        """
+        if not isinstance(model_config, Decoder.Config):
+            raise UnsupportedError(
+                f"SlopeConverter: {type(model_config).__qualname__} is not the config of a decoder. "
+                "Models such as flux are not supported."
+            )
+        if has_quantization(model_config):
+            raise UnsupportedError(
+                "SlopeConverter: the model has quantized linears, which can't be made sparse. Use "
+                "one converter or the other."
+            )
+        values = {f.name: getattr(model_config, f.name) for f in dataclasses.fields(model_config)}
+        return _sparse_config(type(model_config))(**values, slope=self.config)  # type: ignore[no-any-return]
+
+
+class SlopeSchedulers(LRSchedulersContainer):
+    """torchtitan's learning-rate schedulers, with a :class:`slope_fx.Schedule` beside them.
+
+    The trainer steps it after each optimizer step, and saves it in its checkpoints. It adds
+    ``slope/adapter_phase`` (0 or 1) and ``slope/sparsity`` (the fraction of zeros in all linear
+    weights) to the logged metrics.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(LRSchedulersContainer.Config):
+        """The options of torchtitan's ``LRSchedulersContainer.Config``, and these.
+
+        Attributes:
+            adapter_start, backward_mask_interval: as for :class:`slope_fx.Schedule`. The number of
+                steps is ``training.steps``.
+        """
+
+        adapter_start: float | None = None
+        backward_mask_interval: int | None = 100
+
+        def build(
+            self, *, optimizers: OptimizersContainer, training_steps: int
+        ) -> "SlopeSchedulers":
+            plain = LRSchedulersContainer.Config.build(
+                self, optimizers=optimizers, training_steps=training_steps
+            )
+            (model,) = optimizers.model_parts
+            schedule = Schedule(
+                model, training_steps, self.adapter_start, self.backward_mask_interval
+            )
+            return SlopeSchedulers(plain, optimizers, model, schedule)
+
+    def __init__(
+        self,
+        plain: LRSchedulersContainer,
+        optimizers: OptimizersContainer,
+        model: nn.Module,
+        schedule: Schedule,
+    ) -> None:
+        self.schedulers = plain.schedulers
+        self.schedule = schedule
+        self._sparsity = sparsity_of(model)
+        for optimizer in optimizers:
+            optimizer.register_state_dict_pre_hook(functools.partial(_fill_states, model))
+
+    def step(self) -> None:
+        """Step the learning rates and the Schedule."""
+        super().step()
+        self.schedule.step()
+
+    def get_metrics(self) -> dict[str, float]:
+        """The learning rates, the phase and the sparsity."""
+        return {
+            **super().get_metrics(),
+            "slope/adapter_phase": float(self.schedule.phase == "adapter"),
+            "slope/sparsity": self._sparsity,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for the trainer's checkpoint."""
+        return {**super().state_dict(), "slope": self.schedule.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the learning rates and the phase."""
+        super().load_state_dict(state_dict)
+        self.schedule.load_state_dict(state_dict["slope"])
+
+
+def _fill_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the idle adapters the state that they will start from, before a state dict is made.
+
+    torchtitan loads a checkpoint into the state that each parameter has. At that time the phase of
+    the checkpoint is not known yet, so the adapters must have a state in both phases.
+    """
+    adapters = {
+        id(factor)
+        for weight in sparse_weights(model).values()
+        for factor in (weight.lora_A, weight.lora_B)
+    }
+    for group in optimizer.param_groups:
+        known = [state for p in group["params"] if (state := optimizer.state.get(p))]
+        for parameter in group["params"]:
+            if known and id(parameter) in adapters and not optimizer.state.get(parameter):
+                optimizer.state[parameter] = {
+                    name: _blank_like(value, parameter) for name, value in known[0].items()
+                }
+
+
+def _blank_like(value: Any, parameter: Tensor) -> Any:
+    if not isinstance(value, Tensor):
+        return type(value)()
+    if value.dim() == 0:
+        return torch.zeros_like(value)
+    return torch.zeros_like(parameter, dtype=value.dtype)
+
+
+@functools.cache
+def _sparse_config(base: type[Decoder.Config]) -> type[Decoder.Config]:
+    """The config class of the sparse model, for a config class of a dense model."""
+
+    @dataclass(kw_only=True, slots=True)
+    class SparseConfig(base):  # type: ignore[valid-type, misc]
+        _owner: ClassVar[type | None] = base._owner
+        slope: SlopeConverter.Config
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            _check_run(config)
+            base.update_from_config(self, config=config, **kwargs)
+
+        def build(self, **kwargs: Any) -> Decoder:
+            return _build(base, self)
+
+    SparseConfig.__name__ = f"Sparse{base.__name__}"
+    SparseConfig.__qualname__ = f"Sparse{base.__qualname__}"
+    return SparseConfig
+
+
+def _check_run(config: Any) -> None:
+    """Refuse options of the run that a sparse model can't train with.
+
+    Raises:
+        ArgumentError: an option has a value that slope_fx needs another value of.
+        UnsupportedError: an option is not supported.
+    """
+    if not isinstance(config, Trainer.Config):
+        return
+    training, parallelism, checkpoint = config.training, config.parallelism, config.checkpoint
+    if not isinstance(config.lr_scheduler, SlopeSchedulers.Config):
+        raise ArgumentError(
+            f"lr_scheduler is a {type(config.lr_scheduler).__qualname__}, which doesn't refresh "
+            "the backward masks or start the adapters. Use "
+            "slope_fx.integrations.torchtitan.SlopeSchedulers.Config; it has the same options."
+        )
+    if config.compile.enable and "model" in config.compile.components:
+        raise ArgumentError(
+            'compile.components has "model", but slope_fx compiles the blocks of the model. Use '
+            '--compile.components loss; options={"backend": ...} of SlopeConverter.Config says '
+            "what compiles them."
+        )
+    if not training.disable_cuda_graphs:
+        raise ArgumentError(
+            "training.disable_cuda_graphs is False: a CUDA graph of a whole step would not see the "
+            "start of the adapter phase. Use --training.disable_cuda_graphs."
+        )
+    if parallelism.spmd_backend != "partial_dtensor":
+        raise UnsupportedError(
+            f"parallelism.spmd_backend={parallelism.spmd_backend!r} needs a placement of each "
+            "parameter, and torchtitan's tables have none of sparse weights. Use "
+            "--parallelism.spmd_backend partial_dtensor."
+        )
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
+        if getattr(parallelism, name) > 1:
+            raise UnsupportedError(
+                f"parallelism.{name}={getattr(parallelism, name)} is not supported with sparse "
+                "weights in torchtitan; data parallelism is (data_parallel_shard_degree, "
+                "data_parallel_replicate_degree)."
+            )
+    for name in ("initial_load_in_hf", "last_save_in_hf"):
+        if getattr(checkpoint, name):
+            raise UnsupportedError(
+                f"checkpoint.{name}: torchtitan's conversion to Hugging Face's format has no names "
+                "for sparse weights. Convert a finished checkpoint with slope_fx.save_pretrained."
+            )
+
+
+def _build(base: type[Decoder.Config], config: Any) -> Decoder:
+    """Build the dense model, and make it sparse."""
+    names = [f.name for f in dataclasses.fields(base) if f.init]
+    with torch.device("cpu"):
+        model: Decoder = base(**{name: getattr(config, name) for name in names}).build()
+        model.verify_module_protocol()
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        with _plain_attention(model):
+            compile(model, config.slope.sparsity, example_inputs=tokens, **config.slope.options)
+    model.to("meta")
+    _initialize_sparse(model)
+    # What compile adds are plain modules. Those of torchtitan have been verified above.
+    model.verify_module_protocol = types.MethodType(_verified, model)  # type: ignore[method-assign]
+    return model
+
+
+def _verified(model: nn.Module) -> None:
+    """Takes the place of a check that was done before the model was made sparse."""
+
+
+@contextmanager
+def _plain_attention(model: Decoder) -> Iterator[None]:
+    """Replaces the attention by torch's while the model is traced.
+
+    Its other kinds need masks that torchtitan makes of the data. They have no parameters.
+    """
+    with ExitStack() as undo:
+        for module in list(model.modules()):
+            inner = getattr(module, "inner_attention", None)
+            if isinstance(inner, nn.Module):
+                undo.callback(setattr, module, "inner_attention", inner)
+                module.inner_attention = ScaledDotProductAttention.Config().build()
+        yield
+
+
+def _initialize_sparse(model: nn.Module) -> None:
+    """Let torchtitan's initialization of a dense weight choose the mask and the values."""
+    for owner in model.modules():
+        init = getattr(owner, "_param_init", None)
+        for name, weight in owner.named_children():
+            if not isinstance(weight, SparseWeight):
+                continue
+            attribute = name.removesuffix("_sparse")
+            if init is None or attribute not in init:
+                raise UnsupportedError(
+                    f"{weight.name}: its config has no param_init[{attribute!r}], which a sparse "
+                    "weight is initialized with. Set it, or keep the layer dense with "
+                    "sparsity={...: None}."
+                )
+            init = {
+                **init,
+                weight._values_name: functools.partial(
+                    _initialize, weight, init[attribute], record_of(model).config
+                ),
+            }
+            owner._param_init = init  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _initialize(
+    weight: SparseWeight, init: Callable[[Tensor], object], config: SlopeConfig, values: Tensor
+) -> None:
+    """Initialize a sparse weight as :func:`slope_fx.compile` makes it of an initialized dense one.
+
+    Args:
+        weight: the weight, whose tensors may be sharded.
+        init: fills a dense weight in place.
+        config: the configuration of the pruning.
+        values: the parameter of the values.
+    """
+    local = values.to_local() if isinstance(values, DTensor) else values
+    matrix = local.new_empty(weight.stack * weight.d_out, weight.d_in)
+    init(weight.layout.to_parameter(matrix))
+    dense = matrix.view(weight.shape)
+    chosen = choose_mask(config.mask, weight.name, dense, weight.pattern)
+    if chosen.weight is not None:
+        dense = chosen.weight
+    _write(weight.forward_bits, chosen.bits)
+    _write(values, weight.storage.keep(dense.view(-1, weight.d_in), chosen.bits, weight.pattern))
+    if weight.rank is not None:
+        mask = unpack(chosen.bits, weight.d_in).view(weight.shape)
+        adapter = make_adapter(config.adapter_init, weight.name, dense, mask, weight.rank, None)
+        assert weight.lora_A is not None
+        assert weight.lora_B is not None
+        _write(weight.lora_A, adapter.lora_A)
+        _write(weight.lora_B, adapter.lora_B)
+    weight.note_write()
+    weight.refresh_backward_mask()
+
+
+def _write(parameter: Tensor, whole: Tensor) -> None:
+    """Write a whole tensor to a parameter, to the rows of this rank if it is sharded.
+
+    The rows come from the first rank, so that ranks whose random numbers differ agree.
+    """
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    parameter.copy_(whole)
