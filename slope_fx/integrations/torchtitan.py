@@ -15,7 +15,7 @@ from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersCon
 from torchtitan.components.quantization.utils import has_quantization
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.protocols.model import BaseModel, ModelConfigConverter
+from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 from torchtitan.trainer import Trainer
 
@@ -30,7 +30,7 @@ from slope_fx.schedule import Schedule
 from slope_fx.sparse.weight import SparseWeight
 
 
-class SlopeConverter(ModelConfigConverter):
+class SlopeConverter(ModelConfigConverter):  # type: ignore[misc]
     """Makes a torchtitan model sparse: ``model_registry("8B", converters=[...])``.
 
     The model is built as torchtitan builds it, and then :func:`slope_fx.compile` is called on it,
@@ -43,7 +43,7 @@ class SlopeConverter(ModelConfigConverter):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(ModelConfigConverter.Config):
+    class Config(ModelConfigConverter.Config):  # type: ignore[misc]
         """The arguments of :func:`slope_fx.compile`.
 
         Attributes:
@@ -65,8 +65,8 @@ class SlopeConverter(ModelConfigConverter):
         """
         if not isinstance(model_config, Decoder.Config):
             raise UnsupportedError(
-                f"SlopeConverter: {type(model_config).__qualname__} is not the config of a decoder. "
-                "Models such as flux are not supported."
+                f"SlopeConverter: {type(model_config).__qualname__} is not a Decoder.Config, as "
+                "those of llama3 and qwen3 are. Other models are not supported."
             )
         if has_quantization(model_config):
             raise UnsupportedError(
@@ -74,10 +74,12 @@ class SlopeConverter(ModelConfigConverter):
                 "one converter or the other."
             )
         values = {f.name: getattr(model_config, f.name) for f in dataclasses.fields(model_config)}
-        return _sparse_config(type(model_config))(**values, slope=self.config)  # type: ignore[no-any-return]
+        sparse = _sparse_config(type(model_config))  # type: ignore[arg-type]
+        made: Module.Config = sparse(**values, slope=self.config)
+        return made
 
 
-class SlopeSchedulers(LRSchedulersContainer):
+class SlopeSchedulers(LRSchedulersContainer):  # type: ignore[misc]
     """torchtitan's learning-rate schedulers, with a :class:`slope_fx.Schedule` beside them.
 
     The trainer steps it after each optimizer step, and saves it in its checkpoints. It adds
@@ -86,7 +88,7 @@ class SlopeSchedulers(LRSchedulersContainer):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(LRSchedulersContainer.Config):
+    class Config(LRSchedulersContainer.Config):  # type: ignore[misc]
         """The options of torchtitan's ``LRSchedulersContainer.Config``, and these.
 
         Attributes:
@@ -174,11 +176,11 @@ def _blank_like(value: Any, parameter: Tensor) -> Any:
 
 
 @functools.cache
-def _sparse_config(base: type[Decoder.Config]) -> type[Decoder.Config]:
+def _sparse_config(base: Any) -> Any:
     """The config class of the sparse model, for a config class of a dense model."""
 
     @dataclass(kw_only=True, slots=True)
-    class SparseConfig(base):  # type: ignore[valid-type, misc]
+    class SparseConfig(base):  # type: ignore[misc]
         _owner: ClassVar[type | None] = base._owner
         slope: SlopeConverter.Config
 
@@ -209,6 +211,11 @@ def _check_run(config: Any) -> None:
             f"lr_scheduler is a {type(config.lr_scheduler).__qualname__}, which doesn't refresh "
             "the backward masks or start the adapters. Use "
             "slope_fx.integrations.torchtitan.SlopeSchedulers.Config; it has the same options."
+        )
+    if getattr(config.compile, "mode", None) == "aot_fx_trace":
+        raise UnsupportedError(
+            "the graph trainer traces each step with make_fx, after autograd, where the passes of "
+            "slope_fx have no linears to rewrite. Use the Trainer of torchtitan."
         )
     if config.compile.enable and "model" in config.compile.components:
         raise ArgumentError(
@@ -254,7 +261,7 @@ def _build(base: type[Decoder.Config], config: Any) -> Decoder:
     model.to("meta")
     _initialize_sparse(model)
     # What compile adds are plain modules. Those of torchtitan have been verified above.
-    model.verify_module_protocol = types.MethodType(_verified, model)  # type: ignore[method-assign]
+    model.verify_module_protocol = types.MethodType(_verified, model)
     return model
 
 

@@ -105,10 +105,7 @@ def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> 
 
 def _as_it_is_now(model: nn.Module, plan: LinearPlan) -> DensePlan:
     """The plan of a linear without a sparse weight. If its layer was replaced, a new plan."""
-    try:
-        parameter = model.get_parameter(plan.parameter_name)
-    except AttributeError:
-        parameter = None
+    parameter = _parameter(model, plan)
     if isinstance(plan, DensePlan) and (parameter is not None or not plan.parameter_name):
         return plan
     about = (plan.name, plan.parameter_name)
@@ -120,15 +117,27 @@ def _as_it_is_now(model: nn.Module, plan: LinearPlan) -> DensePlan:
     return DensePlan(*about, tuple(parameter.shape), plan.scopes, size, reason)
 
 
+def _parameter(model: nn.Module, plan: LinearPlan) -> nn.Parameter | None:
+    """The parameter of a plan, or None if the model no longer has it."""
+    try:
+        return model.get_parameter(plan.parameter_name)
+    except AttributeError:
+        return None
+
+
 def _added(model: nn.Module, record: Record) -> list[LinearReport]:
     """The reports on linear modules that were added after ``compile``."""
     known = {plan.name for plan in record.plans} | {plan.parameter_name for plan in record.plans}
+    # A wrapper such as torch's checkpoint_wrapper changes the names of the layers in it.
+    planned = {id(_parameter(model, plan)) for plan in record.plans}
     sparse = {id(weight.values) for weight in sparse_weights(model).values()}
     reports = []
     for name, module in linear_modules(model).items():
         weight = module._parameters.get("weight")
         held = weight is None or any(id(p) in sparse for p in module.parameters())
-        if weight is None or held or name in known or f"{name}.weight" in known:
+        if weight is None or held or id(weight) in planned:
+            continue
+        if name in known or f"{name}.weight" in known:
             continue
         size = weight.numel() * weight.element_size()
         why = "it was added after compile"

@@ -260,3 +260,23 @@ def test_a_head_that_is_ranked_is_a_head():
     model, _, _ = compiled(Greedy(), torch.randn(2, 8))
     reasons = {r.name: r.reason for r in slope_fx.explain(model).linears}
     assert reasons == {"a": reasons["a"], "b": "", "head": "output head (skip_head)"}
+
+
+class Named(Wide):
+    """Its blocks are in a ``nn.ModuleDict``, as torchtitan has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"block{i}": block for i, block in enumerate(self.blocks)})
+
+    def forward(self, x):
+        h = self.first(x)
+        for block in self.blocks.values():
+            h = h + block(h)
+        return self.head(h)
+
+
+def test_blocks_in_a_module_dict():
+    _, regions, _ = compiled(Named(), torch.randn(4, 8), region="blocks")
+    kinds = dict(zip(regions.paths, regions.kinds, strict=True))
+    assert kinds["blocks.block0"] == kinds["blocks.block1"]

@@ -4,6 +4,7 @@ import copy
 import io
 
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import models
 import slope_fx
@@ -45,3 +46,15 @@ def test_a_model_that_is_compiled_by_hand():
     for block in model.transformer.h:
         block.compile(backend=backend)
     assert products(model) == {3}
+
+
+def test_layers_in_checkpoint_wrappers_are_counted_once():
+    model = slope_fx.compile(models.llama(), {"*.q_proj": None, "*": "2:4"}, backend="aot_eager")
+    before = slope_fx.explain(model).linears
+    for i, block in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(block)
+    after = slope_fx.explain(model).linears
+    assert [row.name for row in after] == [row.name for row in before]
+    model.extra = torch.nn.Linear(8, 8)
+    (added,) = slope_fx.explain(model).linears[len(before) :]
+    assert (added.name, added.reason) == ("extra", "it was added after compile")
