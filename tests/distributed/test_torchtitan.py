@@ -1,5 +1,6 @@
 """torchtitan's trainer on two ranks, with FSDP2: the example's recipe on a tiny Llama."""
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -55,9 +56,10 @@ def sparse_config(folder, backend="aot_eager", **given):
     for path in (str(EXAMPLES), str(EXAMPLES.parent / "tests" / "helpers")):
         if path not in sys.path:
             sys.path.insert(0, path)
-    import torchtitan_llama
-
-    import torchtitan_cpu
+    # In this order: the first tells torchtitan, before it is imported, to use the CPU.
+    torchtitan_cpu, torchtitan_llama = map(
+        importlib.import_module, ("torchtitan_cpu", "torchtitan_llama")
+    )
 
     config = torchtitan_cpu.dense_config(folder, STEPS)
     config = torchtitan_llama.sparse(config, "2:4", adapter_rank=4, backend=backend, **given)
