@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 from torchtitan.components.quantization.utils import has_quantization
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -21,11 +20,8 @@ from torchtitan.trainer import Trainer
 
 from slope_fx.compiler import compile
 from slope_fx.errors import ArgumentError, UnsupportedError
-from slope_fx.kernels.packing import unpack
-from slope_fx.planning.adapters import make_adapter
-from slope_fx.planning.config import SlopeConfig
-from slope_fx.planning.masks import choose_mask
-from slope_fx.record import record_of, sparse_weights, sparsity_of
+from slope_fx.planning.plan import sparse_name, values_name
+from slope_fx.record import sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 from slope_fx.sparse.weight import SparseWeight
 
@@ -250,15 +246,14 @@ def _check_run(config: Any) -> None:
 
 
 def _build(base: type[Decoder.Config], config: Any) -> Decoder:
-    """Build the dense model, and make it sparse."""
+    """Build the dense model, on torchtitan's device for that, and make it sparse."""
     names = [f.name for f in dataclasses.fields(base) if f.init]
-    with torch.device("cpu"):
-        model: Decoder = base(**{name: getattr(config, name) for name in names}).build()
-        model.verify_module_protocol()
-        tokens = torch.zeros(1, 8, dtype=torch.int64)
-        with _plain_attention(model):
-            compile(model, config.slope.sparsity, example_inputs=tokens, **config.slope.options)
-    model.to("meta")
+    model: Decoder = base(**{name: getattr(config, name) for name in names}).build()
+    model.verify_module_protocol()
+    device = next(model.parameters()).device
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
+    with _plain_attention(model):
+        compile(model, config.slope.sparsity, example_inputs=tokens, **config.slope.options)
     _initialize_sparse(model)
     # What compile adds are plain modules. Those of torchtitan have been verified above.
     model.verify_module_protocol = types.MethodType(_verified, model)
@@ -285,65 +280,35 @@ def _plain_attention(model: Decoder) -> Iterator[None]:
 
 
 def _initialize_sparse(model: nn.Module) -> None:
-    """Let torchtitan's initialization of a dense weight choose the mask and the values."""
+    """Let torchtitan initialize the dense weight, from which slope_fx takes masks and values.
+
+    torchtitan looks up the function that initializes a parameter by its name.
+
+    Raises:
+        UnsupportedError: a sparse layer has no such function.
+    """
     for owner in model.modules():
-        init = getattr(owner, "_param_init", None)
-        for name, weight in owner.named_children():
-            if not isinstance(weight, SparseWeight):
-                continue
-            attribute = name.removesuffix("_sparse")
-            if init is None or attribute not in init:
+        known = getattr(owner, "_param_init", None) or {}
+        attributes = {
+            name.removesuffix(sparse_name("")): part.name
+            for name, part in owner.named_children()
+            if isinstance(part, SparseWeight)
+        }
+        for attribute, layer in attributes.items():
+            if attribute not in known:
                 raise UnsupportedError(
-                    f"{weight.name}: its config has no param_init[{attribute!r}], which a sparse "
-                    "weight is initialized with. Set it, or keep the layer dense with "
+                    f"{layer}: its config has no param_init[{attribute!r}], which a sparse weight "
+                    "is initialized with. Set it, or keep the layer dense with "
                     "sparsity={...: None}."
                 )
-            init = {
-                **init,
-                weight._values_name: functools.partial(
-                    _initialize, weight, init[attribute], record_of(model).config
-                ),
-            }
-            owner._param_init = init  # type: ignore[assignment]
+            of_values = functools.partial(_initialize, owner, attribute, known[attribute])
+            known = {**known, values_name(attribute): of_values}
+        if attributes:
+            owner._param_init = known  # type: ignore[assignment]
 
 
-@torch.no_grad()
 def _initialize(
-    weight: SparseWeight, init: Callable[[Tensor], object], config: SlopeConfig, values: Tensor
+    owner: nn.Module, attribute: str, init: Callable[[Tensor], object], values: Tensor
 ) -> None:
-    """Initialize a sparse weight as :func:`slope_fx.compile` makes it of an initialized dense one.
-
-    Args:
-        weight: the weight, whose tensors may be sharded.
-        init: fills a dense weight in place.
-        config: the configuration of the pruning.
-        values: the parameter of the values.
-    """
-    local = values.to_local() if isinstance(values, DTensor) else values
-    matrix = local.new_empty(weight.stack * weight.d_out, weight.d_in)
-    init(weight.layout.to_parameter(matrix))
-    dense = matrix.view(weight.shape)
-    chosen = choose_mask(config.mask, weight.name, dense, weight.pattern)
-    if chosen.weight is not None:
-        dense = chosen.weight
-    _write(weight.forward_bits, chosen.bits)
-    _write(values, weight.storage.keep(dense.view(-1, weight.d_in), chosen.bits, weight.pattern))
-    if weight.rank is not None:
-        mask = unpack(chosen.bits, weight.d_in).view(weight.shape)
-        adapter = make_adapter(config.adapter_init, weight.name, dense, mask, weight.rank, None)
-        assert weight.lora_A is not None
-        assert weight.lora_B is not None
-        _write(weight.lora_A, adapter.lora_A)
-        _write(weight.lora_B, adapter.lora_B)
-    weight.note_write()
-    weight.refresh_backward_mask()
-
-
-def _write(parameter: Tensor, whole: Tensor) -> None:
-    """Write a whole tensor to a parameter, to the rows of this rank if it is sharded.
-
-    The rows come from the first rank, so that ranks whose random numbers differ agree.
-    """
-    if isinstance(parameter, DTensor):
-        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-    parameter.copy_(whole)
+    """Initialize the dense weight of a layer in place of its values."""
+    init(getattr(owner, attribute))

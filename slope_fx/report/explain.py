@@ -129,7 +129,7 @@ def _added(model: nn.Module, record: Record) -> list[LinearReport]:
     """The reports on linear modules that were added after ``compile``."""
     known = {plan.name for plan in record.plans} | {plan.parameter_name for plan in record.plans}
     # A wrapper such as torch's checkpoint_wrapper changes the names of the layers in it.
-    planned = {id(_parameter(model, plan)) for plan in record.plans}
+    planned = {id(_parameter(model, p)) for p in record.plans if isinstance(p, DensePlan)}
     sparse = {id(weight.values) for weight in sparse_weights(model).values()}
     reports = []
     for name, module in linear_modules(model).items():

@@ -178,6 +178,7 @@ def refused(change):
         "spmd": lambda: setattr(config.parallelism, "spmd_backend", "spmd_types"),
         "tp": lambda: setattr(config.parallelism, "tensor_parallel_degree", 2),
         "pp": lambda: setattr(config.parallelism, "pipeline_parallel_degree", 2),
+        "graph_trainer": lambda: setattr(config, "compile", _graph_compile()),
         "hf": lambda: setattr(config.checkpoint, "last_save_in_hf", True),
         "param_init": lambda: setattr(
             config.model_spec.model.layers[0].feed_forward.w1, "param_init", None
@@ -197,6 +198,12 @@ def _plain_schedulers():
     return LRSchedulersContainer.Config()
 
 
+def _graph_compile():
+    from torchtitan.experiments.graph_trainer.configs import GraphTrainerCompileConfig
+
+    return GraphTrainerCompileConfig()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -206,12 +213,14 @@ def _plain_schedulers():
         ("spmd", "UnsupportedError", "--parallelism.spmd_backend partial_dtensor"),
         ("tp", "UnsupportedError", "parallelism.tensor_parallel_degree=2"),
         ("pp", "UnsupportedError", "parallelism.pipeline_parallel_degree=2"),
+        ("graph_trainer", "UnsupportedError", "the graph trainer traces each step"),
         ("hf", "UnsupportedError", "checkpoint.last_save_in_hf"),
         ("param_init", "UnsupportedError", "layers.0.feed_forward.w1: its config has no"),
     ],
 )
 def test_what_is_refused(titan, change, error, says):
-    (answer,) = titan.run(1, refused, change)
+    answer, other = titan.run(2, refused, change)
+    assert answer == other
     assert answer is not None
     assert answer[0] == error
     assert says in answer[1]
