@@ -57,12 +57,17 @@ class SlopeConverter(ModelConfigConverter):  # type: ignore[misc]
         """Returns a config that builds the sparse model. ``model_config`` is not changed.
 
         Raises:
-            UnsupportedError: the model is not a decoder, or has quantized layers.
+            UnsupportedError: the model is not a decoder, or has quantized layers or experts.
         """
         if not isinstance(model_config, Decoder.Config):
             raise UnsupportedError(
                 f"SlopeConverter: {type(model_config).__qualname__} is not a Decoder.Config, as "
                 "those of llama3 and qwen3 are. Other models are not supported."
+            )
+        if any(getattr(layer, "moe", None) is not None for layer in model_config.layers):
+            raise UnsupportedError(
+                f"SlopeConverter: {type(model_config).__qualname__} has mixtures of experts, whose "
+                "routers can't be traced on the meta device, where torchtitan builds them."
             )
         if has_quantization(model_config):
             raise UnsupportedError(

@@ -180,12 +180,13 @@ def refused(change):
         "pp": lambda: setattr(config.parallelism, "pipeline_parallel_degree", 2),
         "graph_trainer": lambda: setattr(config, "compile", _graph_compile()),
         "hf": lambda: setattr(config.checkpoint, "last_save_in_hf", True),
+        "experts": _experts,
         "param_init": lambda: setattr(
             config.model_spec.model.layers[0].feed_forward.w1, "param_init", None
         ),
     }[change]
-    change()
     try:
+        change()
         config.build()
     except Exception as error:
         return type(error).__name__, str(error)
@@ -196,6 +197,14 @@ def _plain_schedulers():
     from torchtitan.components.optimizer import LRSchedulersContainer
 
     return LRSchedulersContainer.Config()
+
+
+def _experts():
+    from torchtitan.models.qwen3 import model_registry
+
+    from slope_fx.integrations.torchtitan import SlopeConverter
+
+    model_registry("debugmodel_moe", converters=[SlopeConverter.Config()])
 
 
 def _graph_compile():
@@ -215,6 +224,7 @@ def _graph_compile():
         ("pp", "UnsupportedError", "parallelism.pipeline_parallel_degree=2"),
         ("graph_trainer", "UnsupportedError", "the graph trainer traces each step"),
         ("hf", "UnsupportedError", "checkpoint.last_save_in_hf"),
+        ("experts", "UnsupportedError", "mixtures of experts"),
         ("param_init", "UnsupportedError", "layers.0.feed_forward.w1: its config has no"),
     ],
 )
