@@ -21,8 +21,13 @@ from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.regions import Region
 
 MANIFEST = "slope_fx.json"
-FORMAT_VERSION = 2
-"""Version 2 stores the configuration. For version 1 it is derived from the listed linears."""
+FORMAT_VERSION = 3
+"""Version 2 stores the configuration. For version 1 it is derived from the listed linears.
+
+Version 3 stores the training state of several ranks.
+"""
+REPLACED = "its layer was replaced after compile"
+"""The reason of a linear that is planned as sparse, but that the saved model does not have."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ class Manifest:
     buffers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write the manifest into ``folder`` atomically."""
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as plain data for JSON."""
         data = {
             "format": "slope_fx",
             "format_version": FORMAT_VERSION,
@@ -92,8 +97,25 @@ class Manifest:
             "graphs": dict(self.graphs),
         }
         data["sha256"] = digest_of(data)
+        return data
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], source: str) -> "Manifest":
+        """The manifest of plain data that :meth:`to_dict` returned, also in an older version.
+
+        Args:
+            data: the plain data.
+            source: its name in error messages.
+
+        Raises:
+            CheckpointError: the data is damaged, or has a newer format version.
+        """
+        return _parsed(data, source)
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into ``folder`` atomically."""
         partial = folder / f".{MANIFEST}.partial"
-        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         os.replace(partial, folder / MANIFEST)
 
 
@@ -109,8 +131,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise CheckpointError(_why_none(folder))
     try:
         data = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
+    return _parsed(data, str(file))
+
+
+def _parsed(data: Any, file: str) -> Manifest:
+    try:
         found = data["format"], data["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
     if found[0] != "slope_fx" or type(found[1]) is not int or found[1] < 1:
         raise CheckpointError(f"{file} has format {found[0]!r}, version {found[1]!r}; not ours.")
@@ -262,7 +291,7 @@ def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, An
     if not isinstance(plan, SparsePlan):
         return {**data, "pattern": None}
     if entry is None:
-        return {**data, "pattern": None, "reason": "its layer was replaced after compile"}
+        return {**data, "pattern": None, "reason": REPLACED}
     return {**data, "pattern": str(plan.pattern), **dataclasses.asdict(entry)}
 
 
