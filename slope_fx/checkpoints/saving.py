@@ -23,16 +23,12 @@ from slope_fx.checkpoints.manifest import (
 )
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
-from slope_fx.checkpoints.writing import Wanted, plan_files, write_files
+from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files
 from slope_fx.errors import CheckpointError
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.blank import check_filled
 from slope_fx.version import __version__
-
-# Not the file name of transformers: its from_pretrained would read the files, find most of the
-# weights missing, and initialize them at random.
-_STEM = "slope_fx"
 
 
 def save_pretrained(
@@ -92,7 +88,7 @@ def save_pretrained(
     with replaced_whole(path, together) as folder:
         writers = [r for r, sees in enumerate(together.gather(folder.is_dir())) if sees]
         wanted = [Wanted(c.name, c.described, c.ranks) for c in chosen]
-        files = plan_files(wanted, writers, max_shard_size, _STEM)
+        files = plan_files(wanted, writers, max_shard_size, STEM)
         held = {c.name: named[n] for c in chosen for n in (c.name, *c.aliases) if n in named}
         states = []
         written = write_files(together, folder, files, held)
@@ -100,7 +96,7 @@ def save_pretrained(
             states = plan_files(collected.wanted, writers, max_shard_size, STATES)
             written |= write_files(together, folder, states, collected.held)
         if together.rank == 0:
-            _write_configuration(folder, model, tokenizer)
+            write_configuration(folder, model, tokenizer)
             if collected is not None:
                 where = {name: file.name for file in states for name in file.tensors}
                 (folder / TREE).write_text(json.dumps({**collected.data, "files": where}))
@@ -269,7 +265,8 @@ def _configuration_files(folder: Path) -> set[str]:
     }  # fmt: skip
 
 
-def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+def write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+    """Write the configuration of a transformers model, and the tokenizer, into ``folder``."""
     if _is_transformers(model):
         config: Any = model.config
         before = getattr(config, "architectures", None)

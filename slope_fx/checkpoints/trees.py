@@ -101,3 +101,39 @@ def _key(key: Any, where: str) -> Any:
     if type(key) not in (str, int, float, bool):
         raise CheckpointError(f"training: {where} has the key {key!r}; keys are str or numbers.")
     return key
+
+
+def encode_inline(value: Any, where: str) -> Any:
+    """``value`` as JSON with its tensors in it, for small ones.
+
+    Raises:
+        CheckpointError: an object in ``value`` cannot be stored without pickle.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = encode(value, where, tensors)
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{where} holds sharded tensors. Save it beside the TrainingState.")
+    return {
+        "tree": tree,
+        "tensors": {
+            name: [str(t.dtype).removeprefix("torch."), list(t.shape), _bytes_of(t).hex()]
+            for name, t in tensors.items()
+        },
+    }
+
+
+def decode_inline(data: Any) -> Any:
+    """The value of :func:`encode_inline`."""
+
+    def read(_: str, name: str) -> Tensor:
+        dtype, shape, text = data["tensors"][name]
+        content = bytearray.fromhex(text)
+        if not content:
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        return torch.frombuffer(content, dtype=getattr(torch, dtype)).view(shape).clone()
+
+    return decode(data["tree"], read)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.cpu().contiguous().view(-1).view(torch.uint8).tolist())

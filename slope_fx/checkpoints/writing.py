@@ -13,6 +13,9 @@ from slope_fx.checkpoints.tensors import Described, TensorWriter, ordered
 from slope_fx.checkpoints.together import Together
 from slope_fx.errors import CheckpointError
 
+# Not the file name of transformers: its from_pretrained would read the files, find most of the
+# weights missing, and initialize them at random.
+STEM = "slope_fx"
 _WORTH_A_FILE = 2**26  # bytes. With less in a file, more ranks would not write faster.
 
 

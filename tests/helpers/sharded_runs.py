@@ -16,7 +16,7 @@ STEPS = 12
 class Run:
     """A model, its optimizer, a schedule of rates, and a Schedule: adapters from step 6 of 12."""
 
-    def __init__(self, how, backend="aot_eager", model=None):
+    def __init__(self, how, backend="eager", model=None):
         torch.manual_seed(0)
         if model is None:
             model = models.gpt2()
@@ -43,7 +43,7 @@ class Run:
         return losses
 
     def tensors(self):
-        """All tensors of the model, whole, as lists of numbers."""
+        """Copies of all tensors of the model, whole."""
         return {name: whole(t.detach()).clone() for name, t in self.model.state_dict().items()}
 
     def moments(self):
@@ -53,6 +53,16 @@ class Run:
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
+
+
+def sent(tensors):
+    """Tensors as a rank can return them."""
+    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+
+
+def received(arrays):
+    """What a rank returned by :func:`sent`."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def wrap(model, how):
