@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from slope_fx.checkpoints.filling import check_same_layers
 from slope_fx.checkpoints.holders import choose_holders, describe_copies
 from slope_fx.checkpoints.manifest import Manifest
 from slope_fx.checkpoints.randoms import random_states, set_random_states, tell_of_new_rank
@@ -28,7 +29,6 @@ from slope_fx.checkpoints.saving import describe_together, named_tensors, write_
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.trees import decode_inline, encode_inline
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
-from slope_fx.planning.plan import sparse_plans
 from slope_fx.record import record_of, sparse_weights
 from slope_fx.schedule import Schedule
 
@@ -295,29 +295,3 @@ def _own(name: str, rest: Mapping[str, Any], together: Together) -> Any:
 def _is_partial(model: nn.Module, state: Mapping[str, Any]) -> bool:
     """Whether the state leaves out tensors that other ranks hold in a newer state."""
     return any(name not in state for name in model.state_dict(keep_vars=True))
-
-
-def check_same_layers(model: nn.Module, saved: Manifest) -> None:
-    """Check that the sparse layers of a model are those of a checkpoint.
-
-    Raises:
-        CheckpointError: they are not.
-    """
-    theirs = {plan.name: plan for plan in sparse_plans(saved.plans)}
-    mine = {plan.name: plan for plan in sparse_plans(record_of(model).plans)}
-    for name in sorted({*theirs, *mine}):
-        one, other = theirs.get(name), mine.get(name)
-        said = [
-            "dense" if plan is None else f"{plan.pattern} of shape {plan.shape}"
-            for plan in (one, other)
-        ]
-        weights = sparse_weights(model)
-        ranks = (
-            saved.sparse[name].rank if name in saved.sparse else None,
-            (weights[name].rank if name in weights else None),
-        )
-        if said[0] != said[1] or (name in weights and ranks[0] != ranks[1]):
-            raise CheckpointError(
-                f"{name} is {said[0]}, adapter rank {ranks[0]}, in the checkpoint, and {said[1]}, "
-                f"adapter rank {ranks[1]}, in the model. Compile the model as it was then."
-            )

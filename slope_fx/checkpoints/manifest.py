@@ -252,7 +252,7 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
         CheckpointError: a file is missing or changed, or the folder has a safetensors file that
             the manifest does not list.
     """
-    for name, (size, digest) in manifest.files.items():
+    for name, (size, _) in manifest.files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder} lacks {name}, which its {MANIFEST} lists.")
@@ -261,15 +261,27 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
                 f"{file} has {file.stat().st_size} bytes where {size} were written: it is "
                 "truncated or was replaced. Copy the checkpoint again."
             )
-        if hashes and sha256(file) != digest:
-            raise CheckpointError(
-                f"{file} is not what was written: its SHA-256 differs. Copy the checkpoint again."
-            )
+        if hashes:
+            check_hashes(folder, manifest, [name])
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in manifest.files:
             raise CheckpointError(
                 f"{file} is not listed in the checkpoint's {MANIFEST}. Remove it, or load the "
                 "folder it came from."
+            )
+
+
+def check_hashes(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Check the hashes of some files of the manifest.
+
+    Raises:
+        CheckpointError: a file is changed.
+    """
+    for name in names:
+        if sha256(folder / name) != manifest.files[name][1]:
+            raise CheckpointError(
+                f"{folder / name} is not what was written: its SHA-256 differs. Copy the "
+                "checkpoint again."
             )
 
 

@@ -44,7 +44,7 @@ class Run:
 
     def tensors(self):
         """Copies of all tensors of the model, whole."""
-        return {name: whole(t.detach()).clone() for name, t in self.model.state_dict().items()}
+        return wholes(self.model)
 
     def moments(self):
         """The optimizer's state by the name of the parameter, whole."""
@@ -53,6 +53,11 @@ class Run:
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
+
+
+def wholes(model):
+    """Copies of all tensors of a model, whole."""
+    return {name: whole(t.detach()).clone() for name, t in model.state_dict().items()}
 
 
 def sent(tensors):
