@@ -181,7 +181,8 @@ class TensorReader:
             return self.read(name).clone()
         mesh, device = like.device_mesh, like.to_local().device
         if shape == like.shape:
-            local = self.read_local(name, like).to(device)
+            # A copy, because a slice may be a view of the file.
+            local = self.read_local(name, like).to(device, copy=True)
             return DTensor.from_local(
                 local, mesh, like.placements, run_check=False, shape=like.shape,
                 stride=torch.empty(shape, device="meta").stride(),

@@ -138,7 +138,7 @@ def test_a_folder_of_dcp_becomes_a_checkpoint_and_back(of_two, ranks, tmp_path):
         command = ["convert", f"{path}/{stop}", f"{tmp_path}/c{stop}", "--to", "sparse"]
         assert cli.main(command) == 0
         checkpoint = tmp_path / f"c{stop}"
-        assert slope_fx.checkpoints.verify(checkpoint).adapters_active == (5 if stop == 9 else 0)
+        assert slope_fx.checkpoints.verify(checkpoint).adapters_active == (7 if stop == 9 else 0)
         model = slope_fx.load_pretrained(checkpoint, backend="eager", on_fallback="error").train()
         run = Run("bare", model=model)
         assert slope_fx.load_training(checkpoint, run.parts) == {}

@@ -174,25 +174,31 @@ def failing(path, where, rank):
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(1)
-    if dist.get_rank() == rank:
-        if where == "a tensor":
-            writing.TensorWriter.add = _no_space
-        elif where == "the end of a file":
-            writing.TensorWriter.close = _no_space
-        elif where == "the configuration":
-            saving.write_configuration = _no_space
     training = None
     if where == "pickle":
         training = {"x": object() if dist.get_rank() == rank else 1}
+    owner, name = BROKEN.get(where, (writing, "STEM"))
+    original = getattr(owner, name)
+    if dist.get_rank() == rank and where in BROKEN:
+        setattr(owner, name, _no_space)
     try:
         slope_fx.save_pretrained(model, path, training=training, max_shard_size=9_000)
     except CheckpointError as error:
         return str(error)
+    finally:
+        setattr(owner, name, original)
     return ""
 
 
 def _no_space(*args, **more):
     raise OSError(28, "No space left on device")
+
+
+BROKEN = {
+    "a tensor": (writing.TensorWriter, "add"),
+    "the end of a file": (writing.TensorWriter, "close"),
+    "the configuration": (saving, "write_configuration"),
+}
 
 
 @pytest.mark.parametrize(
@@ -215,4 +221,3 @@ def test_a_failure_on_one_rank_is_one_on_all(where, rank, ranks, tmp_path):
     assert words in messages[1 - rank]
     assert os.listdir(tmp_path) == ["c"]
     assert not differences(slope_fx.load_pretrained(path, **HOW).state_dict(), llama().state_dict())
-    ranks.close()  # their writers are broken
