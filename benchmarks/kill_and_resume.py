@@ -138,7 +138,7 @@ def _progress(folder: Path) -> tuple[int, str]:
         return 0, "sparse"
     report = slope_fx.checkpoints.verify(folder)
     tree = json.loads((folder / "training.json").read_text())
-    steps = dict(tree["schedule"]["items"])["last_step"]
+    steps = dict(tree["parts"]["schedule"]["trees"][0]["items"])["last_step"]
     return steps, "adapter" if report.adapters_active else "sparse"
 
 

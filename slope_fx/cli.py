@@ -23,6 +23,8 @@ _CONVERT = """example:
   slope-fx convert my-model-2-4 my-model-dense --to dense               and back
   slope-fx convert my-model-2-4 my-adapter --to peft                    my-adapter, my-adapter-base
   slope-fx convert my-adapter my-model-2-4 --to sparse                  and back
+  slope-fx convert my-dcp my-model-2-4 --to sparse      of torch.distributed.checkpoint
+  slope-fx convert my-model-2-4 my-dcp --to dcp                         and back
 """
 _INSPECT = """example:
   slope-fx inspect runs/gpt2/checkpoint
@@ -87,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = command(
         "convert", _convert,
-        "Turn a dense model, a sparse checkpoint or a PEFT adapter into another of these.",
+        "Turn a dense model, a sparse checkpoint, a PEFT adapter or a DCP folder into another.",
         _CONVERT,
     )  # fmt: skip
     convert.add_argument("source", metavar="SOURCE", help="folder of a model, or a hub name")
     convert.add_argument("target", metavar="TARGET", help="folder to write, new or empty")
-    convert.add_argument("--to", required=True, choices=("sparse", "dense", "peft"))
+    convert.add_argument("--to", required=True, choices=("sparse", "dense", "peft", "dcp"))
     _pattern_options(convert)
     convert.add_argument(
         "--adapters", choices=("merge", "drop"), default="merge",

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from slope_fx.checkpoints import load_pretrained, save_pretrained
+from slope_fx.checkpoints import dcp_files, load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
 from slope_fx.compiler import compile
 from slope_fx.densify import densify
@@ -19,7 +19,7 @@ from slope_fx.integrations import peft
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning.config import AdapterRank, Sparsity, check_choice
 
-Kind = Literal["sparse", "dense", "peft"]
+Kind = Literal["sparse", "dense", "peft", "dcp"]
 
 
 def convert(
@@ -35,11 +35,14 @@ def convert(
     """Convert the model in ``source`` to another kind of checkpoint in ``target``.
 
     Args:
-        source: a dense transformers model (a folder or a hub name), a sparse checkpoint, or a
-            PEFT LoRA adapter with the name of its base model in its configuration.
+        source: a dense transformers model (a folder or a hub name), a sparse checkpoint, a PEFT
+            LoRA adapter with the name of its base model in its configuration, or a folder in which
+            ``torch.distributed.checkpoint`` saved a TrainingState.
         target: a new or empty folder.
         to: "sparse": a sparse checkpoint. "dense": a dense transformers model. "peft": a PEFT
-            adapter in ``target``, and its dense base model in ``target`` + "-base".
+            adapter in ``target``, and its dense base model in ``target`` + "-base". "dcp": a
+            TrainingState, for ``load({"training": TrainingState(...)})``; its source is a sparse
+            checkpoint. Between "sparse" and "dcp" the training state is kept.
         sparsity, adapter_rank, adapter_init: as for :func:`slope_fx.compile`, used for "sparse". A
             PEFT adapter keeps its rank, and is active from the first step.
         adapters: for "dense": "merge" adds the adapters to the weights, "drop" omits them.
@@ -63,10 +66,10 @@ def convert(
         raise ArgumentError(f"{source} is {to} already.")
     given = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
              "adapter_init": adapter_init != "zero", "adapters": adapters != "merge"}  # fmt: skip
-    used = {"dense": {"adapters"}, "sparse": {"sparsity"}, "peft": set()}[to]
+    used = {"dense": {"adapters"}, "sparse": {"sparsity"}, "peft": set(), "dcp": set()}[to]
     if kind == "dense":
         used = used | {"adapter_rank", "adapter_init"}
-    if kind == "peft" and to == "dense":
+    if (kind, to) in (("peft", "dense"), ("dcp", "sparse")):
         used = set()
     for argument in (name for name, is_given in given.items() if is_given and name not in used):
         warnings.warn(
@@ -74,6 +77,12 @@ def convert(
             ArgumentWarning,
             stacklevel=2,
         )
+    if "dcp" in (kind, to):
+        if (kind, to) == ("dcp", "sparse"):
+            return {"sparse": dcp_files.to_checkpoint(source, target)}
+        if (kind, to) == ("sparse", "dcp"):
+            return {"dcp": dcp_files.from_checkpoint(source, target)}
+        raise ArgumentError(f"there is no way from {kind} to {to}. Convert to sparse first.")
     tokenizer = _tokenizer(source)
     if to == "sparse":
         model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
@@ -95,6 +104,8 @@ def convert(
 def _kind_of(source: Path) -> Kind:
     if (source / MANIFEST).is_file():
         return "sparse"
+    if dcp_files.is_dcp(source):
+        return "dcp"
     return "peft" if (source / "adapter_config.json").is_file() else "dense"
 
 

@@ -14,41 +14,51 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from slope_fx.checkpoints.together import Together
 from slope_fx.errors import CheckpointError
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2, RENAME_SWAP of macOS's renamex_np
 
 
 @contextmanager
-def replaced_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that replaces ``path`` if the block raises no error.
+def replaced_whole(path: Path, together: Together | None = None) -> Iterator[Path]:
+    """Yields a temporary folder that replaces ``path`` if the block raises no error on any rank.
 
     The replacement is atomic: after a crash, ``path`` is the complete old folder or the complete
-    new folder. The next write removes the temporary folder of a killed write.
+    new folder. The next write removes the temporary folder of a killed write. With several ranks
+    this is a collective operation: rank 0 makes the folder and puts it in place. A rank that
+    writes a file flushes it.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
+    together = together or Together()
     path = Path(os.path.abspath(path))
+    partial = path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(path)
-        partial = path.with_name(f".{path.name}.partial-{_writer()}-{uuid.uuid4().hex[:8]}")
-        partial.mkdir()
-    except OSError as error:
-        raise CheckpointError(f"path={str(path)!r} can't be written: {error}.") from error
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            _flush(file)
-        _flush(partial)
-        _put(partial, path)
-        _flush(path.parent)
+        with together.agreed():
+            if together.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _clear_leftovers(path)
+                name = f".{path.name}.partial-{_writer()}-{uuid.uuid4().hex[:8]}"
+                partial = path.with_name(name)
+                partial.mkdir()
+        partial = path.with_name(together.gather(partial.name)[0])
+        with together.agreed():
+            yield partial
+        with together.agreed():
+            if together.rank == 0:
+                for file in partial.rglob("*"):
+                    _flush(file)
+                _flush(partial)
+                _put(partial, path)
+                _flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"path={str(path)!r} can't be written: {error}.") from error
     finally:
         # After an exchange, this is the old folder.
-        shutil.rmtree(partial, ignore_errors=True)
+        if together.rank == 0 and partial != path:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

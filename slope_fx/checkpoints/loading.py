@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from slope_fx.attach import attach, make_record
 from slope_fx.backend.settings import RunOptions, Settings
+from slope_fx.checkpoints.filling import fill_model
 from slope_fx.checkpoints.manifest import (
     Manifest,
     check_files,
@@ -21,6 +22,7 @@ from slope_fx.checkpoints.manifest import (
     tensor_names,
 )
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
+from slope_fx.checkpoints.tensors import Described
 from slope_fx.checks import check_model, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
 from slope_fx.kernels.packing import packed_width
@@ -28,6 +30,7 @@ from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.config import parse_dtype
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.plan import SparsePlan, sparse_name, sparse_plans, values_name
+from slope_fx.record import RECORD, Record
 from slope_fx.sparse.fallback import OnFallback
 from slope_fx.sparse.install import install, plain_modes
 from slope_fx.sparse.optimizers import watch
@@ -39,7 +42,7 @@ def load_pretrained(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     verify: bool = True,
     **run: Unpack[RunOptions],
@@ -50,11 +53,22 @@ def load_pretrained(
     as after ``from_pretrained``: call ``.train()`` to train it. Adapters are active if they were
     active when the model was saved.
 
+    To load a model that no rank could hold whole, make it without data, shard it, and load it::
+
+        model = slope_fx.load_pretrained(path, device="meta")
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        slope_fx.load_pretrained(path, model)  # each rank reads its part
+
     Args:
         path: folder of the checkpoint.
         model: a new dense model, as before ``compile``. Required if the saved model is not a
-            transformers model. Its weights are replaced and its mode is kept.
-        device: device of the model.
+            transformers model. Its weights are replaced and its mode is kept. Or a compiled
+            model, sharded or not, with the same sparse layers: the values are loaded into its
+            tensors, by all ranks together if it is sharded.
+        device: device of the model; None for the CPU. "meta" makes the model without reading a
+            tensor. A compiled model keeps its devices; only what is on the meta device moves.
         dtype: dtype of the floating-point tensors, such as "bfloat16" or ``torch.bfloat16``.
             None keeps the stored dtypes.
         verify: whether to check the hashes of the files before the tensors are read.
@@ -72,13 +86,19 @@ def load_pretrained(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    check_files(folder, manifest, hashes=verify)
-    check_names(folder, manifest)
     to = parse_dtype(dtype)
     try:
-        device = torch.device(device)
+        device = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device={device!r}: {first_line(error)}") from None
+    if model is not None and isinstance(getattr(model, "__dict__", {}).get(RECORD), Record):
+        _check_without_effect(dtype, run, device)
+        check_names(folder, manifest)
+        replaced = fill_model(model, folder, manifest, device, verify=verify)
+        watch(replaced, by="slope_fx.load_pretrained")
+        return model
+    check_files(folder, manifest, hashes=verify and device.type != "meta")
+    check_names(folder, manifest)
     if run.get("region") is None:
         run["region"] = manifest.region  # type: ignore[typeddict-item]
     settings = _settings(run)
@@ -88,7 +108,7 @@ def load_pretrained(
         model = _from_configuration(folder, manifest)
     else:
         check_model(model)
-    with _Reader(folder, manifest, torch.device(device), to) as reader, ExitStack() as undo:
+    with _Reader(folder, manifest, device, to) as reader, ExitStack() as undo:
         _keep_parameters(model, undo)
         replaced = _install(model, manifest, reader, settings.on_fallback, undo)
         with plain_modes():
@@ -101,11 +121,22 @@ def load_pretrained(
         for name in manifest.frozen:
             model.get_parameter(name).requires_grad_(False)
         undo.pop_all()
-    _move_buffers(model, manifest, torch.device(device), to)
+    # A buffer that is not stored can't be made again, so it keeps its values.
+    home = torch.device("cpu") if device.type == "meta" else device
+    _move_buffers(model, manifest, home, to)
     if not given:
         return model.eval()
     watch(replaced, by="slope_fx.load_pretrained")
     return model
+
+
+def _check_without_effect(dtype: object, run: RunOptions, device: torch.device) -> None:
+    given = [name for name, value in {"dtype": dtype, **run}.items() if value is not None]
+    if given or device.type == "meta":
+        raise ArgumentError(
+            f"{given[0] if given else 'device=' + repr(str(device))} was given with a model that "
+            "is compiled already, and keeps what it has. Leave it out."
+        )
 
 
 def _settings(run: RunOptions) -> Settings:
@@ -151,7 +182,12 @@ class _Reader:
         if file not in self._open:
             opened = safe_open(str(self.folder / file), "pt", device="cpu")
             self._open[file] = self._stack.enter_context(opened)
-        tensor: Tensor = self._open[file].get_tensor(name)
+        tensor: Tensor
+        if self.device.type == "meta":
+            part = self._open[file].get_slice(name)
+            tensor = Described(tuple(part.get_shape()), part.get_dtype()).empty()
+        else:
+            tensor = self._open[file].get_tensor(name)
         if tuple(tensor.shape) != shape or (kind is not None and tensor.dtype != kind):
             want = f"{kind} {shape}" if kind is not None else f"{shape}"
             raise CheckpointError(
@@ -269,7 +305,9 @@ def _read_parts(plan: SparsePlan, manifest: Manifest, reader: _Reader) -> Parts:
         raise CheckpointError(f"{reader.folder}: the values of {plan.name} are {kept.dtype}.")
     forward = reader.read(f"{beside}forward_bits", (rows, packed_width(layout.d_in)), torch.uint8)
     backward = reader.read(f"{beside}backward_bits", (rows, packed_width(width)), torch.uint8)
-    problem = packed_masks_problem(forward, backward, layout.d_in, pattern)
+    problem = ""
+    if not forward.is_meta:
+        problem = packed_masks_problem(forward, backward, layout.d_in, pattern)
     if problem:
         raise CheckpointError(f"{reader.folder}: {plan.name} should be {pattern}, but {problem}.")
     if entry.rank is None:

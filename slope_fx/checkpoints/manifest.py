@@ -21,8 +21,13 @@ from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.regions import Region
 
 MANIFEST = "slope_fx.json"
-FORMAT_VERSION = 2
-"""Version 2 stores the configuration. For version 1 it is derived from the listed linears."""
+FORMAT_VERSION = 3
+"""Version 2 stores the configuration. For version 1 it is derived from the listed linears.
+
+Version 3 stores the training state of several ranks.
+"""
+REPLACED = "its layer was replaced after compile"
+"""The reason of a linear that is planned as sparse, but that the saved model does not have."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ class Manifest:
     buffers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Write the manifest into ``folder`` atomically."""
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as plain data for JSON."""
         data = {
             "format": "slope_fx",
             "format_version": FORMAT_VERSION,
@@ -92,8 +97,25 @@ class Manifest:
             "graphs": dict(self.graphs),
         }
         data["sha256"] = digest_of(data)
+        return data
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], source: str) -> "Manifest":
+        """The manifest of plain data that :meth:`to_dict` returned, also in an older version.
+
+        Args:
+            data: the plain data.
+            source: its name in error messages.
+
+        Raises:
+            CheckpointError: the data is damaged, or has a newer format version.
+        """
+        return _parsed(data, source)
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into ``folder`` atomically."""
         partial = folder / f".{MANIFEST}.partial"
-        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         os.replace(partial, folder / MANIFEST)
 
 
@@ -109,8 +131,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise CheckpointError(_why_none(folder))
     try:
         data = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
+    return _parsed(data, str(file))
+
+
+def _parsed(data: Any, file: str) -> Manifest:
+    try:
         found = data["format"], data["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
     if found[0] != "slope_fx" or type(found[1]) is not int or found[1] < 1:
         raise CheckpointError(f"{file} has format {found[0]!r}, version {found[1]!r}; not ours.")
@@ -223,7 +252,7 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
         CheckpointError: a file is missing or changed, or the folder has a safetensors file that
             the manifest does not list.
     """
-    for name, (size, digest) in manifest.files.items():
+    for name, (size, _) in manifest.files.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder} lacks {name}, which its {MANIFEST} lists.")
@@ -232,15 +261,27 @@ def check_files(folder: Path, manifest: Manifest, *, hashes: bool) -> None:
                 f"{file} has {file.stat().st_size} bytes where {size} were written: it is "
                 "truncated or was replaced. Copy the checkpoint again."
             )
-        if hashes and sha256(file) != digest:
-            raise CheckpointError(
-                f"{file} is not what was written: its SHA-256 differs. Copy the checkpoint again."
-            )
+        if hashes:
+            check_hashes(folder, manifest, [name])
     for file in sorted(folder.glob("*.safetensors")):
         if file.name not in manifest.files:
             raise CheckpointError(
                 f"{file} is not listed in the checkpoint's {MANIFEST}. Remove it, or load the "
                 "folder it came from."
+            )
+
+
+def check_hashes(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Check the hashes of some files of the manifest.
+
+    Raises:
+        CheckpointError: a file is changed.
+    """
+    for name in names:
+        if sha256(folder / name) != manifest.files[name][1]:
+            raise CheckpointError(
+                f"{folder / name} is not what was written: its SHA-256 differs. Copy the "
+                "checkpoint again."
             )
 
 
@@ -262,7 +303,7 @@ def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, An
     if not isinstance(plan, SparsePlan):
         return {**data, "pattern": None}
     if entry is None:
-        return {**data, "pattern": None, "reason": "its layer was replaced after compile"}
+        return {**data, "pattern": None, "reason": REPLACED}
     return {**data, "pattern": str(plan.pattern), **dataclasses.asdict(entry)}
 
 

@@ -1,37 +1,34 @@
 """Save a compiled model to a checkpoint."""
 
 import contextlib
+import dataclasses
+import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slope_fx.checkpoints.files import replaced_whole
+from slope_fx.checkpoints.holders import choose_holders, describe_copies
 from slope_fx.checkpoints.manifest import (
     MANIFEST,
+    REPLACED,
     Manifest,
     SparseEntry,
     describe_files,
     read_manifest,
     tensor_names,
 )
-from slope_fx.checkpoints.training import collect_training, write_training
+from slope_fx.checkpoints.together import Together
+from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
+from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files
 from slope_fx.errors import CheckpointError
+from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.blank import check_filled
-from slope_fx.sparse.weight import whole
 from slope_fx.version import __version__
-
-# Not the file name of transformers: its from_pretrained would read the files, find most of the
-# weights missing, and initialize them at random.
-_SHARDS = "slope_fx{suffix}.safetensors"
 
 
 def save_pretrained(
@@ -47,8 +44,13 @@ def save_pretrained(
     The write is atomic: the folder is written under a temporary name, flushed to the disk, and
     renamed. An interrupted write leaves the earlier checkpoint intact. The checkpoint contains
     the trained tensors (values, packed masks, adapters, all other parameters and buffers) in
-    safetensors files, and JSON. Under ``torch.distributed`` all ranks must call this function;
-    rank 0 writes.
+    safetensors files, and JSON.
+
+    Under ``torch.distributed`` all ranks must call this function, with a ``path`` on a file system
+    that they share. They write at the same time, each its own files. A sharded tensor is gathered
+    on its ranks, one tensor at a time. A tensor of which ranks hold different contents, as in a
+    pipeline, is taken from the rank that trained it. If the write fails on one rank, it fails on
+    all.
 
     Args:
         model: the object that ``compile`` or ``load_pretrained`` returned.
@@ -66,30 +68,44 @@ def save_pretrained(
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned, or a layer of it is not
             initialized.
-        CheckpointError: ``path`` contains other files or cannot be written, or an object cannot
-            be stored without pickle.
+        CheckpointError: ``path`` contains other files or cannot be written, an object cannot be
+            stored without pickle, or ranks hold different contents of a tensor and which is right
+            is unknown.
     """
-    for weight in sparse_weights(model).values():
-        check_filled(weight)
-    path = Path(path)
-    _check_target(path)
-    named, aliases = named_tensors(model)
-    shards, tensors = _split(named, max_shard_size)
-    collected = None if training is None else collect_training(training)
-    if not _writes():
-        for names in shards.values():
-            for name in names:
-                whole(named[name])  # a collective, where the model is sharded
-        return path
-    with replaced_whole(path) as folder:
-        for file, names in shards.items():
-            save_file({n: _stored(named[n]) for n in names}, folder / file, {"format": "pt"})
-        _write_configuration(folder, model, tokenizer)
+    together, path = Together(), Path(path)
+    with together.agreed():
+        for weight in sparse_weights(model).values():
+            check_filled(weight)
+        if together.rank == 0:
+            _check_target(path)
+        _check_tokenizer(tokenizer)
+        named, aliases = named_tensors(model)
+        mine = describe_copies(named, aliases, alone=together.world == 1)
+        encoded = None if training is None else encode_training(training, named)
+    chosen = choose_holders(together, mine)
+    described = describe_together(together, model)
+    collected = None if encoded is None else collect_training(together, encoded)
+    with replaced_whole(path, together) as folder:
+        writers = [r for r, sees in enumerate(together.gather(folder.is_dir())) if sees]
+        wanted = [Wanted(c.name, c.described, c.ranks) for c in chosen]
+        files = plan_files(wanted, writers, max_shard_size, STEM)
+        held = {c.name: named[n] for c in chosen for n in (c.name, *c.aliases) if n in named}
+        states = []
+        written = write_files(together, folder, files, held)
         if collected is not None:
-            write_training(folder, *collected)
-        write_manifest(folder, model, tensors, aliases)
-        for made in folder.glob("*.safetensors"):  # safetensors gives rights to the owner only
-            shutil.copymode(folder / MANIFEST, made)
+            states = plan_files(collected.wanted, writers, max_shard_size, STATES)
+            written |= write_files(together, folder, states, collected.held)
+        if together.rank == 0:
+            write_configuration(folder, model, tokenizer)
+            if collected is not None:
+                where = {name: file.name for file in states for name in file.tensors}
+                (folder / TREE).write_text(json.dumps({**collected.data, "files": where}))
+            dataclasses.replace(
+                described,
+                tensors={name: file.name for file in files for name in file.tensors},
+                aliases={alias: c.name for c in chosen for alias in c.aliases},
+                files={**written, **describe_files(folder, _configuration_files(folder))},
+            ).write(folder)
     return path
 
 
@@ -122,7 +138,9 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         other_names.update({n: kept[0] for n in names if n != kept[0]})
     if stored:
         raise CheckpointError(f"{folder} has {next(iter(stored))}, which the model doesn't have.")
-    write_manifest(folder, model, tensors, other_names)
+    files = describe_files(folder, {*tensors.values(), *_configuration_files(folder)})
+    manifest = describe_model(model)
+    dataclasses.replace(manifest, tensors=tensors, aliases=other_names, files=files).write(folder)
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -151,29 +169,25 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return named, aliases
 
 
-def write_manifest(
-    folder: Path, model: nn.Module, tensors: Mapping[str, str], aliases: Mapping[str, str]
-) -> None:
-    """Write the manifest of ``model`` and of the files in ``folder``."""
+def describe_model(model: nn.Module) -> Manifest:
+    """The manifest of ``model`` as this rank holds it, without tensors and files."""
     record = record_of(model)
-    entries = {
-        name: SparseEntry(weight.rank, weight.scale, weight.adapter_active)
-        for name, weight in sparse_weights(model).items()
-    }
-    ours = _configuration_files(folder)
-    Manifest(
+    return Manifest(
         version=__version__,
         model_class=_class_of(model).__name__,
         transformers=_is_transformers(model),
         config=record.config,
         plans=record.plans,
-        sparse=entries,
+        sparse={
+            name: SparseEntry(weight.rank, weight.scale, weight.adapter_active)
+            for name, weight in sparse_weights(model).items()
+        },
         untraced_because=record.untraced_because,
         region=record.settings.region,
         graphs=record.graphs,
-        tensors=dict(tensors),
-        aliases=dict(aliases),
-        files=describe_files(folder, {*tensors.values(), *ours}),
+        tensors={},
+        aliases={},
+        files={},
         frozen=tuple(
             name
             for name, parameter in model.named_parameters()
@@ -183,7 +197,57 @@ def write_manifest(
             name: str(buffer.dtype).removeprefix("torch.")
             for name, buffer in unstored_buffers(model).items()
         },
-    ).write(folder)
+    )
+
+
+def describe_together(together: Together, model: nn.Module) -> Manifest:
+    """The manifest of the model that the ranks hold together, without tensors and files.
+
+    Raises:
+        CheckpointError: the ranks compiled the model in different ways, or are in different
+            phases.
+    """
+    different, which = together.distinct(describe_model(model).to_dict())
+    parts = [Manifest.from_dict(data, f"the manifest of rank {which.index(i)}")
+             for i, data in enumerate(different)]  # fmt: skip
+    plans: dict[str, LinearPlan] = {}
+    sparse: dict[str, SparseEntry] = {}
+    first_with: dict[str, int] = {}
+    for index, part in enumerate(parts):
+        for plan in part.plans:
+            here = (plan, part.sparse.get(plan.name))
+            known = (plans.get(plan.name), sparse.get(plan.name))
+            if known[0] is None or _gone(known[0]):
+                plans[plan.name], first_with[plan.name] = plan, which.index(index)
+                if here[1] is not None:
+                    sparse[plan.name] = here[1]
+            elif here != known and not _gone(plan):
+                raise CheckpointError(
+                    f"{plan.name} is {_said(*known)} on rank {first_with[plan.name]} and "
+                    f"{_said(*here)} on rank {which.index(index)}. Compile the model in the same "
+                    "way on all ranks, and step a Schedule on each."
+                )
+    return dataclasses.replace(
+        parts[0],
+        plans=tuple(plans.values()),
+        sparse=sparse,
+        graphs={path: number for part in parts for path, number in part.graphs.items()},
+        frozen=tuple(dict.fromkeys(name for part in parts for name in part.frozen)),
+        buffers={name: kind for part in parts for name, kind in part.buffers.items()},
+    )
+
+
+def _gone(plan: LinearPlan) -> bool:
+    return isinstance(plan, DensePlan) and plan.reason == REPLACED
+
+
+def _said(plan: LinearPlan | None, entry: SparseEntry | None) -> str:
+    if not isinstance(plan, SparsePlan) or entry is None:
+        return "dense"
+    adapter = "" if entry.rank is None else (
+        f" with {'an active' if entry.adapter_active else 'an idle'} adapter of rank {entry.rank}"
+    )  # fmt: skip
+    return f"{plan.pattern} of shape {plan.shape}{adapter}"
 
 
 def unstored_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -197,33 +261,12 @@ def _configuration_files(folder: Path) -> set[str]:
     kinds = (".json", ".jinja", ".model", ".txt")
     return {
         file.name for file in folder.iterdir()
-        if (file.suffix in kinds or file.name == "training.safetensors")
-        and file.name not in (MANIFEST, "trainer_state.json")
+        if file.suffix in kinds and file.name not in (MANIFEST, "trainer_state.json")
     }  # fmt: skip
 
 
-def _split(
-    named: Mapping[str, Tensor], max_shard_size: int | str
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The tensor names of each file, and the file name of each tensor."""
-    # The split needs only sizes, so meta tensors are enough.
-    sizes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in named.items()}
-    try:
-        split = split_torch_state_dict_into_shards(
-            sizes, filename_pattern=_SHARDS, max_shard_size=max_shard_size
-        )
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"max_shard_size={max_shard_size!r}: {error}.") from None
-    return dict(split.filename_to_tensors), dict(split.tensor_to_filename)
-
-
-def _stored(tensor: Tensor) -> Tensor:
-    tensor = whole(tensor.detach()).cpu().contiguous()
-    # safetensors refuses tensors that share a storage, so a view is stored as a copy.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+def write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None:
+    """Write the configuration of a transformers model, and the tokenizer, into ``folder``."""
     if _is_transformers(model):
         config: Any = model.config
         before = getattr(config, "architectures", None)
@@ -235,11 +278,14 @@ def _write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None
         if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     if tokenizer is not None:
-        if not hasattr(tokenizer, "save_pretrained"):
-            raise CheckpointError(
-                f"tokenizer is a {type(tokenizer).__name__}; it must have a save_pretrained method."
-            )
         tokenizer.save_pretrained(folder)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise CheckpointError(
+            f"tokenizer is a {type(tokenizer).__name__}; it must have a save_pretrained method."
+        )
 
 
 def _is_transformers(model: nn.Module) -> bool:
@@ -273,7 +319,3 @@ def _check_target(path: Path) -> None:
             f"path={str(path)!r} is a folder that holds {min(others)}, which doesn't belong to a "
             "checkpoint of slope_fx and would be deleted. Choose an empty or a new folder."
         )
-
-
-def _writes() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

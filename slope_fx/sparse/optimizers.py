@@ -15,6 +15,7 @@ from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.reading import note_step
+from slope_fx.sparse.trained import note_trained
 from slope_fx.sparse.weight import SparseWeight, find_alive
 
 _replaced = WeakTensorKeyDictionary()
@@ -52,6 +53,7 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
             # creates an empty one.
             parameter.grad = None
             optimizer.state[parameter]
+    note_trained(optimizer.param_groups)
     held = {id(parameter) for parameter in parameters}
     for weight in find_alive(lambda weight: weight.start is not None):
         if id(weight.values) in held:
