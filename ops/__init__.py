@@ -24,6 +24,7 @@ from slope_fx.ops.weights import compress, expand, expand_grad
 
 # These register rules of the ops above, so they come last.
 from slope_fx.ops import double_backward as double_backward  # isort: skip
+from slope_fx.ops import sharding as sharding  # isort: skip
 from slope_fx.ops import vmap as vmap  # isort: skip
 
 __all__ = [

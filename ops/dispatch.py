@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from slope_fx.kernels.engine import Engine
 from slope_fx.kernels.engines import ENGINES, engines_for
@@ -20,6 +21,8 @@ def request_of(
 ) -> Request:
     """Returns the request for an engine from real or fake tensors.
 
+    The sizes are those of the local tensors of DTensors, which the engine gets.
+
     Args:
         tokens_of: (..., features): the input, or the gradient of the output.
         values: (groups * d_out, d_in * N / M).
@@ -27,6 +30,7 @@ def request_of(
         groups: number of weights that share the tokens.
         more: attributes of :class:`Request` that do not follow from the tensors.
     """
+    tokens_of, values = local(tokens_of), local(values)
     tokens = 1
     for length in tokens_of.shape[:-1]:
         tokens *= _hint(length)
@@ -35,6 +39,11 @@ def request_of(
         "dtype": tokens_of.dtype, "device": tokens_of.device, "values_dtype": values.dtype, **more
     }  # fmt: skip
     return Request(-(-tokens // groups), d_out, kept * m // n, n, m, **about)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The local tensor of a DTensor, without autograd; other tensors unchanged."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _hint(size: int | torch.SymInt) -> int:

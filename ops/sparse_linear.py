@@ -221,7 +221,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dtype = None if values.dtype == grad.dtype else values.dtype
         dvalues = sparse_weight_grad(grad, x, forward_mask, n, m, groups, offsets, name, dtype)
     if needs_bias:
-        dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        # Not reshaped to rows, which a DTensor with uneven shards can't be.
+        rows = grad.unsqueeze(0) if grad.dim() == 1 else grad
+        dbias = rows.sum(tuple(range(rows.dim() - 1)))
     return dx, dvalues, None, None, dbias, *[None] * len(others)
 
 

@@ -12,6 +12,8 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
+from slope_fx.ops.dispatch import local
+
 aten = torch.ops.aten
 
 
@@ -123,7 +125,8 @@ def record_value(node: Node) -> None:
     recorded: Callable[[Node], Any] = value_of
     args, kwargs = map_arg((node.args, node.kwargs), recorded)
     leaves = tree_leaves([value_of(n) for n in node.all_input_nodes])
-    modes = [leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)]
+    inner = [local(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+    modes = [leaf.fake_mode for leaf in inner if isinstance(leaf, FakeTensor)]
     if not modes:
         return
     target: Any = node.target

@@ -15,6 +15,7 @@ from slope_fx.record import sparse_weights
 from slope_fx.report import explain, preview
 from slope_fx.schedule import Schedule
 from slope_fx.sparse import averaging as averaging
+from slope_fx.sparse import parallel as parallel
 from slope_fx.version import __version__
 
 __all__ = [

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -116,7 +117,7 @@ def check_meta(model: nn.Module, plans: Sequence[SparsePlan], config: SlopeConfi
 
 
 def _check_split(model: nn.Module) -> None:
-    """Check that transformers did not split the model for expert or pipeline parallelism.
+    """Check that transformers did not split the model, for any parallelism.
 
     Raises:
         UnsupportedError: it did.
@@ -128,6 +129,16 @@ def _check_split(model: nn.Module) -> None:
             "slope_fx has no expert parallelism. Load the model without ep_size, compile it, and "
             "shard it with torch.distributed.fsdp.fully_shard, which shards sparse experts too."
         )
+    for name, module in model.named_modules():
+        split = [p for p in module.parameters(recurse=False) if isinstance(p, DTensor)]
+        if split and getattr(module, "_is_hooked", False):
+            raise UnsupportedError(
+                f"{name}: transformers split it between {split[0].device_mesh.size()} ranks "
+                "(tp_plan) and gave it a forward of its own. Load the model without tp_plan, "
+                "compile it, then call torch.distributed.tensor.parallel.parallelize_module with "
+                "ColwiseParallel for the colwise and RowwiseParallel for the rowwise layers of "
+                "model.tp_plan."
+            )
     if hasattr(model, "_pp_stage"):
         raise UnsupportedError(
             "model: transformers split its layers between ranks (pp_size), for generation only: "

@@ -10,6 +10,7 @@ from slope_fx.hub import takes_cache
 from slope_fx.kernels.engines import kept_bytes
 from slope_fx.kernels.packing import packed_width
 from slope_fx.kernels.selection import Choice, Problem, gain
+from slope_fx.ops.dispatch import local
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.trace import linear_modules
 from slope_fx.record import Record, record_of, sparse_weights
@@ -62,7 +63,8 @@ def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, C
         weight: the weight.
         rows: the numbers of rows of the weight that a product reads.
     """
-    size = (weight.d_in, weight.n, weight.m)
+    down, across = weight.parts  # a rank computes the products of its part
+    size, rows = (weight.d_in // across, weight.n, weight.m), [count // down for count in rows]
     return [
         (problem, choice)
         for problem, choice in weight.choices.items()
@@ -99,7 +101,7 @@ def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> 
         values.element_size(),
         products=product_reports(_choices(weight, plan.rows)),
         reason=weight.expanded_because or "",
-        operand_bytes=kept_bytes(values),
+        operand_bytes=kept_bytes(local(values)),
     )
 
 

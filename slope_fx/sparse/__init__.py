@@ -5,6 +5,7 @@
 - ``reading.py`` defines the tensor that ``layer.weight`` returns in eager code.
 - ``mask.py`` defines the parameter of a packed mask.
 - ``phase.py`` stores whether the adapters are active.
+- ``parallel.py`` splits layers for tensor parallelism.
 - ``fallback.py`` reports layers that run with their dense weight rebuilt.
 - ``optimizers.py`` checks the steps of optimizers, and ``averaging.py`` excludes masks from
   averages of weights.

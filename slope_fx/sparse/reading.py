@@ -9,6 +9,9 @@ values or refuses them:
 - Any other write is applied if all pruned elements are zero after it. Otherwise it raises an
   error, and the weight is unchanged.
 
+The reading of a sharded weight is a :class:`ShardedDenseWeight`, a DTensor, and does the same. A
+write to it is a collective operation.
+
 A weight without content, of a model that was compiled on the meta device, gets its content by
 writes (see ``blank.py``).
 """
@@ -21,9 +24,11 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slope_fx.errors import UnsupportedError
+from slope_fx.ops.dispatch import local
 from slope_fx.passes.views import Layout
 from slope_fx.sparse.blank import Started, check_filled
 
@@ -170,9 +175,7 @@ class DenseWeight(Tensor):
     _direct: bool
 
     @staticmethod
-    def of(
-        weight: Read, dense: Tensor, shaped: Tensor, layout: Layout | None = None
-    ) -> "DenseWeight":
+    def of(weight: Read, dense: Tensor, shaped: Tensor, layout: Layout | None = None) -> Any:
         """Returns a reading of ``weight``.
 
         Args:
@@ -191,64 +194,109 @@ class DenseWeight(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if torch.compiler.is_compiling():
-            # Compiled code would not report its writes, and does not support this subclass.
-            raise UnsupportedError(
-                "`weight` of a sparse layer was read in eager code and given to a compiled "
-                "function. Read it inside the function, or pass a copy: layer.weight.clone()."
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            readings = _readings((args, kwargs))
-            if not readings:
-                return func(*args, **kwargs)
-            handled = _special(func, name, args)
-            if handled is not None:
-                return handled[0]
-            initialises = _initialises(func, name)
-            for reading in readings:
-                if reading.unpruned and not initialises:
-                    reading.renew()
-            before = [reading.dense._version for reading in readings]
-            alone = args and isinstance(args[0], DenseWeight) and args[0].requires_grad
-            try:
-                if func == _SET_DATA:
-                    result: Any = None
-                    _assign(args[0], args[1])
-                else:
-                    result = func(*args, **kwargs)
-            finally:
-                for reading, version in zip(readings, before, strict=True):
-                    if reading.dense._version != version:
-                        reading.written(
-                            "`data`" if func == _SET_DATA else f"{name}()",
-                            initialises=initialises,
-                            in_grad_mode=bool(alone) and torch.is_grad_enabled()
-                            and func != _SET_DATA,
-                        )  # fmt: skip
-            if not initialises:
-                _check_use(name, result, readings)
-            if name in ("numpy", "__array__"):
-                result.setflags(write=False)  # NumPy would write to the temporary
-                return result
-            return tree_map(lambda part: _view(part, readings), result)
+        return _handled(func, args, kwargs or {})
+
+
+class ShardedDenseWeight(DTensor):
+    """A :class:`DenseWeight` of a sharded weight: a DTensor with the placements of the values."""
+
+    _reading: _Reading
+    _direct: bool
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return _handled(func, args, kwargs or {})
+
+
+class _AsSharded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: DTensor) -> ShardedDenseWeight:
+        inner = tensor._local_tensor
+        made: Any = ShardedDenseWeight
+        result: ShardedDenseWeight = made(
+            inner.view_as(inner), tensor._spec, requires_grad=tensor.requires_grad
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+_READINGS = (DenseWeight, ShardedDenseWeight)
+
+
+def _handled(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls a function of torch with readings among its arguments."""
+    name = getattr(func, "__name__", "")
+    if torch.compiler.is_compiling():
+        # Compiled code would not report its writes, and does not support this subclass.
+        raise UnsupportedError(
+            "`weight` of a sparse layer was read in eager code and given to a compiled "
+            "function. Read it inside the function, or pass a copy: layer.weight.clone()."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        leaves = [
+            leaf
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, _READINGS) and getattr(leaf, "_reading", None) is not None
+        ]
+        readings = _readings(leaves)
+        if not readings:
+            return func(*args, **kwargs)
+        handled = _special(func, name, args)
+        if handled is not None:
+            return handled[0]
+        initialises = _initialises(func, name)
+        for reading in readings:
+            if reading.unpruned and not initialises:
+                reading.renew()
+        before = [leaf._version for leaf in leaves]
+        alone = args and isinstance(args[0], _READINGS) and args[0].requires_grad
+        try:
+            if func == _SET_DATA:
+                result: Any = None
+                _assign(args[0], args[1])
+            else:
+                result = func(*args, **kwargs)
+        finally:
+            versions = zip(leaves, before, strict=True)
+            for reading in _readings([leaf for leaf, old in versions if leaf._version != old]):
+                reading.written(
+                    "`data`" if func == _SET_DATA else f"{name}()",
+                    initialises=initialises,
+                    in_grad_mode=bool(alone) and torch.is_grad_enabled() and func != _SET_DATA,
+                )
+        if not initialises:
+            _check_use(name, result, readings)
+        if name in ("numpy", "__array__"):
+            result.setflags(write=False)  # NumPy would write to the temporary
+            return result
+        return tree_map(lambda part: _view(part, readings), result)
 
 
 def _refused(name: str) -> Callable[..., NoReturn]:
-    def refuse(self: DenseWeight, *args: Any, **kwargs: Any) -> NoReturn:
-        self._reading.refuse(f"{name}() is not possible")
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        reading: _Reading = self._reading
+        reading.refuse(f"{name}() is not possible")
 
     return refuse
 
 
-for _name in _DETACHED:
-    setattr(DenseWeight, _name, _refused(_name))
+for _class in _READINGS:
+    for _name in _DETACHED:
+        setattr(_class, _name, _refused(_name))
 
 
 def _special(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> tuple[Any] | None:
     """The result, in a tuple, of an operation on attributes; None for other operations."""
-    it = args[0] if args and isinstance(args[0], DenseWeight) else None
+    it = args[0] if args and isinstance(args[0], _READINGS) else None
     if it is None:
         return None
     reading = it._reading
@@ -268,14 +316,14 @@ def _special(func: Callable[..., Any], name: str, args: tuple[Any, ...]) -> tupl
         reading.refuse(
             f"{name}() has no effect in a compiled model", f"Call it on the layer's `{values}`."
         )
-    if func == _GET_IS_LEAF and _called_from("torch.optim.optimizer", 3):
+    if func == _GET_IS_LEAF and _called_from("torch.optim.optimizer", 4):
         reading.refuse(
             "an optimizer can't train it", f"Give it model.parameters(), or the layer's `{values}`."
         )
     return None
 
 
-def _assign(it: DenseWeight, data: Any) -> None:
+def _assign(it: Any, data: Any) -> None:
     """Apply ``it.data = data`` as a write to the temporary."""
     if not isinstance(data, Tensor) or data.shape != it.shape or data.dtype != it.dtype:
         got = (
@@ -305,18 +353,14 @@ def _check_use(name: str, result: Any, readings: list[_Reading]) -> None:
             check_filled(reading.weight)
 
 
-def _readings(arguments: Any) -> list[_Reading]:
-    found: dict[int, _Reading] = {}
-    for leaf in tree_leaves(arguments):
-        reading = getattr(leaf, "_reading", None) if isinstance(leaf, DenseWeight) else None
-        if reading is not None:
-            found[id(reading)] = reading
-    return list(found.values())
+def _readings(leaves: list[Any]) -> list[_Reading]:
+    """The readings of tensors, each once."""
+    return list({id(leaf._reading): leaf._reading for leaf in leaves}.values())
 
 
 def _view(part: Any, readings: list[_Reading]) -> Any:
-    """A result, wrapped as a :class:`DenseWeight` if it shares memory with a reading."""
-    if not isinstance(part, Tensor) or isinstance(part, DenseWeight):
+    """A result, wrapped as a reading if it shares memory with one."""
+    if not isinstance(part, Tensor) or isinstance(part, _READINGS):
         return part
     for reading in readings:
         if _shares(part, reading.dense):
@@ -326,13 +370,16 @@ def _view(part: Any, readings: list[_Reading]) -> Any:
 
 def _shares(part: Tensor, dense: Tensor) -> bool:
     try:
-        return part.untyped_storage()._cdata == dense.untyped_storage()._cdata
+        mine, other = local(part).untyped_storage(), local(dense).untyped_storage()
+        return mine._cdata == other._cdata
     except (RuntimeError, NotImplementedError):  # functorch and sparse tensors have no storage
         return False
 
 
-def _wrap(tensor: Tensor, reading: _Reading, *, direct: bool = False) -> DenseWeight:
-    wrapped = tensor.as_subclass(DenseWeight)
+def _wrap(tensor: Tensor, reading: _Reading, *, direct: bool = False) -> Any:
+    as_sharded: Any = _AsSharded.apply
+    sharded = isinstance(tensor, DTensor)
+    wrapped = as_sharded(tensor) if sharded else tensor.as_subclass(DenseWeight)
     wrapped._reading, wrapped._direct = reading, direct
     return wrapped
 
@@ -347,7 +394,7 @@ def note_step() -> None:
 
 
 def _stamp(weight: Read) -> tuple[int, ...]:
-    values = weight.values
+    values = local(weight.values)
     return values.data_ptr(), (0 if values.is_inference() else values._version), _steps
 
 
@@ -355,7 +402,7 @@ def _initialises(func: Callable[..., Any], name: str) -> bool:
     return (
         name in _FILLS
         or getattr(func, "__module__", "") == "torch.nn.init"
-        or _called_from("torch.nn.init", 3)
+        or _called_from("torch.nn.init", 4)
     )
 
 

@@ -17,6 +17,7 @@ from slope_fx.errors import ArgumentError, ExpandedWeightWarning
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
 from slope_fx.kernels.selection import Choice, Problem
+from slope_fx.ops.dispatch import local
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
 from slope_fx.planning.adapters import Adapter
@@ -98,8 +99,10 @@ class SparseWeight(nn.Module):
         storage, phase, choices: as in :class:`Shared`.
         fallback: reports that the layer runs with its dense weight rebuilt.
         start: the state of a weight without content; None for all other weights.
+        parts: the numbers of parts into which tensor parallelism splits d_out and d_in.
     """
 
+    parts: tuple[int, int] = (1, 1)
     forward_bits: nn.Parameter
     backward_bits: nn.Parameter
     lora_A: nn.Parameter | None  # noqa: N815
@@ -177,7 +180,7 @@ class SparseWeight(nn.Module):
     def forward_mask(self) -> Tensor:
         """The forward mask, of the elements of ``W^R``: bool, in the shape :attr:`shape`."""
         check_filled(self)
-        return unpack(self.forward_bits, self.d_in).view(self.shape)
+        return unpack(whole(self.forward_bits), self.d_in).view(self.shape)
 
     def backward_mask(self) -> Tensor:
         """The backward mask, of the elements of ``W^{R,C}``: bool, in the shape :attr:`shape`.
@@ -185,8 +188,9 @@ class SparseWeight(nn.Module):
         It is a subset of the forward mask.
         """
         check_filled(self)
-        bits = unpack(self.backward_bits, self.d_in * self.n // self.m).to(torch.uint8)
-        both = ops.expand(bits, self.forward_bits, self.backward_bits, self.n, self.m)
+        forward, backward = whole(self.forward_bits), whole(self.backward_bits)
+        bits = unpack(backward, self.d_in * self.n // self.m).to(torch.uint8)
+        both = ops.expand(bits, forward, backward, self.n, self.m)
         return both.bool().view(self.shape)
 
     def masks_problem(self) -> str:
@@ -288,7 +292,7 @@ class SparseWeight(nn.Module):
         values = self.values
         if values.is_meta:
             return
-        matrix = matrix.detach().to(values.device, values.dtype)
+        matrix = whole(matrix.detach()).to(values.device, values.dtype)
         if self.start is not None:
             fill(self, matrix)
             self.note_write()
@@ -307,7 +311,7 @@ class SparseWeight(nn.Module):
         ``SLOPE_FX_KEEP_OPERANDS=1``, or between two micro-batches of one optimizer step. A call is
         never harmful.
         """
-        forget_operands(self.values)
+        forget_operands(local(self.values))
 
     @torch.no_grad()
     def expanded(self) -> Tensor:
@@ -320,7 +324,7 @@ class SparseWeight(nn.Module):
     def has_pruned(self, matrix: Tensor) -> bool:
         """Whether a dense (stack * d_out, d_in) matrix has an element that the mask prunes."""
         pruned = ~unpack(whole(self.forward_bits), self.d_in)
-        return bool((matrix.detach() * pruned != 0).any())
+        return bool((whole(matrix.detach()) * pruned != 0).any())
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -433,7 +437,7 @@ def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
 
     An example is a model that the user compiled with ``torch.compile(model)``.
     """
-    for weight in find_alive(lambda w: w.forward_bits.data_ptr() == forward_mask.data_ptr()):
+    for weight in find_alive(lambda w: local(w.forward_bits).data_ptr() == forward_mask.data_ptr()):
         weight.fallback.gradient_arrived()
 
 
