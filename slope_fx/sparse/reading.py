@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from slope_fx.errors import UnsupportedError
 from slope_fx.ops.dispatch import local
 from slope_fx.passes.views import Layout
-from slope_fx.sparse.blank import Started, check_filled
+from slope_fx.sparse.blank import Started, check_filled, put
 
 _TENSOR: Any = Tensor
 _FILLS = {
@@ -106,7 +106,7 @@ class _Reading:
     def renew(self) -> None:
         """Give the temporary the current content of the weight."""
         content = self.weight.expanded()
-        self.dense.copy_(content if self.layout is None else self.layout.to_parameter(content))
+        put(self.dense, content if self.layout is None else self.layout.to_parameter(content))
         self.unpruned = False
 
     def written(self, what: str, *, initialises: bool, in_grad_mode: bool) -> None:

@@ -156,3 +156,37 @@ def split_by_transformers(path):
 def test_a_model_that_transformers_has_split_is_refused(ranks, tmp_path):
     models.llama().save_pretrained(tmp_path)
     ranks.run(2, split_by_transformers, str(tmp_path))
+
+
+def from_meta():
+    """Made on the meta device, split, given storage, then initialised by its own code."""
+
+    def made(device):
+        with torch.device(device):
+            model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        return slope_fx.compile(
+            model, adapter_rank=4, skip_first=False, skip_head=False, backend="aot_eager",
+            example_inputs=X.to(device),
+        )  # fmt: skip
+
+    def initialise(model):
+        model.to_empty(device="cpu")
+        torch.manual_seed(3)
+        # Random biases would not be those of one process: a rank draws those of its part alone.
+        for layer in (model[0], model[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    model, parts = made("meta"), made("meta")
+    parts = split(parts, init_device_mesh("cpu", (2,)))
+    initialise(model)
+    initialise(parts)
+    for (name, tensor), part in zip(
+        model.state_dict().items(), parts.state_dict().values(), strict=True
+    ):
+        assert isinstance(part, DTensor), name
+        assert torch.equal(part.full_tensor(), tensor), name
+
+
+def test_a_model_made_on_the_meta_device(ranks):
+    ranks.run(2, from_meta)
