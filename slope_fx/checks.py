@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -63,6 +64,14 @@ def check_model(model: nn.Module) -> None:
             raise ArgumentError(
                 f"model is wrapped in {type(module).__name__}, which goes on synchronising the "
                 "parameters that compile replaces. Call slope_fx.compile first, then wrap."
+            )
+        if isinstance(module, FSDPModule):
+            raise ArgumentError(
+                f"{name or 'model'} is sharded by fully_shard already, and FSDP2 can't replace "
+                "parameters. Call slope_fx.compile first, then fully_shard. If the model does not "
+                'fit into memory, make and compile it on the meta device (torch.device("meta")), '
+                "shard it, and then initialise it or load a checkpoint: see slope_fx.compile and "
+                "slope_fx.checkpoints.load_dense."
             )
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise ArgumentError(
