@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -66,11 +67,20 @@ def check_model(model: nn.Module) -> None:
             f"model is compiled already: {already[0]} holds a sparse weight, and {len(already)} "
             "layers in all. Compile a fresh dense model, or keep using this one."
         )
+    _check_split(model)
     for name, module in model.named_modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise ArgumentError(
                 f"model is wrapped in {type(module).__name__}, which goes on synchronising the "
                 "parameters that compile replaces. Call slope_fx.compile first, then wrap."
+            )
+        if isinstance(module, FSDPModule):
+            raise ArgumentError(
+                f"{name or 'model'} is sharded by fully_shard already, and FSDP2 can't replace "
+                "parameters. Call slope_fx.compile first, then fully_shard. If the model does not "
+                'fit into memory, make and compile it on the meta device (torch.device("meta")), '
+                "shard it, and then initialise it or load a checkpoint: see slope_fx.compile and "
+                "slope_fx.checkpoints.load_dense."
             )
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise ArgumentError(
@@ -78,7 +88,6 @@ def check_model(model: nn.Module) -> None:
                 "does not support sparse weights. Pass the uncompiled model: slope_fx.compile "
                 "compiles it, and backend= and region= say how."
             )
-    _check_split(model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ArgumentError(

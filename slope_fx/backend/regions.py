@@ -31,17 +31,26 @@ def compile_regions(model: nn.Module, settings: Settings, regions: Regions, kind
         kinds = len(set(regions.kinds))
         call = compiled_call(module, backend, kind=(kind, number), kinds=kinds, **options)
         module._compiled_call_impl = call
-    if settings.region == "auto" and not regions.whole:
+    if regions.whole:
+        model._compiled_call_impl = _without_cache(model, call, call)
+    elif settings.region == "auto":
         whole = compiled_call(model, backend, **options)
-        model._compiled_call_impl = _in_blocks(model, whole)
+        model._compiled_call_impl = _without_cache(model, model._call_impl, whole)
 
 
-def _in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the call of a model whose blocks are compiled one by one.
+def _without_cache(
+    model: nn.Module, call_blocks: Callable[..., Any], whole: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Returns the call of a model, which uses no cache of keys and values in training by default.
 
-    In a transformers model with a cache of keys and values, each block has its own index in the
-    cache, so the blocks would not share a graph. Training needs no cache, so the call disables it
-    by default. If a cache is used, the call is ``whole``, the model as one graph.
+    Training needs no cache. In a transformers model, each block has its own index in the cache, so
+    blocks that are compiled one by one would not share a graph. And Dynamo doesn't compile a block
+    in a ``checkpoint_wrapper`` that writes to a cache.
+
+    Args:
+        model: the model.
+        call_blocks: the call without a cache.
+        whole: the call with a cache: the model as one graph.
     """
     signature, caches = inspect.signature(model.forward), takes_cache(model)
     rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
@@ -59,6 +68,6 @@ def _in_blocks(model: nn.Module, whole: Callable[..., Any]) -> Callable[..., Any
                 wanted = cache_by_default(model)
             if wanted or cached:
                 return whole(*args, **kwargs)
-        return model._call_impl(*args, **kwargs)
+        return call_blocks(*args, **kwargs)
 
     return call

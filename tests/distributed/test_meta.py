@@ -218,7 +218,7 @@ def test_wrong_dense_checkpoint(tmp_path):
             load_dense(tmp_path / "wrong.safetensors", model)
     assert_equal(state(model), before)
     save_file(tensors, tmp_path / "good.safetensors")
-    with pytest.raises(StateError, match=r"embed_tokens.weight is on the meta device"):
+    with pytest.raises(StateError, match=r"model\.layers\..* is on the meta device"):
         load_dense(tmp_path / "good.safetensors", on_meta("llama"))
     with pytest.raises(CheckpointError, match="no safetensors file"):
         load_dense(tmp_path / "nothing", model)
@@ -297,3 +297,14 @@ def test_refused(options):
         ArgumentError, match=r"needs the weights, and model.layers.0.* is on the meta"
     ):
         on_meta("llama", **options)
+
+
+def sharded_too_early():
+    model = TRANSFORMERS["llama"]()
+    fully_shard(model.model.layers[1])
+    with pytest.raises(ArgumentError, match=r"model.layers.1 is sharded by fully_shard already"):
+        slope_fx.compile(model)
+
+
+def test_sharded_before_compile(ranks):
+    ranks.run(2, sharded_too_early)
