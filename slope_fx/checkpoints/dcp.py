@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from slope_fx.checkpoints.filling import check_same_layers
+from slope_fx.checkpoints.filling import check_same_layers, note_loaded
 from slope_fx.checkpoints.holders import choose_holders, describe_copies
 from slope_fx.checkpoints.manifest import Manifest
 from slope_fx.checkpoints.randoms import random_states, set_random_states, tell_of_new_rank
@@ -149,7 +149,7 @@ class TrainingState(Stateful):
                     f"{first_line(error)} Make it as the interrupted run did."
                 ) from error
         for weight in sparse_weights(self._model).values():
-            weight.note_write()
+            note_loaded(weight)
         if together.rank < rest["world_size"]:
             set_random_states(decode_inline(_own("random_states", rest, together)))
         else:

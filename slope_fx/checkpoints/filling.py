@@ -68,8 +68,15 @@ def fill_model(
     active = any(entry.adapter_active for entry in manifest.sparse.values())
     for weight in sparse_weights(model).values():
         weight.phase.set(active)
-        weight.note_write()
+        note_loaded(weight)
     return replaced
+
+
+def note_loaded(weight: SparseWeight) -> None:
+    """Note that all tensors of a weight were replaced by those of a checkpoint."""
+    weight.start = None
+    weight.first_fingerprint = 0  # of shards: all ranks read the same masks
+    weight.note_write()
 
 
 def check_same_layers(model: nn.Module, saved: Manifest) -> None:

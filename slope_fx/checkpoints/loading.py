@@ -31,6 +31,7 @@ from slope_fx.planning.config import parse_dtype
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.plan import SparsePlan, sparse_name, sparse_plans, values_name
 from slope_fx.record import RECORD, Record
+from slope_fx.sparse.blank import Start
 from slope_fx.sparse.fallback import OnFallback
 from slope_fx.sparse.install import install, plain_modes
 from slope_fx.sparse.optimizers import watch
@@ -310,11 +311,13 @@ def _read_parts(plan: SparsePlan, manifest: Manifest, reader: _Reader) -> Parts:
         problem = packed_masks_problem(forward, backward, layout.d_in, pattern)
     if problem:
         raise CheckpointError(f"{reader.folder}: {plan.name} should be {pattern}, but {problem}.")
-    if entry.rank is None:
-        return Parts(kept, forward, backward)
-    a = reader.read(f"{beside}lora_A", (layout.stack * entry.rank, layout.d_in))
-    b = reader.read(f"{beside}lora_B", (rows, entry.rank))
-    return Parts(kept, forward, backward, Adapter(a, b, entry.scale, entry.adapter_active))
+    adapter = None
+    if entry.rank is not None:
+        a = reader.read(f"{beside}lora_A", (layout.stack * entry.rank, layout.d_in))
+        b = reader.read(f"{beside}lora_B", (rows, entry.rank))
+        adapter = Adapter(a, b, entry.scale, entry.adapter_active)
+    start = Start(None) if kept.is_meta else None
+    return Parts(kept, forward, backward, adapter, start)
 
 
 def _move_buffers(
