@@ -70,6 +70,7 @@ def together(
     first: int = 0,
     made: Callable[[Any, Any], None] | None = None,
     micro_batches: int = 1,
+    share: int | None = None,
 ) -> dict[str, Any]:
     """Train on this rank, in a data-parallel wrapper.
 
@@ -79,8 +80,9 @@ def together(
         steps, first: the steps to take are those from ``first`` to ``steps``.
         made: called with the optimizer and the Schedule ahead of the first step.
         micro_batches: number of batches whose gradients are accumulated.
+        share: which part of the batch this rank has. None: that of its number.
     """
-    wrapped = wrap(model)
+    wrapped, share = wrap(model), dist.get_rank() if share is None else share
     optimizer = adamw(model)
     schedule, losses = schedule_of(model), []
     if made is not None:
@@ -89,7 +91,7 @@ def together(
         mean = torch.zeros(())
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
-            ids = batch(step, dist.get_rank() * micro_batches + micro)
+            ids = batch(step, share * micro_batches + micro)
             with contextlib.nullcontext() if last else accumulating(wrapped):
                 loss = loss_of(wrapped, ids) / micro_batches
                 loss.backward()
