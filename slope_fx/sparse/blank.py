@@ -103,23 +103,32 @@ def put(parameter: Tensor, tensor: Tensor) -> None:
 
 
 @torch.no_grad()
+def start_of(weight: Started) -> Start | None:
+    """The state of a weight. None if it was filled by other code than an initialization."""
+    start = weight.start
+    if start is None or start.written or weight.forward_bits.is_meta:
+        return start
+    bits = weight.forward_bits.detach()
+    if isinstance(bits, DTensor):
+        bits = bits.to_local()
+    if bits.any():
+        # A mask of zeros has no meaning, and emptied() made it zero. So other code has filled the
+        # tensors in place, such as a broadcast from rank 0, or torch.distributed.checkpoint.load.
+        weight.start = None
+    return weight.start
+
+
 def check_filled(weight: Started) -> None:
     """Check that a weight has content.
 
     Raises:
         StateError: it has none.
     """
-    start = weight.start
+    start, bits = start_of(weight), weight.forward_bits
     if start is None or start.written:
         return
-    bits = weight.forward_bits.detach()
-    if isinstance(bits, DTensor):
-        bits = bits.to_local()
-    if not bits.is_meta and (not bits.numel() or bits.any()):
-        # A mask of zeros has no meaning, and emptied() made it zero. So other code has filled the
-        # tensors in place, such as a broadcast from rank 0, or torch.distributed.checkpoint.load.
-        weight.start = None
-        return
+    if isinstance(bits, DTensor) and not bits.to_local().numel() and not bits.is_meta:
+        return  # this rank has no rows, and the others can tell
     what = "is on the meta device" if bits.is_meta else "is not initialized"
     if start.partial is not None:
         what = "is initialized in part, and elements of it are NaN"

@@ -73,7 +73,7 @@ class _Reading:
         stamp: stamp of the values at the time of the read.
         layout: if it is given, ``dense`` has the shape of the layer's parameter instead.
         unpruned: whether the temporary still has the elements that the values lack. An
-            initialization in several steps, such as ``trunc_normal_``, needs them.
+            initialization in several steps, such as ``sparse_``, needs them.
     """
 
     weight: Read

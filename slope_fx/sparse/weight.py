@@ -24,7 +24,16 @@ from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import SparsePlan, values_name
-from slope_fx.sparse.blank import Start, check_filled, content, emptied, fill, put, to_initialise
+from slope_fx.sparse.blank import (
+    Start,
+    check_filled,
+    content,
+    emptied,
+    fill,
+    put,
+    start_of,
+    to_initialise,
+)
 from slope_fx.sparse.fallback import Fallback
 from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.phase import Phase
@@ -240,7 +249,7 @@ class SparseWeight(nn.Module):
             with torch.inference_mode(not torch.is_grad_enabled()):
                 return self.layout.to_parameter(self._markers(kept))
         with torch.inference_mode(False):  # inference tensors have no version counter
-            if self.start is not None and not self.adapter_active:
+            if start_of(self) is not None and not self.adapter_active:
                 parameter = to_initialise(self, kept)
                 return DenseWeight.of(self, parameter, parameter, self.layout)
             dense = self._markers(kept)
@@ -293,7 +302,7 @@ class SparseWeight(nn.Module):
         if values.is_meta:
             return
         matrix = whole(matrix.detach()).to(values.device, values.dtype)
-        if self.start is not None:
+        if start_of(self) is not None:
             fill(self, matrix)
             self.note_write()
             return

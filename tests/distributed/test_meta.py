@@ -73,12 +73,12 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.head = nn.Linear(16, 32), nn.Linear(32, 8)
-        self.truncated, self.halves = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.zeroed, self.halves = nn.Linear(32, 64), nn.Linear(64, 32)
         self.orthogonal, self.copied = nn.Linear(32, 32), nn.Linear(32, 32)
         self.experts = nn.Parameter(torch.empty(2, 32, 64))
 
     def forward(self, x):
-        h = self.halves(F.relu(self.truncated(self.first(x))))
+        h = self.halves(F.relu(self.zeroed(self.first(x))))
         h = self.copied(F.relu(self.orthogonal(h)))
         h = torch.bmm(h.expand(2, *h.shape), self.experts).sum(0)
         return self.head(F.relu(h[:, :32]))
@@ -88,7 +88,7 @@ class Mixed(nn.Module):
         for layer in (m for m in self.children() if isinstance(m, nn.Linear)):
             nn.init.zeros_(layer.bias)
             nn.init.normal_(layer.weight)
-        nn.init.trunc_normal_(self.truncated.weight, mean=0.5, std=0.3)
+        nn.init.sparse_(self.zeroed.weight, sparsity=0.4, std=0.3)
         nn.init.xavier_uniform_(self.halves.weight[:16])
         self.halves.weight[16:].uniform_(-2, 1)
         nn.init.orthogonal_(self.orthogonal.weight, gain=3.0)
@@ -260,19 +260,20 @@ def test_without_content():
 
 def test_content_from_elsewhere():
     """A state dict, a write into the tensors, and to_empty of a trained model."""
-    model, source = on_meta("llama"), initialise(on_meta("llama"))
-    model.to_empty(device="cpu")
+    model, source = initialise(on_meta("llama"), 4), initialise(on_meta("llama"))
     model.load_state_dict(source.state_dict())
     other = on_meta("llama").to_empty(device="cpu")
     with torch.no_grad():
         for mine, theirs in zip(other.parameters(), source.parameters(), strict=True):
             mine.copy_(theirs)
     for filled in (model, other):
-        slope_fx.Schedule(filled, 3)
         weight = slope_fx.sparse_weights(filled)["model.layers.1.mlp.up_proj"]
+        layer, theirs = (m.model.layers[1].mlp.up_proj for m in (filled, source))
+        assert torch.equal(layer.weight, theirs.weight)
         mask = weight.forward_mask()
-        nn.init.normal_(filled.model.layers[1].mlp.up_proj.weight)  # keeps the mask
+        nn.init.normal_(layer.weight)  # keeps the mask
         assert torch.equal(weight.forward_mask(), mask)
+    slope_fx.Schedule(filled, 3)
     filled.to_empty(device="cpu")
     with pytest.raises(StateError, match=r"not initialized\. Load a checkpoint"):
         weight.to_dense()
