@@ -1,0 +1,158 @@
+"""The Trainer of transformers and Accelerate on two processes: as a plain loop in one."""
+
+import pytest
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+import slope_fx
+from launched import (
+    DATA,
+    GLOBAL_BATCH,
+    OPTIMIZER,
+    PHASES,
+    STEPS,
+    StopAt,
+    as_on_gpus,
+    batch_of,
+    launched,
+    mean_over_ranks,
+    model_of,
+    plain_loop,
+)
+from models import loss_of
+from parallel import assert_same, whole_state
+from slope_fx.integrations.transformers import SlopeCallback
+
+_plain = {}
+
+
+def plain(name):
+    if name not in _plain:
+        _plain[name] = plain_loop(name)
+    return _plain[name]
+
+
+class Recorder(Trainer):
+    losses: list
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}
+
+
+def trainer_run(name, strategy, folder, first, last, more):
+    """The steps from first to last of the run, by a new Trainer that resumes at ``first``."""
+    with launched():
+        arguments = TrainingArguments(
+            str(folder), max_steps=STEPS, learning_rate=OPTIMIZER["lr"],
+            adam_epsilon=OPTIMIZER["eps"], lr_scheduler_type="constant", use_cpu=True,
+            per_device_train_batch_size=GLOBAL_BATCH // torch.distributed.get_world_size(),
+            train_sampling_strategy="sequential", report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, **more,
+        )  # fmt: skip
+        if strategy == "fsdp":
+            as_on_gpus()
+        trainer = Recorder(
+            model_of(name), arguments, train_dataset=DATA,
+            callbacks=[SlopeCallback(**PHASES), StopAt(last)],
+        )  # fmt: skip
+        trainer.losses = []
+        trainer.train(resume_from_checkpoint=first > 0)
+        assert isinstance(trainer.model_wrapped, WRAPPERS[strategy]), type(trainer.model_wrapped)
+        return {"losses": mean_over_ranks(trainer.losses), "state": whole_state(trainer.model)}
+
+
+FSDP = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
+RUNS = [(0, 2), (2, 6), (6, STEPS)]  # interrupted in the sparse phase, and in the adapter phase
+
+TRAINERS = {
+    "DDP": ("ddp", {}),
+    "DDP, checkpointing": (
+        "ddp", {"gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    ),
+    "DDP, reentrant checkpointing": (
+        "ddp", {"gradient_checkpointing": True,
+                "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ),
+    "FSDP2": ("fsdp", FSDP),
+    "FSDP2, sharded": (
+        "fsdp", {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    ),
+    "FSDP2, checkpointing": (
+        "fsdp", {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+    ),
+}  # fmt: skip
+
+
+def check(ranks, worlds, want, function, *args):
+    """Run the parts, each on a number of ranks; compare all losses and the last weights."""
+    losses = []
+    for world, (first, last) in zip(worlds, RUNS, strict=True):
+        got = ranks.run(world, function, *args[:-1], first, last, args[-1], timeout=300)
+        losses += got[0]["losses"]
+    for one in got:
+        assert_same({**one, "losses": losses}, want)
+
+
+@pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("way", list(TRAINERS))
+def test_trainer(ranks, tmp_path, way, worlds):
+    strategy, more = TRAINERS[way]
+    check(ranks, worlds, plain("gpt2"), trainer_run, "gpt2", strategy, tmp_path, more)
+
+
+def accelerate_run(name, strategy, folder, first, last, more):
+    """As the recipe: the model's parameters to AdamW, ``prepare``, ``save_state``."""
+    with launched():
+        plugin = None
+        if strategy == "fsdp":
+            PartialState(cpu=True)
+            as_on_gpus()
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **more
+            )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        model = model_of(name)
+        optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+        schedule = slope_fx.Schedule(model, STEPS, **PHASES)
+        accelerator.register_for_checkpointing(schedule)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        assert isinstance(model, WRAPPERS[strategy]), type(model)
+        if first:
+            accelerator.load_state(folder)
+        losses = []
+        for step in range(first, last):
+            loss = loss_of(model, batch_of(step))
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss)
+        accelerator.save_state(folder)
+        state = whole_state(accelerator.unwrap_model(model))
+        return {"losses": mean_over_ranks(losses), "state": state}
+
+
+ACCELERATE = {
+    "DDP": ("ddp", {}),
+    "FSDP2": ("fsdp", {}),
+    "FSDP2, whole state": ("fsdp", {"state_dict_type": "FULL_STATE_DICT"}),
+    "FSDP2, from rank 0": ("fsdp", {"cpu_ram_efficient_loading": True}),
+    "FSDP2, checkpointing": ("fsdp", {"activation_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("way", list(ACCELERATE))
+def test_accelerate(ranks, tmp_path, way, worlds):
+    strategy, more = ACCELERATE[way]
+    check(ranks, worlds, plain("llama"), accelerate_run, "llama", strategy, tmp_path, more)
