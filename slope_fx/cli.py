@@ -17,6 +17,7 @@ _EXPLAIN = """example:
   slope-fx explain config.json --sparsity 2:4
   slope-fx explain runs/gpt2/checkpoint --json
   slope-fx explain config.json --sparsity '*.mlp.*=2:8' '*=2:4' --adapter-rank 16
+  slope-fx explain config.json --no-measure --world-size 64
 """
 _CONVERT = """example:
   slope-fx convert my-model my-model-2-4 --to sparse --sparsity 2:4     dense to sparse
@@ -85,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--no-measure", action="store_true", help="don't measure speedups on this machine"
     )
+    explain.add_argument(
+        "--world-size", type=int, metavar="N",
+        help="report what each of N ranks holds and sends if FSDP2 shards the model",
+    )  # fmt: skip
     explain.add_argument("--dtype", help="dtype of the weights (default: the configuration's)")
 
     convert = command(
@@ -131,6 +136,7 @@ def _explain(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     explanation = preview(
         options.source, _sparsity(options.sparsity), adapter_rank=options.adapter_rank,
         dtype=options.dtype, tokens=options.tokens, measure=not options.no_measure,
+        world_size=options.world_size,
     )  # fmt: skip
     return str(explanation), explanation.to_dict()
 

@@ -58,7 +58,7 @@ def choose_regions(
     if region == "model":
         return Regions()
     graph_of = _graph_of(model, graphs)
-    blocks = _repeated_blocks(model, graph_of)
+    blocks = repeated_blocks(model, graphs)
     chosen = set()
     for scope in {scope for plan in sparse for scope in plan.scopes}:
         containing = [block for block in blocks if _within(scope, block)]
@@ -107,11 +107,15 @@ def _graph_of(model: nn.Module, graphs: Mapping[str, int]) -> Callable[[str], ob
     return lambda path: graphs[path] if path in graphs else structure(path)
 
 
-def _repeated_blocks(model: nn.Module, graph_of: Callable[[str], object]) -> set[str]:
+def repeated_blocks(model: nn.Module, graphs: Mapping[str, int]) -> set[str]:
     """Paths of the members of ModuleLists, ModuleDicts and Sequentials whose graphs repeat.
 
     If two members of the same type have equal graphs, all members of this type are included.
+
+    Args:
+        model, graphs: as for :func:`choose_regions`.
     """
+    graph_of = _graph_of(model, graphs)
     blocks = set()
     for path, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):

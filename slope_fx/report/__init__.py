@@ -2,6 +2,20 @@
 
 from slope_fx.report.explain import explain
 from slope_fx.report.preview import preview
-from slope_fx.report.tables import Explanation, LinearReport, ProductReport
+from slope_fx.report.tables import (
+    Explanation,
+    LinearReport,
+    ProductReport,
+    RankBytes,
+    Sharding,
+)
 
-__all__ = ["Explanation", "LinearReport", "ProductReport", "explain", "preview"]
+__all__ = [
+    "Explanation",
+    "LinearReport",
+    "ProductReport",
+    "RankBytes",
+    "Sharding",
+    "explain",
+    "preview",
+]

@@ -25,6 +25,7 @@ from slope_fx.planning.plan import (
 )
 from slope_fx.planning.trace import trace
 from slope_fx.report.explain import product_reports, report_dense, report_sparse
+from slope_fx.report.sharding import check_world_size, sharding
 from slope_fx.report.tables import Explanation, LinearReport, ProductReport
 
 MOST_WIDTH = 2048
@@ -39,6 +40,7 @@ def preview(
     dtype: str | torch.dtype | None = None,
     tokens: int = 1024,
     measure: bool = True,
+    world_size: int | None = None,
     **options: Unpack[ConfigOptions],
 ) -> Explanation:
     """Returns the report that ``explain`` would give for a transformers model after ``compile``.
@@ -53,6 +55,9 @@ def preview(
         dtype: dtype of the weights. None: the dtype of the configuration, or float32.
         tokens: number of tokens for which the products are measured.
         measure: whether to measure the products on this machine.
+        world_size: number of ranks. The report then has a :class:`Sharding`: what a rank holds and
+            sends if ``fully_shard`` shards each block and the model over so many ranks, beside the
+            same of the dense model. No process group is needed.
 
     Raises:
         ArgumentError: the configuration does not exist, transformers has no model class for it,
@@ -61,6 +66,8 @@ def preview(
     """
     if not isinstance(tokens, int) or tokens < 1:
         raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
+    if world_size is not None:
+        check_world_size(world_size)
     if unknown := [name for name in options if name not in ConfigOptions.__annotations__]:
         raise ArgumentError(
             f"there is no argument {unknown[0]!r}; there are "
@@ -75,7 +82,7 @@ def preview(
                 ArgumentWarning,
                 stacklevel=2,
             )
-        return _of_checkpoint(Path(source), tokens if measure else None)
+        return _of_checkpoint(Path(source), tokens if measure else None, world_size)
     config = SlopeConfig.of(sparsity, options)
     rules = PatternRules(config.sparsity)
     model = _meta_model(source, parse_dtype(dtype))
@@ -86,10 +93,11 @@ def preview(
         raise NoEligibleLinearError(f"No linear of {source} can be made {config.sparsity}.")
     first = next(model.parameters())
     products = _measured(sparse, first.dtype, tokens) if measure else {}
+    ranks = {plan.name: layer_rank(config, plan) for plan in sparse}
     reports: list[LinearReport] = []
     for plan in plans:
         if isinstance(plan, SparsePlan):
-            rank, met = layer_rank(config, plan), products.get(plan.name, ())
+            rank, met = ranks[plan.name], products.get(plan.name, ())
             size = first.element_size()
             reports.append(report_sparse(plan, config.storage, rank, size, products=met))
         elif isinstance(plan, DensePlan):
@@ -101,10 +109,13 @@ def preview(
         notes.append(_gains(reports, tokens))
     for key in rules.unmatched():
         notes.append(f"sparsity[{key!r}] matches no linear that an earlier key doesn't match.")
-    return Explanation(tuple(reports), "\n".join(notes))
+    shards = None
+    if world_size is not None:
+        shards = sharding(model, sparse, ranks, config.storage, traced.graphs, world_size)
+    return Explanation(tuple(reports), "\n".join(notes), shards)
 
 
-def _of_checkpoint(folder: Path, tokens: int | None) -> Explanation:
+def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> Explanation:
     manifest = read_manifest(folder)
     sparse = sparse_plans(manifest.plans)
     dtype = _dtype_of(folder, manifest)
@@ -121,7 +132,12 @@ def _of_checkpoint(folder: Path, tokens: int | None) -> Explanation:
     note = f"A sparse checkpoint; adapters take part in {active} of its layers."
     if tokens is not None:
         note += f"\n{_gains(reports, tokens)}"
-    return Explanation(tuple(reports), note)
+    shards = None
+    if world_size is not None:
+        ranks = {plan.name: manifest.sparse[plan.name].rank for plan in sparse}
+        model, storage = _meta_model(folder, dtype), manifest.config.storage
+        shards = sharding(model, sparse, ranks, storage, {}, world_size)
+    return Explanation(tuple(reports), note, shards)
 
 
 def _dtype_of(folder: Path, manifest: Manifest) -> torch.dtype:

@@ -74,16 +74,141 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class RankBytes:
+    """What one rank of a sharded model holds and receives, in bytes.
+
+    A ring sends as many bytes as it receives.
+
+    Attributes:
+        values, masks, adapters, others: the shards of the pruned weights (whole if dense), of
+            their masks and adapters, and of all other parameters.
+        gradients: the shards of the gradients.
+        moments: the two fp32 moments of AdamW.
+        block: the largest block, gathered; 0 without blocks.
+        rest: what is outside of the blocks, gathered. FSDP2 keeps it so from forward to backward.
+        all_gather: received in the all-gathers of one step.
+        reduce_scatter: received in the reduce-scatters of one step.
+        refresh: received in one refresh of the backward masks, on the rank that receives most.
+    """
+
+    values: int
+    masks: int
+    adapters: int
+    others: int
+    gradients: int
+    moments: int
+    block: int
+    rest: int
+    all_gather: int
+    reduce_scatter: int
+    refresh: int
+
+    @property
+    def held(self) -> int:
+        """All shards, gradients and moments."""
+        weights = self.values + self.masks + self.adapters + self.others
+        return weights + self.gradients + self.moments
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The report on a model that ``fully_shard`` shards. ``str`` gives it as a table.
+
+    Attributes:
+        world_size: number of ranks.
+        blocks: number of blocks that are sharded each for itself, ahead of the rest of the model.
+        sparse_layers: number of sparse linears.
+        split_layers: of these, the number whose ranks split groups of M rows, so that a refresh
+            sends rows.
+        dense: bytes of rank 0 for the dense model. No rank has more.
+        sparse: the same for the sparse model while the adapters are idle.
+        adapter: the same while they are active; None without adapters.
+    """
+
+    world_size: int
+    blocks: int
+    sparse_layers: int
+    split_layers: int
+    dense: RankBytes
+    sparse: RankBytes
+    adapter: RankBytes | None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Sharding":
+        """The report from the result of ``dataclasses.asdict``."""
+        sides = {
+            side: RankBytes(**data[side]) if data[side] is not None else None
+            for side in ("dense", "sparse", "adapter")
+        }
+        return cls(**{**data, **sides})
+
+    def __str__(self) -> str:
+        phases = [phase for phase in (self.sparse, self.adapter) if phase is not None]
+        rows = []
+        for attribute, label in _RANK_ROWS.items():
+            before, *after = (getattr(side, attribute) for side in (self.dense, *phases))
+            if not before and not any(after):
+                continue
+            cells = [_size(before)]
+            for count in after:
+                cells += [_size(count), f"{count / before:.3f}" if before else ""]
+            rows.append((label, *cells))
+        headers = ["rank 0", "dense", "sparse", "ratio", "adapters active", "ratio"]
+        headers = headers[: 2 + 2 * len(phases)]
+        aligned = ("left", *("right",) * (len(headers) - 1))
+        table = tabulate(rows, headers, disable_numparse=True, colalign=aligned)
+        how = f"fully_shard on each of {self.blocks} blocks and on the model"
+        if not self.blocks:
+            how = "fully_shard on the model, which has no repeated blocks"
+        local = "Refreshes of the masks are local: each rank has whole groups of M rows."
+        if self.split_layers:
+            local = (
+                f"Refreshes of the masks send rows at the edges of shards, in {self.split_layers} "
+                f"of {self.sparse_layers} sparse layers; elsewhere each rank has whole groups of "
+                "M rows."
+            )
+        return "\n".join(
+            [
+                f"Sharded over {self.world_size} ranks by FSDP2 ({how}):",
+                "",
+                table,
+                "",
+                "Rank 0 has the largest shards; no rank holds or receives more, but in a refresh. "
+                "Bytes on the wire are in the dtypes of the weights. Blocks are gathered for "
+                f"forward and again for backward. {local}",
+            ]
+        )
+
+
+_RANK_ROWS = {
+    "values": "weights of the pruned linears",
+    "masks": "masks",
+    "adapters": "adapters",
+    "others": "all other parameters",
+    "gradients": "gradients",
+    "moments": "AdamW's moments, fp32",
+    "held": "all of these",
+    "block": "the largest block, gathered",
+    "rest": "outside of the blocks, gathered",
+    "all_gather": "received a step, all-gathers",
+    "reduce_scatter": "received a step, reduce-scatters",
+    "refresh": "received a refresh, at most",
+}
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The report on a model. ``str`` gives it as a table.
 
     Attributes:
         linears: a report on each linear.
         note: remarks about the whole model, or "".
+        sharding: the report on its shards, or None.
     """
 
     linears: tuple[LinearReport, ...]
     note: str
+    sharding: Sharding | None = None
 
     @property
     def sparse(self) -> tuple[LinearReport, ...]:
@@ -92,7 +217,11 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
-        return {"linears": [asdict(linear) for linear in self.linears], "note": self.note}
+        return {
+            "linears": [asdict(linear) for linear in self.linears],
+            "note": self.note,
+            "sharding": None if self.sharding is None else asdict(self.sharding),
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Explanation":
@@ -102,7 +231,10 @@ class Explanation:
             products = tuple(ProductReport(**product) for product in report["products"])
             shape = tuple(report["shape"])
             linears.append(LinearReport(**{**report, "shape": shape, "products": products}))
-        return cls(tuple(linears), data["note"])
+        sharding = data.get("sharding")
+        if sharding is not None:
+            sharding = Sharding.from_dict(sharding)
+        return cls(tuple(linears), data["note"], sharding)
 
     def __str__(self) -> str:
         rows = [
@@ -145,6 +277,8 @@ class Explanation:
             )
         if self.note:
             lines.append(self.note)
+        if self.sharding is not None:
+            lines += ["", str(self.sharding)]
         return "\n".join(lines)
 
 
