@@ -15,8 +15,8 @@ from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, Training
 from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.agreement import check_agreement, groups_of
 from slope_fx.sparse.blank import settle
-from slope_fx.sparse.shards import gather, reshard
-from slope_fx.sparse.weight import SparseWeight, whole
+from slope_fx.sparse.shards import gather, reshard, whole
+from slope_fx.sparse.weight import SparseWeight
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slope_fx.dynamo import CompiledFunction
 from slope_fx.sparse.blank import check_filled
-from slope_fx.sparse.weight import Choices, find_alive
+from slope_fx.sparse.parts import Choices
+from slope_fx.sparse.weight import find_alive
 from slope_fx.sparse.wrappers import check_wrapper
 
 _numbers = itertools.count()

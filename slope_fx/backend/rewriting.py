@@ -26,7 +26,8 @@ from slope_fx.kernels.cache import digest
 from slope_fx.kernels.engines import AUTO
 from slope_fx.passes import Context, Leftover, Rewrites, run_passes
 from slope_fx.passes.graph import nested_calls
-from slope_fx.sparse.weight import Choices, SparseWeight, find_alive
+from slope_fx.sparse.parts import Choices
+from slope_fx.sparse.weight import SparseWeight, find_alive
 from slope_fx.version import __version__
 
 

@@ -35,8 +35,8 @@ from slope_fx.sparse.blank import Start
 from slope_fx.sparse.fallback import OnFallback
 from slope_fx.sparse.install import install, plain_modes
 from slope_fx.sparse.optimizers import watch
+from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.storage import storage_named
-from slope_fx.sparse.weight import Parts
 
 
 def load_pretrained(

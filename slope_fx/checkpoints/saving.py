@@ -135,8 +135,8 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if not kept:
             raise CheckpointError(f"{folder} has no tensor {name}, which the model has.")
         # A tensor under several names may be stored under each, as by the Trainer under FSDP2.
-        files = [stored.pop(n) for n in kept]
-        tensors[kept[0]] = files[0]
+        places = [stored.pop(n) for n in kept]
+        tensors[kept[0]] = places[0]
         other_names.update({n: kept[0] for n in names if n != kept[0]})
     if stored:
         raise CheckpointError(f"{folder} has {next(iter(stored))}, which the model doesn't have.")

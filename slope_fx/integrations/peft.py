@@ -12,7 +12,8 @@ from slope_fx.errors import ArgumentError, UnsupportedError, first_line
 from slope_fx.planning.plan import sparse_name
 from slope_fx.planning.trace import linear_modules
 from slope_fx.record import record_of, sparse_weights
-from slope_fx.sparse.weight import SparseWeight, whole
+from slope_fx.sparse.shards import whole
+from slope_fx.sparse.weight import SparseWeight
 
 
 def export_peft(

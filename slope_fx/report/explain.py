@@ -15,8 +15,9 @@ from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.trace import linear_modules
 from slope_fx.record import Record, record_of, sparse_weights
 from slope_fx.report.tables import PRODUCTS, Explanation, LinearReport, ProductReport
+from slope_fx.sparse.parts import Choices
 from slope_fx.sparse.storage import storage_named
-from slope_fx.sparse.weight import Choices, SparseWeight
+from slope_fx.sparse.weight import SparseWeight
 
 
 def explain(model: nn.Module) -> Explanation:

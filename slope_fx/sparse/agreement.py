@@ -6,17 +6,35 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import StateError
+from slope_fx.sparse.mask import fingerprint_of
 from slope_fx.sparse.weight import SparseWeight
+from slope_fx.sparse.wrappers import wrapper_of
 from slope_fx.version import __version__
+
+
+def _groups(weight: SparseWeight) -> list[dist.ProcessGroup]:
+    """The groups of processes that train a weight together, in a wrapper or as shards."""
+    values, wrapper = weight.values, wrapper_of(weight)
+    groups = [] if wrapper is None else [wrapper.process_group]
+    if isinstance(values, DTensor):
+        groups += [values.device_mesh.get_group(dim) for dim in range(values.device_mesh.ndim)]
+    return groups
+
+
+def _fingerprint(weight: SparseWeight) -> int:
+    """A number of the forward mask; of a sharded mask, that of the mask before."""
+    bits = weight.forward_bits
+    return weight.first_fingerprint if isinstance(bits, DTensor) else fingerprint_of(bits)
 
 
 def groups_of(weights: Sequence[SparseWeight]) -> list[dist.ProcessGroup]:
     """The process groups of the wrappers and shards of ``weights``, each once."""
     if not (dist.is_available() and dist.is_initialized()):
         return []
-    groups = {group.group_name: group for weight in weights for group in weight.process_groups()}
+    groups = {group.group_name: group for weight in weights for group in _groups(weight)}
     return [group for group in groups.values() if group.size() > 1]
 
 
@@ -36,7 +54,7 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
         mine = {"the version of slope_fx": __version__}
         mine |= {f"the Schedule's {name}": str(value) for name, value in schedule.items()}
         for weight in weights:
-            if group in weight.process_groups():
+            if group in _groups(weight):
                 mine[f"layer {weight.name}"] = _described(weight)
         digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
         digests: list[str] = [""] * group.size()
@@ -49,7 +67,7 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
 
 def _described(weight: SparseWeight) -> str:
     shape, rank = "x".join(map(str, weight.shape)), weight.rank or "none"
-    return f"{weight.pattern} {shape}, adapter rank {rank}, mask {weight.fingerprint():016x}"
+    return f"{weight.pattern} {shape}, adapter rank {rank}, mask {_fingerprint(weight):016x}"
 
 
 def _difference(all_of_them: Sequence[Mapping[str, str]], group: dist.ProcessGroup) -> str:

@@ -64,3 +64,14 @@ class Fallback:
                 or "it is in a graph that no pass rewrote (one compiled by another backend, or "
                 "shared with a layer already named)"
             )
+
+
+def tell_of_export() -> None:
+    """Warn that an exported program has dense weights."""
+    warnings.warn(
+        "torch.export of a model with sparse weights: the program rebuilds each dense weight "
+        "at every call, and needs slope_fx to run. For a plain program, export a dense copy: "
+        "slope_fx.densify(model).",
+        ExpandedWeightWarning,
+        stacklevel=3,
+    )

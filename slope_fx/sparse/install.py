@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from slope_fx.errors import UnsupportedError
 from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
+from slope_fx.sparse.parts import Choices, Parts, Shared
 from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.storage import Storage
-from slope_fx.sparse.weight import Choices, Parts, Shared, SparseWeight
+from slope_fx.sparse.weight import SparseWeight
 
 
 class _Kind(NamedTuple):

@@ -14,9 +14,9 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.mask import Mask
-from slope_fx.sparse.reading import note_step
 from slope_fx.sparse.trained import note_trained
 from slope_fx.sparse.weight import SparseWeight, find_alive
+from slope_fx.sparse.written import note_step
 
 _replaced = WeakTensorKeyDictionary()
 """Replaced parameters, weakly held: the replacement, and the function that replaced it."""

@@ -18,19 +18,19 @@ writes (see ``blank.py``).
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from slope_fx.errors import UnsupportedError
 from slope_fx.ops.dispatch import local
 from slope_fx.passes.views import Layout
-from slope_fx.sparse.blank import Started, check_filled, put
+from slope_fx.sparse.blank import check_filled
+from slope_fx.sparse.written import Read, Reading, stamp_of
 
 _TENSOR: Any = Tensor
 _FILLS = {
@@ -45,123 +45,6 @@ _SET_REQUIRES_GRAD = _TENSOR.requires_grad.__set__
 _OF_THE_PARAMETER = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
 
 
-class Read(Started, Protocol):
-    """The part of :class:`~slope_fx.SparseWeight` that a reading needs."""
-
-    _values_name: str
-
-    @property
-    def adapter_active(self) -> bool: ...
-
-    @property
-    def values(self) -> nn.Parameter: ...
-
-    def expanded(self) -> Tensor: ...
-
-    def has_pruned(self, matrix: Tensor) -> bool: ...
-
-    def store(self, matrix: Tensor) -> None: ...
-
-
-@dataclass
-class _Reading:
-    """One read of a weight.
-
-    Attributes:
-        weight: the sparse weight.
-        dense: the temporary tensor (stack * d_out, d_in). All views share its memory.
-        stamp: stamp of the values at the time of the read.
-        layout: if it is given, ``dense`` has the shape of the layer's parameter instead.
-        unpruned: whether the temporary still has the elements that the values lack. An
-            initialization in several steps, such as ``sparse_``, needs them.
-    """
-
-    weight: Read
-    dense: Tensor
-    stamp: tuple[int, ...]
-    layout: Layout | None = None
-    unpruned: bool = False
-
-    def refuse(self, what: str, instead: str = "") -> NoReturn:
-        """Raise an error about the operation ``what``.
-
-        Args:
-            what: the problem.
-            instead: what to do; "" for the general advice.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        name = self.weight.name
-        raise UnsupportedError(
-            f"{name}: {what}. `weight` of a sparse layer is made from its values at each reading. "
-            + (
-                instead
-                or "To write a dense weight and drop its pruned elements, call "
-                f"slope_fx.sparse_weights(model)[{name!r}].write_(dense)."
-            )
-        )
-
-    @torch.no_grad()
-    def renew(self) -> None:
-        """Give the temporary the current content of the weight."""
-        content = self.weight.expanded()
-        put(self.dense, content if self.layout is None else self.layout.to_parameter(content))
-        self.unpruned = False
-
-    def written(self, what: str, *, initialises: bool, in_grad_mode: bool) -> None:
-        """Apply a write to the temporary to the values, or undo it and raise an error.
-
-        Args:
-            what: name of the operation that wrote.
-            initialises: whether the write is an initialization.
-            in_grad_mode: whether the write was recorded by autograd.
-
-        Raises:
-            UnsupportedError: the write cannot be applied to the values.
-        """
-        weight, start = self.weight, self.weight.start
-        matrix = self.dense if self.layout is None else self.layout.to_matrix(self.dense)
-        now = _stamp(weight)
-        reason = instead = ""
-        if in_grad_mode:
-            reason = f"{what} writes to it while gradients are on"
-            instead = "Write under torch.no_grad(), as to any parameter."
-        elif now != self.stamp:
-            reason = f"{what} writes to a `weight` that was read before its values changed"
-            instead = "Read `weight` again."
-        elif start is not None and (
-            initialises or not start.written or what in ("copy_()", "`data`")
-        ):
-            if self.dense.is_meta:
-                return  # a write to a meta tensor has no effect
-            if start.written or not self.dense.isnan().any():
-                weight.store(matrix)
-                self.unpruned = True
-            else:
-                start.partial = self.dense.detach()
-            self.stamp = _stamp(weight)
-            return
-        elif weight.adapter_active:
-            reason = f"{what} writes to it while its adapter is active, which `weight` includes"
-        elif not initialises and weight.has_pruned(matrix):
-            reason = f"{what} writes to elements that are pruned, which would be lost"
-            if what == "`data`" or "add" in what:
-                instead = (
-                    "Keep the update apart, as an adapter, or make the model dense first: "
-                    "slope_fx.densify(model). To drop the pruned elements, call "
-                    f"slope_fx.sparse_weights(model)[{weight.name!r}].write_(dense)."
-                )
-        if reason:
-            if start is None or start.written:
-                self.renew()
-            self.refuse(reason, instead)
-        weight.store(matrix)
-        self.stamp = _stamp(weight)
-        if initialises:
-            self.renew()
-
-
 class DenseWeight(Tensor):
     """The dense ``W^R`` of a sparse layer, in the shape of the layer's dense parameter.
 
@@ -171,7 +54,7 @@ class DenseWeight(Tensor):
         UnsupportedError: at a write that cannot be applied to the values.
     """
 
-    _reading: _Reading
+    _reading: Reading
     _direct: bool
 
     @staticmethod
@@ -184,7 +67,7 @@ class DenseWeight(Tensor):
             shaped: a view of ``dense`` in the shape of the layer's parameter.
             layout: if it is given, ``dense`` is ``shaped``.
         """
-        return _wrap(shaped, _Reading(weight, dense, _stamp(weight), layout), direct=True)
+        return _wrap(shaped, Reading(weight, dense, stamp_of(weight), layout), direct=True)
 
     @classmethod
     def __torch_function__(
@@ -200,7 +83,7 @@ class DenseWeight(Tensor):
 class ShardedDenseWeight(DTensor):
     """A :class:`DenseWeight` of a sharded weight: a DTensor with the placements of the values."""
 
-    _reading: _Reading
+    _reading: Reading
     _direct: bool
 
     @classmethod
@@ -283,7 +166,7 @@ def _handled(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _refused(name: str) -> Callable[..., NoReturn]:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        reading: _Reading = self._reading
+        reading: Reading = self._reading
         reading.refuse(f"{name}() is not possible")
 
     return refuse
@@ -335,7 +218,7 @@ def _assign(it: Any, data: Any) -> None:
     it.detach().copy_(data)
 
 
-def _check_use(name: str, result: Any, readings: list[_Reading]) -> None:
+def _check_use(name: str, result: Any, readings: list[Reading]) -> None:
     """Check that weights have content from which a tensor was computed.
 
     Raises:
@@ -353,12 +236,12 @@ def _check_use(name: str, result: Any, readings: list[_Reading]) -> None:
             check_filled(reading.weight)
 
 
-def _readings(leaves: list[Any]) -> list[_Reading]:
+def _readings(leaves: list[Any]) -> list[Reading]:
     """The readings of tensors, each once."""
     return list({id(leaf._reading): leaf._reading for leaf in leaves}.values())
 
 
-def _view(part: Any, readings: list[_Reading]) -> Any:
+def _view(part: Any, readings: list[Reading]) -> Any:
     """A result, wrapped as a reading if it shares memory with one."""
     if not isinstance(part, Tensor) or isinstance(part, _READINGS):
         return part
@@ -376,26 +259,12 @@ def _shares(part: Tensor, dense: Tensor) -> bool:
         return False
 
 
-def _wrap(tensor: Tensor, reading: _Reading, *, direct: bool = False) -> Any:
+def _wrap(tensor: Tensor, reading: Reading, *, direct: bool = False) -> Any:
     as_sharded: Any = _AsSharded.apply
     sharded = isinstance(tensor, DTensor)
     wrapped = as_sharded(tensor) if sharded else tensor.as_subclass(DenseWeight)
     wrapped._reading, wrapped._direct = reading, direct
     return wrapped
-
-
-_steps = 0
-
-
-def note_step() -> None:
-    """Count an optimizer step. Some optimizers do not change the version of a parameter."""
-    global _steps
-    _steps += 1
-
-
-def _stamp(weight: Read) -> tuple[int, ...]:
-    values = local(weight.values)
-    return values.data_ptr(), (0 if values.is_inference() else values._version), _steps
 
 
 def _initialises(func: Callable[..., Any], name: str) -> bool:

@@ -18,6 +18,11 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 """Maps values and packed forward mask of whole groups of M rows to their backward mask."""
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded tensor; other tensors unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def refresh_sharded(
     values: DTensor, forward_bits: Tensor, backward_bits: Tensor, n: int, m: int, choose: Choose
 ) -> None:

@@ -1,31 +1,25 @@
 """``SparseWeight``: the masks and the adapter of one pruned weight."""
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slope_fx import ops
-from slope_fx.errors import ArgumentError, ExpandedWeightWarning
+from slope_fx.errors import ArgumentError
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
-from slope_fx.kernels.selection import Choice, Problem
 from slope_fx.ops.dispatch import local
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
 from slope_fx.ops.weights import expand_grad_observers
-from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import SparsePlan, values_name
 from slope_fx.sparse.blank import (
-    Start,
     check_filled,
     content,
     emptied,
@@ -34,58 +28,16 @@ from slope_fx.sparse.blank import (
     start_of,
     to_initialise,
 )
-from slope_fx.sparse.fallback import Fallback
+from slope_fx.sparse.fallback import Fallback, tell_of_export
 from slope_fx.sparse.mask import Mask, fingerprint_of
-from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.parts import Parts, Shared
 from slope_fx.sparse.pipelines import refuse_tracer
 from slope_fx.sparse.reading import DenseWeight
-from slope_fx.sparse.shards import refresh_sharded
-from slope_fx.sparse.storage import Storage
-from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for, wrapper_of
+from slope_fx.sparse.shards import refresh_sharded, whole
+from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for
 
 # Finds the layer of a tensor in a compiled graph.
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
-
-
-class Choices(dict[Problem, Choice]):
-    """The engines that were chosen for products. They are of this process: pickles omit them."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Choices, ()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The tensors that replace the dense weight of a layer.
-
-    Attributes:
-        kept: the data of the parameter in the format of the storage, any floating dtype.
-        forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
-        backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)). None: chosen from the values.
-        adapter: the adapter, or None.
-        start: for tensors on the meta device, how they get their content.
-    """
-
-    kept: Tensor
-    forward_bits: Tensor
-    backward_bits: Tensor | None = None
-    adapter: Adapter | None = None
-    start: Start | None = None
-
-
-@dataclass(frozen=True)
-class Shared:
-    """The objects that all sparse weights of a model share.
-
-    Attributes:
-        storage: how the weights are kept.
-        phase: whether the adapters take part.
-        choices: the engines of the products that the model ran so far.
-    """
-
-    storage: Storage
-    phase: Phase
-    choices: Choices
 
 
 class SparseWeight(nn.Module):
@@ -234,7 +186,7 @@ class SparseWeight(nn.Module):
             if torch.compiler.is_exporting():
                 if not torch.compiler.is_dynamo_compiling():
                     refuse_tracer(self.name)
-                _tell_of_export()
+                tell_of_export()
             return self.layout.to_parameter(self._markers(kept))
         if torch.is_grad_enabled():
             check_wrapper(self.name, kept)
@@ -347,19 +299,6 @@ class SparseWeight(nn.Module):
         reduce_for(wrapper, self, factors)
         return ((name, p) for name, p in named if not any(p is factor for factor in factors))
 
-    def process_groups(self) -> list[dist.ProcessGroup]:
-        """The groups of processes that train this weight together, in a wrapper or as shards."""
-        values, wrapper = self.values, wrapper_of(self)
-        groups = [] if wrapper is None else [wrapper.process_group]
-        if isinstance(values, DTensor):
-            groups += [values.device_mesh.get_group(dim) for dim in range(values.device_mesh.ndim)]
-        return groups
-
-    def fingerprint(self) -> int:
-        """A number of the forward mask; of a sharded mask, that of the mask before."""
-        bits = self.forward_bits
-        return self.first_fingerprint if isinstance(bits, DTensor) else fingerprint_of(bits)
-
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""
         stack = f", stack={self.stack}" if self.stack > 1 else ""
@@ -431,16 +370,6 @@ class SparseWeight(nn.Module):
         return packed_masks_problem(forward, backward, self.d_in, self.pattern)
 
 
-def _tell_of_export() -> None:
-    warnings.warn(
-        "torch.export of a model with sparse weights: the program rebuilds each dense weight "
-        "at every call, and needs slope_fx to run. For a plain program, export a dense copy: "
-        "slope_fx.densify(model).",
-        ExpandedWeightWarning,
-        stacklevel=3,
-    )
-
-
 def _tell_of_expanded_gradient(forward_mask: Tensor) -> None:
     """Report a gradient of an expanded weight that was not found at compile time.
 
@@ -460,8 +389,3 @@ def find_alive(matches: Callable[[SparseWeight], bool]) -> list[SparseWeight]:
     it is collected.
     """
     return [weight for weight in list(_alive) if weight.installed and matches(weight)]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded tensor; other tensors unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

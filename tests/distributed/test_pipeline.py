@@ -27,7 +27,7 @@ from slope_fx.errors import (
     NoEligibleLinearError,
     TrainingWarning,
 )
-from slope_fx.sparse.weight import whole
+from slope_fx.sparse.shards import whole
 
 WIDTH, VOCABULARY = 32, 64
 STEPS, REFRESH, ADAPTERS = 20, 3, 0.5

@@ -16,7 +16,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import models
 import slope_fx
 from slope_fx.errors import StateError, UnsupportedError
-from slope_fx.sparse.weight import SparseWeight, whole
+from slope_fx.sparse.shards import whole
+from slope_fx.sparse.weight import SparseWeight
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
 

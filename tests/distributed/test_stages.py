@@ -17,7 +17,7 @@ import models
 import slope_fx
 from models import batch, loss_of
 from slope_fx.errors import ArgumentWarning, NoEligibleLinearError, UnsupportedError
-from slope_fx.sparse.weight import whole
+from slope_fx.sparse.shards import whole
 
 
 class Layers(nn.Module):

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 
 import models
 import slope_fx
-from slope_fx.sparse.weight import whole
+from slope_fx.sparse.shards import whole
 
 STEPS, LR = 12, 3e-3
 

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import slope_fx
 from models import batch, loss_of
-from slope_fx.sparse.weight import whole
+from slope_fx.sparse.shards import whole
 
 STEPS = 12
 
