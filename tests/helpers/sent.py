@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = {  # the label, and the place of the argument that is sent
     "all_gather_single": ("all_gather", 1),  # since torch 2.13
@@ -53,3 +55,22 @@ def counting() -> Iterator[Counter[str]]:
     finally:
         for name, function in before.items():
             setattr(dist, name, function)
+
+
+_WAITS = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+class Functional(TorchDispatchMode):
+    """Counts the functional collectives, such as those of DTensor, as :func:`counting` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # its local tensors are counted
+        name = func.__name__.split(".")[0]
+        if func.namespace == "_c10d_functional" and name not in _WAITS:
+            self.sent[KINDS[name][0]] += args[0].nbytes
+        return func(*args, **(kwargs or {}))
