@@ -23,6 +23,21 @@ def latest(out: Path) -> Path | None:
     return max(out.glob(f"{PREFIX}[0-9]*"), default=None)
 
 
+def latest_of_ranks(out: Path) -> Path | None:
+    """The newest checkpoint that was written by ``torch.distributed.checkpoint``, or None.
+
+    Its metadata are written last, so a folder that has them is whole.
+    """
+    return max((file.parent for file in out.glob(f"{PREFIX}[0-9]*/.metadata")), default=None)
+
+
+def delete_all_but(kept: Path, out: Path) -> None:
+    """Delete the other checkpoints, whole or not."""
+    for folder in out.glob(f"{PREFIX}[0-9]*"):
+        if folder != kept:
+            shutil.rmtree(folder)
+
+
 def save(
     out: Path,
     step: int,
@@ -41,9 +56,7 @@ def save(
         _save_dense(final, model, tokenizer, parts)
     else:
         slope_fx.save_pretrained(model, final, tokenizer=tokenizer, training=parts)
-    for old in out.glob(f"{PREFIX}[0-9]*"):
-        if old != final:
-            shutil.rmtree(old)
+    delete_all_but(final, out)
     return final
 
 
