@@ -3,38 +3,34 @@
 torchrun --standalone --nproc-per-node 2 examples/pretrain_fsdp.py --out runs/fsdp
 
 The same file runs on a laptop (two processes, CPU, gloo) and on a cluster (CUDA, nccl). Started
-again with the same OUT, at any number of processes, it goes on from the last checkpoint. That is
-all that ``torchrun --max-restarts`` and a requeued job need.
+again with the same OUT, at any number of processes, it goes on from the last checkpoint. So it can
+run under ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3``, and as a requeued job.
 """
 
 import argparse
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import delete_all_but, latest_of_ranks
+from checkpoints import delete_all_but, keep_arguments, latest_of_ranks
 from text_data import Batches, add_arguments, prepare_rows
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 import slope_fx
 
-# What may differ between a run and its resumption.
-FREE_TO_CHANGE = ("save_every", "out", "replicas", "prompt")
+FREE_TO_CHANGE = ("save_every", "out", "replicas", "prompt")  # when a run goes on
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
 
     def option(name: str, default: Any, text: str) -> None:
@@ -70,16 +66,19 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, Path(args.out)
-        self.device = torch.device(args.device)
+        check_launch()
+        self.device, backend = torch.device(args.device), "gloo"
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if args.batch_size % self.world or self.world % args.replicas:
             raise SystemExit(f"{self.world} ranks don't divide --batch-size, or into --replicas.")
         if self.rank == 0:
-            prepare(args, self.out)
+            prepare_rows(args, self.out)
+            keep_arguments(self.out, vars(args), FREE_TO_CHANGE)
         dist.barrier()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.out / "tokenizer")
         # Mapped, so that a rank reads the rows of its own part only.
@@ -128,7 +127,7 @@ class Run:
         # On CUDA, DTensor draws one stream of numbers for all shards; on a CPU, each for itself.
         torch.manual_seed(args.seed + (0 if cuda else mesh.get_local_rank("shard")))
         model.init_weights()  # chooses the masks too
-        torch.manual_seed(args.seed + 1 + self.rank)  # each rank has its own dropout
+        set_seed(args.seed + 1 + self.rank)  # each rank has its own dropout
         return model
 
     def _rate(self, step: int) -> float:
@@ -154,7 +153,7 @@ class Run:
             mean = loss.detach() / self.world
             dist.all_reduce(mean)
             line = {"step": step + 1, "loss": mean.item(), "phase": phase, "ranks": self.world}
-            for file in (log, sys.stdout) if log else ():
+            for file in (log, None) if log else ():
                 # Steps that are taken again after a restart are in the log again.
                 print(json.dumps(line), file=file, flush=True)
             phase = self.schedule.phase
@@ -173,21 +172,18 @@ class Run:
         model = slope_fx.load_pretrained(self.out / "model", device=self.device)
         ids = self.tokenizer(self.args.prompt, return_tensors="pt").input_ids.to(self.device)
         with torch.compiler.set_stance("force_eager"):
-            written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=100)
+            written = model.generate(ids, attention_mask=ids * 0 + 1, max_length=self.args.context)
         (self.out / "sample.txt").write_text(self.tokenizer.decode(written[0]))
 
 
-def prepare(args: argparse.Namespace, out: Path) -> None:
-    """Prepare the folder of a new run, or check the arguments of a run that was begun."""
-    prepare_rows(args, out)
-    file, partial = out / "arguments.json", out / "arguments.partial"
-    if not file.exists():
-        partial.write_text(json.dumps(vars(args)))
-        partial.rename(file)
-    saved = json.loads(file.read_text())
-    for name, mine in vars(args).items():
-        if name not in FREE_TO_CHANGE and saved[name] != mine:
-            raise SystemExit(f"{out} holds a run with {name}={saved[name]!r}, not {mine!r}.")
+def check_launch() -> None:
+    """Check that torchrun has started this process, and can start it again."""
+    if "LOCAL_RANK" not in os.environ:
+        raise SystemExit("Start this file with torchrun --nproc-per-node N.")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0":
+        # torchrun's own store keeps the addresses of ranks that died, and new ranks wait for them.
+        raise SystemExit("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
 
 
 def main() -> None:
