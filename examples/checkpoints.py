@@ -4,7 +4,9 @@ A sparse model's is slope_fx's own. The dense baseline's holds transformers' fil
 ``training.pt``; it is written under another name and renamed, so one that has its name is whole.
 """
 
+import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,42 @@ PREFIX = "checkpoint-"
 def latest(out: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     return max(out.glob(f"{PREFIX}[0-9]*"), default=None)
+
+
+def latest_of_ranks(out: Path) -> Path | None:
+    """The newest checkpoint that was written by ``torch.distributed.checkpoint``, or None.
+
+    Its metadata are written last, so a folder that has them is whole.
+    """
+    return max((file.parent for file in out.glob(f"{PREFIX}[0-9]*/.metadata")), default=None)
+
+
+def delete_all_but(kept: Path, out: Path) -> None:
+    """Delete the other checkpoints, whole or not."""
+    for folder in out.glob(f"{PREFIX}[0-9]*"):
+        if folder != kept:
+            shutil.rmtree(folder)
+
+
+def keep_arguments(out: Path, mine: dict[str, Any], free: Collection[str]) -> None:
+    """Write the arguments of a new run, or check that a run goes on with those that it had.
+
+    Args:
+        out: folder of the run.
+        mine: the arguments.
+        free: names of those that may differ.
+    """
+    file, partial = out / "arguments.json", out / "arguments.partial"
+    if not file.exists():
+        partial.write_text(json.dumps(mine))
+        partial.rename(file)
+    saved = json.loads(file.read_text())
+    for name, value in mine.items():
+        if name not in free and saved.get(name) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise SystemExit(
+                f"{out}: the run was started with {option} {saved[name]}, not {value}."
+            )
 
 
 def save(
@@ -41,9 +79,7 @@ def save(
         _save_dense(final, model, tokenizer, parts)
     else:
         slope_fx.save_pretrained(model, final, tokenizer=tokenizer, training=parts)
-    for old in out.glob(f"{PREFIX}[0-9]*"):
-        if old != final:
-            shutil.rmtree(old)
+    delete_all_but(final, out)
     return final
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from checkpoints import latest, load_dense, load_tokenizer, load_training, save
+from checkpoints import keep_arguments, latest, load_dense, load_tokenizer, load_training, save
 from plot_run import plot
 from text_data import Batches, add_arguments, load_text, pack, train_tokenizer
 from torch import nn
@@ -136,8 +136,7 @@ class Run:
         if self.args.resume and checkpoint is None:
             raise SystemExit(f"--resume: {self.out} has no checkpoint to go on from.")
         if self.args.resume:
-            assert checkpoint is not None
-            self._check_arguments(checkpoint)
+            keep_arguments(self.out, vars(self.args), FREE_TO_CHANGE)
             return checkpoint
         if checkpoint is not None and not self.args.overwrite:
             raise SystemExit(
@@ -146,7 +145,7 @@ class Run:
             )
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
-        (self.out / "arguments.json").write_text(json.dumps(vars(self.args)))
+        keep_arguments(self.out, vars(self.args), FREE_TO_CHANGE)
         return None
 
     def _make_model(self, checkpoint: Path | None) -> GPT2LMHeadModel:
@@ -217,15 +216,6 @@ class Run:
             "steps": [],
             "evaluations": [],
         }
-
-    def _check_arguments(self, checkpoint: Path) -> None:
-        saved = json.loads((checkpoint.parent / "arguments.json").read_text())
-        for name, mine in vars(self.args).items():
-            if name not in FREE_TO_CHANGE and saved.get(name) != mine:
-                raise SystemExit(
-                    f"--resume: the run was started with --{name.replace('_', '-')} {saved[name]}, "
-                    f"not {mine}."
-                )
 
     def _parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "rates": self.rates}

@@ -88,6 +88,19 @@ def pack(text: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> torc
     return flat[: rows * length].view(rows, length)
 
 
+def prepare_rows(args: argparse.Namespace, out: Path) -> None:
+    """Write the packed rows of the training text and the tokenizer to a folder, once."""
+    rows, partial = out / "rows.pt", out / "rows.partial"
+    if rows.exists():
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    train = load_text(args)["train"]
+    tokenizer = train_tokenizer(train, args.vocab_size)
+    tokenizer.save_pretrained(out / "tokenizer")
+    torch.save(pack(train, tokenizer, args.context), partial)
+    partial.rename(rows)  # last, so that what has this name is whole
+
+
 class Batches:
     """Rows in an order that follows from the seed and the step alone, so a run can resume."""
 
@@ -99,12 +112,13 @@ class Batches:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.per_epoch = len(rows) // batch_size
 
-    def at(self, step: int) -> torch.Tensor:
-        """The batch of optimizer step ``step``: int64 (batch_size, length)."""
+    def at(self, step: int, part: slice = slice(None)) -> torch.Tensor:
+        """The batch of optimizer step ``step``, or a part of it: int64 (batch_size, length)."""
         epoch, position = divmod(step, self.per_epoch)
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.rows), generator=generator)
-        return self.rows[order[position * self.batch_size : (position + 1) * self.batch_size]]
+        batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+        return self.rows[batch[part]]
 
 
 def _files(args: argparse.Namespace) -> dict[str, list[str]]:
