@@ -13,6 +13,7 @@ from launched import (
     GLOBAL_BATCH,
     OPTIMIZER,
     PHASES,
+    RUNS,
     STEPS,
     StopAt,
     as_on_gpus,
@@ -70,7 +71,6 @@ def trainer_run(name, strategy, folder, first, last, more):
 
 
 FSDP = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}}
-RUNS = [(0, 2), (2, 6), (6, STEPS)]  # interrupted in the sparse phase, and in the adapter phase
 
 TRAINERS = {
     "DDP": ("ddp", {}),

@@ -17,6 +17,7 @@ from models import loss_of
 from parallel import whole_state
 
 STEPS, GLOBAL_BATCH = 8, 4
+RUNS = [(0, 2), (2, 6), (6, STEPS)]  # interrupted in the sparse and in the adapter phase
 PHASES = {"adapter_start": 0.5, "backward_mask_interval": 3}
 ROWS = torch.randint(
     0, models.VOCABULARY, (STEPS * GLOBAL_BATCH, 12), generator=torch.Generator().manual_seed(5)
