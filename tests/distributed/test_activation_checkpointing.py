@@ -39,6 +39,7 @@ def checkpointed(order):
     return train(model)
 
 
+@pytest.mark.full
 def test_activation_checkpointing(ranks):
     """checkpoint_wrapper before and after fully_shard, in both phases."""
     expected = ranks.run(2, checkpointed, "none")[0]

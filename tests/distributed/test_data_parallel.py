@@ -5,24 +5,25 @@ import pytest
 from parallel import assert_same
 from ways import reference, train
 
+FULL = pytest.mark.full
 CASES = [
-    ("DDP", "gpt2", "inductor", 2, 1),
+    pytest.param("DDP", "gpt2", "inductor", 2, 1, marks=FULL),
     ("FSDP2", "gpt2", "inductor", 2, 1),
-    ("DDP", "gpt2", "aot_eager", 2, 1),
+    pytest.param("DDP", "gpt2", "aot_eager", 2, 1, marks=FULL),
     ("DDP, static graph", "gpt2", "eager", 2, 1),
     ("DDP, bucket views", "llama", "eager", 2, 1),
-    ("DDP, unused", "llama", "eager", 2, 1),
-    ("DDP, made again", "llama", "eager", 2, 1),
+    pytest.param("DDP, unused", "llama", "eager", 2, 1, marks=FULL),
+    pytest.param("DDP, made again", "llama", "eager", 2, 1, marks=FULL),
     ("DDP, within", "llama", "eager", 2, 1),
     ("DDP, checkpointing", "llama", "eager", 2, 1),
     ("DDP", "llama", "eager", 2, 2),
-    ("FSDP2", "gpt2", "aot_eager", 2, 1),
+    pytest.param("FSDP2", "gpt2", "aot_eager", 2, 1, marks=FULL),
     ("FSDP2", "llama", "eager", 3, 1),  # 32 rows are not whole groups of M rows for 3 ranks
-    ("FSDP2, whole", "llama", "eager", 2, 1),
-    ("FSDP2, linears", "gpt2", "eager", 2, 1),
+    pytest.param("FSDP2, whole", "llama", "eager", 2, 1, marks=FULL),
+    pytest.param("FSDP2, linears", "gpt2", "eager", 2, 1, marks=FULL),
     ("FSDP2, no reshard", "gpt2", "eager", 2, 2),
     ("FSDP2, masks whole", "gpt2", "eager", 2, 1),
-    ("FSDP2, offload", "gpt2", "eager", 2, 1),
+    pytest.param("FSDP2, offload", "gpt2", "eager", 2, 1, marks=FULL),
     ("HSDP", "llama", "eager", 4, 1),
 ]
 

@@ -89,13 +89,16 @@ def agrees(got, want, stop):
             torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize(("world", "how"), [(1, "bare"), (4, "fsdp"), (2, "ddp")])
+@pytest.mark.parametrize(
+    ("world", "how"), [(1, "bare"), (2, "ddp"), pytest.param(4, "fsdp", marks=pytest.mark.full)]
+)
 def test_other_ranks_go_on_within_rounding(world, how, of_two, ranks):
     path, want = of_two
     for stop, got in zip((9, 3), ranks.run(world, loaded, path, how, (9, 3))[0], strict=True):
         agrees(got, want, stop)
 
 
+@pytest.mark.full
 def test_one_process_goes_on_as_two(ranks, tmp_path):
     want = ranks.run(1, saved, tmp_path, "bare")[0]
     for stop, got in zip((9, 3), ranks.run(2, loaded, tmp_path, "fsdp", (9, 3))[0], strict=True):

@@ -297,6 +297,7 @@ def test_two_ranks(ranks, form, kind):
     check(ranks, 2, form, kind, layers=4, stages=4 if kind == "Interleaved1F1B" else 2)
 
 
+@pytest.mark.full
 def test_inductor(ranks):
     check(ranks, 2, "one_by_one", "1F1B", layers=2, stages=2, backend="inductor")
 

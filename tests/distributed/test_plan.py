@@ -144,7 +144,7 @@ def received(adapter_start):
     return step["all_gather"] * others, scattered * others, sum(got)
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_a_step_receives_what_was_told(ranks, tmp_path, world):
     """Counted on real ranks, in both phases. Three ranks split groups of M rows, two don't."""
     told = slope_fx.preview(small(tmp_path), adapter_rank=3, measure=False, world_size=world)

@@ -50,7 +50,7 @@ def resumed(path, how):
     return run, slope_fx.load_training(path, run.parts)
 
 
-@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+@pytest.mark.parametrize("how", ["fsdp", pytest.param("ddp", marks=pytest.mark.full)])
 def test_resumed_equals_uninterrupted(how, ranks, tmp_path):
     (losses, one, end), (same, other, _) = ranks.run(2, interrupted, tmp_path, how)
     assert losses == same

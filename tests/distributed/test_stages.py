@@ -188,6 +188,7 @@ def experts(sharded):
     return losses, whole(weight.backward_bits).tolist()
 
 
+@pytest.mark.full
 def test_sparse_experts_are_sharded_by_fsdp2(ranks):
     """What the refusal of expert parallelism advises."""
     losses, bits = experts(sharded=False)

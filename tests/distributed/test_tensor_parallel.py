@@ -226,6 +226,7 @@ def llama_loss_parallel():
     assert_alike(got, want)
 
 
+@pytest.mark.full
 def test_loss_parallel(ranks):
     ranks.run(2, llama_loss_parallel)
 

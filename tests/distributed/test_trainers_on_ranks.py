@@ -102,8 +102,19 @@ def check(ranks, worlds, want, function, *args):
         assert_same({**one, "losses": losses}, want)
 
 
-@pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
-@pytest.mark.parametrize("way", list(TRAINERS))
+def cases(ways):
+    """Each way at the same number of processes and at another; in each CI run two of them."""
+    return [
+        pytest.param(way, worlds, marks=() if (way, worlds) in IN_CI else pytest.mark.full)
+        for way in ways
+        for worlds in ((2, 2, 2), (2, 1, 2))
+    ]
+
+
+IN_CI = [("DDP", (2, 2, 2)), ("FSDP2", (2, 1, 2))]
+
+
+@pytest.mark.parametrize(("way", "worlds"), cases(TRAINERS))
 def test_trainer(ranks, tmp_path, way, worlds):
     strategy, more = TRAINERS[way]
     check(ranks, worlds, plain("gpt2"), trainer_run, "gpt2", strategy, tmp_path, more)
@@ -151,8 +162,7 @@ ACCELERATE = {
 }
 
 
-@pytest.mark.parametrize("worlds", [(2, 2, 2), (2, 1, 2)])
-@pytest.mark.parametrize("way", list(ACCELERATE))
+@pytest.mark.parametrize(("way", "worlds"), cases(ACCELERATE))
 def test_accelerate(ranks, tmp_path, way, worlds):
     strategy, more = ACCELERATE[way]
     check(ranks, worlds, plain("llama"), accelerate_run, "llama", strategy, tmp_path, more)
