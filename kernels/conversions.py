@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.packing import byte_table, pack, unpack
+from slope_fx.kernels.packing import byte_table, pack, packed_width, unpack
 
 _NOWHERE = 2**60
 _BLOCK = 2**19
-"""Most elements of a dense weight whose positions are listed at a time."""
+"""Most elements of a dense weight that are worked on at a time."""
 
 
 def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
@@ -32,8 +32,11 @@ def magnitude_mask(weight: Tensor, n: int, m: int) -> Tensor:
         uint8 (d_out, ceil(d_in / 8)).
     """
     rows, columns = weight.shape
-    groups = _magnitude(weight).reshape(rows, columns // m, m)
-    return pack(_keep_top(groups, n, dim=2).view(rows, columns))
+    bits = weight.new_empty(rows, packed_width(columns), dtype=torch.uint8)
+    for block in _row_blocks(rows, columns):
+        groups = _magnitude(weight[block]).reshape(-1, columns // m, m)
+        bits[block] = pack(_keep_top(groups, n, dim=2).view(-1, columns))
+    return bits
 
 
 def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
@@ -49,19 +52,23 @@ def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tenso
     """
     rows, kept = values.shape
     columns = kept * m // n
-    positions = _positions(forward_mask, columns, n, m)
-    # The score of a pruned element is lower than that of any kept element, zero included.
-    scores = values.new_full((rows * columns,), -1.0)
-    scores.index_copy_(0, positions, _magnitude(values).reshape(-1))
-    both = _keep_top(scores.view(rows // m, m, columns), n, dim=1)
-    return pack(both.reshape(-1).index_select(0, positions).view(rows, kept))
+    bits = values.new_empty(rows, packed_width(kept), dtype=torch.uint8)
+    for block in _row_blocks(rows, columns, m):
+        positions = _positions(forward_mask[block], columns, n, m)
+        magnitudes = _magnitude(values[block]).reshape(-1)
+        # The score of a pruned element is lower than that of any kept element, zero included.
+        scores = values.new_full((magnitudes.numel() * m // n,), -1.0)
+        scores.index_copy_(0, positions, magnitudes)
+        both = _keep_top(scores.view(-1, m, columns), n, dim=1)
+        bits[block] = pack(both.reshape(-1).index_select(0, positions).view(-1, kept))
+    return bits
 
 
 def expand(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     """Dense ``W^R`` (d_out, d_in) from its kept values (d_out, d_in * N / M)."""
     rows, kept = values.shape
     dense = values.new_zeros(rows, kept * m // n)
-    for block in _row_blocks(dense):
+    for block in _row_blocks(*dense.shape):
         positions = _positions(forward_mask[block], dense.shape[1], n, m)
         with _checked_masks(n, m):
             dense[block].view(-1).index_copy_(0, positions, values[block].reshape(-1))
@@ -80,7 +87,7 @@ def compress(dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     """The kept values (d_out, d_in * N / M) of ``dense`` (d_out, d_in)."""
     rows, columns = dense.shape
     values = dense.new_empty(rows, columns * n // m)
-    for block in _row_blocks(dense):
+    for block in _row_blocks(*dense.shape):
         positions = _positions(forward_mask[block], columns, n, m)
         with _checked_masks(n, m):
             torch.index_select(dense[block].reshape(-1), 0, positions, out=values[block].view(-1))
@@ -126,10 +133,9 @@ def bad_forward_mask(n: int, m: int) -> ValueError:
     )
 
 
-def _row_blocks(dense: Tensor) -> Iterator[slice]:
-    """Slices of rows. Their lists of positions fit the cache and do not fragment the heap."""
-    rows, columns = dense.shape
-    step = max(1, _BLOCK // columns)
+def _row_blocks(rows: int, columns: int, unit: int = 1) -> Iterator[slice]:
+    """Slices of rows, in whole units. What is made of a slice fits the cache and is soon freed."""
+    step = max(1, _BLOCK // columns // unit) * unit
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

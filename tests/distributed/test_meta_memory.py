@@ -1,42 +1,19 @@
 """A model that no rank ever holds whole: built on the meta device, sharded and initialised."""
 
 import math
-import weakref
 
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import slope_fx
 from models import VOCABULARY
+from peak import Peak
 from slope_fx.checkpoints import load_dense
 
 LAYERS = 8
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of the memory that operations made and that is alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # the operations on its local tensors are counted
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.alive:
-                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
-                self.alive[storage._cdata] = storage.nbytes()
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 def built():

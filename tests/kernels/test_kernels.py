@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import formulas
 from oracle import assert_same, assert_within_rounding
-from slope_fx.kernels import ENGINES, packing, reference
+from peak import Peak
+from slope_fx.kernels import ENGINES, conversions, packing, reference
 from slope_fx.kernels.engine import Engine
 from slope_fx.planning.patterns import Pattern
 from strategies import dtypes, normal, patterns, seeds, sizes, tokens, weights
@@ -92,6 +93,23 @@ def test_backward_mask(data, pattern, dtype, engine):
     assert (both.t().reshape(weight.shape[1], -1, m).sum(-1) <= n).all()
     if not weight.isnan().any():
         assert torch.equal(both, formulas.backward_mask(weight, kept, n, m))
+
+
+@pytest.mark.parametrize("m", [4, 8])
+def test_masks_of_a_large_weight_are_chosen_in_parts(monkeypatch, m):
+    """The same masks as at once, with less memory than the weight's."""
+    weight = normal((8192, 1024), 0)
+    with Peak() as counted:
+        forward = conversions.magnitude_mask(weight, 2, m)
+        assert counted.peak < 1.5 * weight.nbytes  # with the weight; at once: 4
+        values = conversions.compress(weight, forward, 2, m)
+        before = sum(counted.alive.values())
+        counted.restart()
+        backward = conversions.backward_mask(values, forward, 2, m)
+        assert counted.peak - before < 0.5 * weight.nbytes  # at once: 3.3
+    monkeypatch.setattr(conversions, "_BLOCK", weight.numel())
+    assert torch.equal(conversions.magnitude_mask(weight, 2, m), forward)
+    assert torch.equal(conversions.backward_mask(values, forward, 2, m), backward)
 
 
 @given(st.data(), patterns, dtypes, engines)
