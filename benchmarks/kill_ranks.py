@@ -26,58 +26,64 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kill_ranks.json"
+SAVE_EVERY = 2
 TINY = [
     "--layers", "2", "--width", "32", "--heads", "2", "--context", "32", "--batch-size", "6",
     "--vocab-size", "300", "--warmup", "2", "--adapter-start", "0.5", "--adapter-rank", "4",
-    "--backward-mask-interval", "3", "--save-every", "2", "--backend", "eager", "--device", "cpu",
-    "--prompt", "the quick",
+    "--backward-mask-interval", "3", "--save-every", str(SAVE_EVERY), "--backend", "eager",
+    "--device", "cpu", "--prompt", "the quick",
 ]  # fmt: skip
 PATIENCE = 600.0
 """Seconds until a wait for the run is given up."""
 
 
 class Job:
-    """The example under torchrun.
+    """A run of the example that goes on meanwhile.
 
     Args:
         out: folder of the run.
-        world: number of ranks.
-        arguments: of the example.
-        restarts: how often the ranks may be started again.
+        command: what starts torchrun.
+        environment: its environment variables.
     """
 
-    def __init__(self, out: Path, world: int, arguments: Sequence[str], restarts: int = 0) -> None:
-        self.out, self.world = out, world
-        out.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        # Or torch reads addresses of the ranks that died (pytorch#135712).
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+    def __init__(self, out: Path, command: Sequence[str], environment: dict[str, str]) -> None:
         self.messages = out.with_name(f"{out.name}.txt")
         with self.messages.open("a") as messages:
             self.process = subprocess.Popen(
-                [
-                    sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", str(world), "--max-restarts", str(restarts),
-                    str(ROOT / "examples" / "pretrain_fsdp.py"), "--out", str(out), *arguments,
-                ],
-                cwd=ROOT, env=environment, stdout=messages, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                command, cwd=ROOT, env=environment, stdout=messages, stderr=subprocess.STDOUT
+            )
+
+    @classmethod
+    def on(cls, world: int, out: Path, arguments: Sequence[str], restarts: int = 0) -> "Job":
+        """The example on ``world`` ranks, which may be started again ``restarts`` times."""
+        before = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *before]),
+            # Or torch reads the addresses of ranks that died (pytorch#135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }  # fmt: skip
+        torchrun = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(world), "--max-restarts", str(restarts),
+        ]  # fmt: skip
+        example = [str(ROOT / "examples" / "pretrain_fsdp.py"), "--out", str(out), *arguments]
+        return cls(out, torchrun + example, environment)
 
     def __enter__(self) -> "Job":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()  # torchrun ends the ranks
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        self.process.terminate()
         self.process.wait()
 
     def ranks(self, life: int) -> dict[int, int]:
         """Rank -> process id, of the ranks that were started ``life`` restarts later."""
         found = {}
-        path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        for pid in map(int, path.read_text().split()):
+        for pid in descendants(self.process.pid):
             with contextlib.suppress(OSError):
                 pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
                 environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
@@ -102,6 +108,15 @@ class Job:
             raise AssertionError(f"the run failed:\n{self.messages.read_text()[-6000:]}")
 
 
+def descendants(pid: int) -> list[int]:
+    """The children of a process, and theirs."""
+    found = []
+    with contextlib.suppress(OSError):
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     """The log of a run. Steps that were taken again are in it again."""
     log = out / "log.jsonl"
@@ -121,7 +136,7 @@ def newest(out: Path) -> Path | None:
 def kill_ranks(out: Path, arguments: Sequence[str], steps: int, kills: int, seed: int) -> list[Any]:
     """Run to the end with ``kills`` kills; returns what each of them hit."""
     draw, moments = random.Random(seed), []
-    with Job(out, 2, arguments, restarts=kills) as job:
+    with Job.on(2, out, arguments, restarts=kills) as job:
         for life in range(kills):
             moment = draw.choice(["start", "step", "save"]) if life < kills - 1 else "end"
             job.wait_for(lambda life=life: len(job.ranks(life)) == 2)
@@ -138,11 +153,11 @@ def kill_ranks(out: Path, arguments: Sequence[str], steps: int, kills: int, seed
             time.sleep(draw.choice([0.001, 0.01, 0.1]) * draw.random())
             ranks = job.ranks(life)
             rank = draw.choice(sorted(ranks))
-            saving = unfinished(out)
+            left = unfinished(out)
             os.kill(ranks[rank], signal.SIGKILL)
             log, kept = lines(out), newest(out)
             moments.append({
-                "moment": moment, "rank": rank, "while_saving": saving,
+                "moment": moment, "rank": rank, "unfinished_checkpoint": left,
                 "steps_taken": log[-1]["step"] if log else 0,
                 "steps_kept": int(kept.name.split("-")[1]) if kept else 0,
                 "phase": log[-1]["phase"] if log else "sparse",
@@ -152,6 +167,12 @@ def kill_ranks(out: Path, arguments: Sequence[str], steps: int, kills: int, seed
     return moments
 
 
+def was_saving(moment: dict[str, Any]) -> bool:
+    """Whether a kill hit a checkpoint. Another kill may have left the unfinished one before."""
+    due = moment["steps_taken"] % SAVE_EVERY == 0 and moment["steps_taken"] > moment["steps_kept"]
+    return bool(moment["unfinished_checkpoint"] and moment["moment"] != "start" and due)
+
+
 def _at(out: Path, count: int, steps: int) -> bool:
     log = lines(out)
     return len(log) >= count or bool(log and log[-1]["step"] == steps)
@@ -159,14 +180,14 @@ def _at(out: Path, count: int, steps: int) -> bool:
 
 def run_whole(out: Path, arguments: Sequence[str]) -> None:
     """Run to the end on two ranks, without a kill."""
-    with Job(out, 2, arguments) as job:
+    with Job.on(2, out, arguments) as job:
         job.end()
 
 
 def change_world(out: Path, arguments: Sequence[str], steps: int, worlds: Sequence[int]) -> None:
     """Run to the end, each part of the steps on another number of ranks."""
     for index, world in enumerate(worlds):
-        with Job(out, world, arguments) as job:
+        with Job.on(world, out, arguments) as job:
             if index == len(worlds) - 1:
                 job.end()
             else:
@@ -252,7 +273,7 @@ def measure(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
     assert not different, f"after {kills} kills these differ: {different}"
     return {
         "ranks": 2, "kills": kills, "steps": steps, "seed": seed,
-        "kills_while_saving": sum(moment["while_saving"] for moment in moments),
+        "kills_while_saving": sum(map(was_saving, moments)),
         "kills_in_adapter_phase": sum(moment["phase"] == "adapter" for moment in moments),
         "moments": moments, "identical": True,
     }  # fmt: skip

@@ -19,9 +19,11 @@ from slope_fx import cli, errors
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ELSEWHERE = ("make ", "source ", "pip ", "python examples/")
-"""Commands that set up, or take an hour: CI itself makes the environment, and the example has a
-test of its own."""
+ELSEWHERE = (
+    "make ", "source ", "pip ", "python examples/", "torchrun ", "sbatch ", "TORCH_",
+)  # fmt: skip
+"""Commands that set up, or take an hour: CI itself makes the environment, and the examples have
+tests of their own."""
 SOURCES = ("slope_fx", "passes", "ops", "kernels")
 
 
@@ -132,6 +134,7 @@ PAGES_MADE = (
     "consistency",
     "checkpoints",
     "pretrained",
+    "scaling",
 )
 
 
