@@ -17,6 +17,7 @@ from slope_fx.sparse.agreement import check_agreement, groups_of
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.shards import gather, reshard, whole
 from slope_fx.sparse.weight import SparseWeight
+from slope_fx.sparse.wrappers import check_idle
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,8 @@ class Schedule:
 
         Raises:
             StateError: ``total_steps`` steps were already taken.
+            UnsupportedError: at the first step, DeepSpeed's ZeRO holds adapters that are not active
+                yet.
         """
         if self.last_step >= self.total_steps:
             raise StateError(
@@ -198,6 +201,10 @@ class Schedule:
         if self.phase != self._logged or self._progress.here == 1:
             # Again after the first step: the model may be sharded after the Schedule was made.
             self._reshard()
+            for weight in self._weights if self.phase == "sparse" else ():
+                check_idle(
+                    weight.name, [f for f in (weight.lora_A, weight.lora_B) if f is not None]
+                )
             factors = [f for w in self._weights for f in (w.lora_A, w.lora_B) if f is not None]
             gather(self._model, factors, self.phase == "adapter")
         if self.phase != self._logged:

@@ -86,6 +86,25 @@ def reduce_for(
         _reducers.setdefault(wrapper, _Reducer(wrapper)).add(trained)
 
 
+def check_idle(name: str, factors: Iterable[nn.Parameter | None]) -> None:
+    """Check that an optimizer can leave out the factors of an adapter that is not active yet.
+
+    Args:
+        name: of the layer.
+        factors: the factors, if any.
+
+    Raises:
+        UnsupportedError: DeepSpeed's ZeRO holds a factor. It trains one flat tensor of all
+            parameters, so an idle adapter would decay, and start with the step count of the values.
+    """
+    if any(hasattr(factor, "_hp_mapping") for factor in factors):  # set by ZeRO-1 and ZeRO-2
+        raise UnsupportedError(
+            f"{name}: DeepSpeed's ZeRO keeps one flat state for all parameters, and would update "
+            "the adapters before their phase. Compile with adapter_rank=None, let the adapters "
+            "take part from the first step with Schedule(adapter_start=0), or shard with FSDP2."
+        )
+
+
 def wrapper_of(weight: nn.Module) -> DistributedDataParallel | None:
     """The DDP that was last made around a sparse weight, or None."""
     wrapper = _wrappers.get(weight)

@@ -92,18 +92,22 @@ def fit(name, checkpointing, folder, first, last):
         return {"losses": mean_over_ranks(module.losses), "state": whole_state(module.model)}
 
 
+def full(*case):
+    return pytest.param(*case, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize(
     ("name", "checkpointing", "worlds"),
     [
-        ("ddp", None, (2, 2, 2)),
-        ("ddp", None, (2, 1, 2)),
-        ("ddp", False, (2, 2, 2)),
+        full("ddp", None, (2, 2, 2)),
+        full("ddp", None, (2, 1, 2)),
+        full("ddp", False, (2, 2, 2)),
         ("ddp", True, (2, 2, 2)),
-        ("ddp, static", None, (2, 2, 2)),
-        ("sharded files", None, (2, 2, 2)),
+        full("ddp, static", None, (2, 2, 2)),
+        full("sharded files", None, (2, 2, 2)),
         ("sharded files", None, (2, 1, 2)),
-        ("sharded files", False, (2, 2, 2)),
-        ("one file", None, (2, 1, 2)),
+        full("sharded files", False, (2, 2, 2)),
+        full("one file", None, (2, 1, 2)),
     ],
 )
 def test_lightning(ranks, tmp_path, name, checkpointing, worlds):

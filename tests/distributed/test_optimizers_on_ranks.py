@@ -119,3 +119,14 @@ def test_equal_to_one_process(ranks, wrap, name):
         assert not isinstance(got, str), got
         # Muon multiplies matrices in bfloat16.
         assert_same(got, want, 5e-4 if name == "Muon" else 2e-5)
+
+
+def test_deepspeed_with_idle_adapters_is_refused():
+    """DeepSpeed sets the attribute on the parameters of its flat tensors."""
+    model = model_of("gpt2")
+    schedule = slope_fx.Schedule(model, STEPS, adapter_start=0.5)
+    for parameter in trained(model):
+        parameter._hp_mapping = None
+    with pytest.raises(slope_fx.errors.UnsupportedError, match=r"c_proj: DeepSpeed's ZeRO"):
+        schedule.step()
+    slope_fx.Schedule(model, STEPS, adapter_start=0).step()
