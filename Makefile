@@ -54,6 +54,9 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; half 
 	$(BIN)/python benchmarks/transposes.py
 	$(BIN)/python benchmarks/regions.py
 	$(BIN)/python benchmarks/kill_and_resume.py
+	$(BIN)/python benchmarks/distributed.py
+	$(BIN)/python benchmarks/distributed_memory.py
+	$(BIN)/python benchmarks/plan.py
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
 gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's PyTorch; 17 minutes at most

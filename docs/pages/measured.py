@@ -4,6 +4,7 @@ import statistics
 
 from slope_fx.report import Explanation
 
+from . import distributed
 from .common import (
     DOCS,
     ROOT,
@@ -99,6 +100,9 @@ def results() -> str:
         step_section(read("training_step")),
         decoding_section(read("decoding")),
         memory_section(read("memory")),
+        distributed.bytes_section(read("distributed")),
+        distributed.memory_section(read("distributed_memory")),
+        distributed.plan_section(read("plan")),
         run_section(read("train_sparse"), read("train_dense")),
     )
 
