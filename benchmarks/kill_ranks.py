@@ -9,6 +9,7 @@ those of a run without kills, bit for bit. A third run goes on at other world si
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import shutil
@@ -139,17 +140,17 @@ def kill_ranks(out: Path, arguments: Sequence[str], steps: int, kills: int, seed
     with Job.on(2, out, arguments, restarts=kills) as job:
         for life in range(kills):
             moment = draw.choice(["start", "step", "save"]) if life < kills - 1 else "end"
+            # The kills are spread over the steps.
+            step = math.ceil(steps * (life + draw.random()) / kills)
             job.wait_for(lambda life=life: len(job.ranks(life)) == 2)
-            before, ahead = len(lines(out)), draw.randint(1, max(1, 3 * steps // (2 * kills)))
             if moment == "start":
                 time.sleep(8 * draw.random())
-            elif moment == "end":
-                job.wait_for(lambda: lines(out) and lines(out)[-1]["step"] == steps)
             else:
-                want = before + ahead
-                job.wait_for(lambda want=want: _at(out, want, steps))
-            if moment == "save" and lines(out)[-1]["step"] < steps:
-                job.wait_for(lambda: unfinished(out) or _at(out, 10**9, steps))
+                step = steps if moment == "end" else step
+                seen = len(lines(out))
+                job.wait_for(lambda seen=seen, step=step: _reached(lines(out)[seen:], step))
+            if moment == "save":
+                job.wait_for(lambda: unfinished(out) or _reached(lines(out), steps))
             time.sleep(draw.choice([0.001, 0.01, 0.1]) * draw.random())
             ranks = job.ranks(life)
             rank = draw.choice(sorted(ranks))
@@ -173,9 +174,8 @@ def was_saving(moment: dict[str, Any]) -> bool:
     return bool(moment["unfinished_checkpoint"] and moment["moment"] != "start" and due)
 
 
-def _at(out: Path, count: int, steps: int) -> bool:
-    log = lines(out)
-    return len(log) >= count or bool(log and log[-1]["step"] == steps)
+def _reached(log: list[dict[str, Any]], step: int) -> bool:
+    return bool(log) and log[-1]["step"] >= step
 
 
 def run_whole(out: Path, arguments: Sequence[str]) -> None:
@@ -201,15 +201,17 @@ def _kept(out: Path) -> int:
 
 
 def final_state(out: Path, steps: int) -> dict[str, Any]:
-    """All that the last checkpoint holds: the tensors and, as a string, the rest."""
+    """All that the last checkpoint holds: the tensors and the rest."""
     whole = out / "whole.pt"
     dcp_to_torch_save(out / f"checkpoint-{steps:06d}", whole)
     state: dict[str, Any] = torch.load(whole, weights_only=True)["training"]
-    return state
+    return {**state, "slope_fx": json.loads(state["slope_fx"])}
 
 
 def leaves(tree: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of nested dicts by their path."""
+    """The leaves of nested dicts and lists by their path."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
     if isinstance(tree, dict):
         return {
             k: v for key, part in tree.items() for k, v in leaves(part, f"{name}/{key}").items()

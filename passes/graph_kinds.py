@@ -65,10 +65,11 @@ def _digest(gm: GraphModule) -> str:
     return writer.digest.hexdigest()
 
 
-def _paths(node: Node) -> set[str]:
+def _paths(node: Node) -> list[str]:
     stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    paths = {path.removeprefix("L['self']").removeprefix(".") for path, _ in stack.values()}
-    return paths - {""}
+    paths = (path.removeprefix("L['self']").removeprefix(".") for path, _ in stack.values())
+    # In one order, so that all processes give a graph the same number.
+    return [path for path in dict.fromkeys(paths) if path]
 
 
 def _shapes(node: Node) -> str:
