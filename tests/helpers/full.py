@@ -1,4 +1,4 @@
-"""All tests and the whole matrix of consistency, with what came of them in a results file.
+"""All tests, the whole matrix of consistency and that of several ranks, with what came of them in a results file.
 
 python tests/helpers/full.py --write benchmarks/results/test_full.json
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = "benchmarks/results/consistency.json"
+ON_RANKS = "benchmarks/results/ranks.json"
 
 
 def main() -> None:
@@ -33,6 +34,9 @@ def main() -> None:
     matrix = subprocess.run(
         [sys.executable, "tests/helpers/consistency.py", "--write", MATRIX], cwd=ROOT
     )
+    on_ranks = subprocess.run(
+        [sys.executable, "tests/helpers/ranks_matrix.py", "--write", ON_RANKS], cwd=ROOT
+    )
     suite = ElementTree.parse(report).getroot()[0].attrib
     failed = int(suite["failures"]) + int(suite["errors"])
     commit = subprocess.run(
@@ -49,10 +53,12 @@ def main() -> None:
         "seconds": round(seconds),
         "matrix": MATRIX,
         "matrix_agrees": matrix.returncode == 0,
+        "ranks": ON_RANKS,
+        "ranks_agree": on_ranks.returncode == 0,
     }
     options.write.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results))
-    sys.exit(tests.returncode or matrix.returncode)
+    sys.exit(tests.returncode or matrix.returncode or on_ranks.returncode)
 
 
 if __name__ == "__main__":

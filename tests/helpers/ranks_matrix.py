@@ -42,6 +42,7 @@ CASES = [  # way, model, backend, ranks, micro-batches
     ("DDP", "gpt2", "aot_eager", 2, 2),
     ("FSDP2, no reshard", "gpt2", "aot_eager", 2, 2),
 ]  # fmt: skip
+BOUND = 2e-5
 PIPELINES = [(kind, backend, world) for backend in ("inductor", "aot_eager") for world in (2, 4)
              for kind in ("GPipe", "1F1B")]  # fmt: skip
 
@@ -112,6 +113,8 @@ def main() -> None:
             "steps": STEPS,
         }
         args.write.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    wrong = [r for r in rows if r["mask_bytes"] or max(r["loss_sparse"], r["loss_adapter"]) > BOUND]
+    sys.exit(f"not as in one process: {wrong}" if wrong else 0)
 
 
 if __name__ == "__main__":
