@@ -1,4 +1,4 @@
-"""All tests, the whole matrix of consistency and that of several ranks, with what came of them in a results file.
+"""All tests, the matrix of consistency and that of several ranks, with a results file.
 
 python tests/helpers/full.py --write benchmarks/results/test_full.json
 """
