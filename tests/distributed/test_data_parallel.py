@@ -18,10 +18,12 @@ CASES = [
     ("DDP, checkpointing", "llama", "eager", 2, 1),
     ("DDP", "llama", "eager", 2, 2),
     pytest.param("FSDP2", "gpt2", "aot_eager", 2, 1, marks=FULL),
-    ("FSDP2", "llama", "eager", 3, 1),  # 32 rows are not whole groups of M rows for 3 ranks
+    pytest.param(
+        "FSDP2", "llama", "eager", 3, 1, marks=FULL
+    ),  # 32 rows are not whole groups of M rows for 3 ranks
     pytest.param("FSDP2, whole", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("FSDP2, linears", "gpt2", "eager", 2, 1, marks=FULL),
-    ("FSDP2, no reshard", "gpt2", "eager", 2, 2),
+    pytest.param("FSDP2, no reshard", "gpt2", "eager", 2, 2, marks=FULL),
     ("FSDP2, masks whole", "gpt2", "eager", 2, 1),
     pytest.param("FSDP2, offload", "gpt2", "eager", 2, 1, marks=FULL),
     ("HSDP", "llama", "eager", 4, 1),

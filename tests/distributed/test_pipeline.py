@@ -316,9 +316,8 @@ def test_inductor_on_four_ranks(ranks, form):
     check(ranks, 4, form, "1F1B", layers=4, stages=4, backend="inductor")
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param("of_copies"), pytest.param("one_by_one", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["of_copies", "one_by_one"])
 def test_stages_sharded_by_fsdp2(ranks, form):
     """Two stages on two ranks each."""
     check(ranks, 4, form, "1F1B", layers=4, stages=2, data=2)
