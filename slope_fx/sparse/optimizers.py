@@ -49,10 +49,11 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
         if id(parameter) in asleep:
             # An inactive adapter must not be updated, even if its gradient is zero instead of None.
             # zero_grad(set_to_none=False) sets zeros. So does torch.distributed.checkpoint to
-            # initialize an optimizer's state. It needs a state for each parameter, so this access
-            # creates an empty one.
+            # initialize an optimizer's state. Its state is empty, so that it starts with fresh
+            # moments. A load may have set one, and torch.distributed.checkpoint needs one for each
+            # parameter.
             parameter.grad = None
-            optimizer.state[parameter]
+            optimizer.state[parameter] = {}
     note_trained(optimizer.param_groups)
     held = {id(parameter) for parameter in parameters}
     for weight in find_alive(lambda weight: weight.start is not None):

@@ -75,10 +75,13 @@ def mean_over_ranks(losses: list[torch.Tensor]) -> list[float]:
 
 
 def model_of(name: str) -> Any:
+    """A compiled model. With "+" in its name, the adapters add much as soon as they are active."""
     torch.manual_seed(0)
-    return slope_fx.compile(
-        getattr(models, name)(), adapter_rank=4, backend="eager", region="blocks"
-    )
+    model = getattr(models, name.strip("+"))()
+    slope_fx.compile(model, adapter_rank=4, backend="eager", region="blocks")
+    for weight in slope_fx.sparse_weights(model).values() if "+" in name else ():
+        nn.init.normal_(weight.lora_B, std=0.05)
+    return model
 
 
 def plain_loop(

@@ -72,7 +72,7 @@ def received(arrays):
 
 def wrap(model, how):
     if how == "ddp":
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        return DistributedDataParallel(model)
     if how == "fsdp":
         shard(model)
     return model

@@ -23,7 +23,7 @@ def one_process(tmp_path):
 
 
 def ddp(model):
-    return DistributedDataParallel(model, find_unused_parameters=True)
+    return DistributedDataParallel(model)
 
 
 def fsdp(model):
