@@ -43,7 +43,7 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; half an hour on two cores
+bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; three quarters of an hour on two cores
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/decoding.py
@@ -57,6 +57,8 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; half 
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/distributed_memory.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/kill_ranks.py
+	$(BIN)/python benchmarks/scaling.py
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
 gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's PyTorch; 17 minutes at most

@@ -34,7 +34,7 @@ TINY = [
     "--backward-mask-interval", "3", "--save-every", str(SAVE_EVERY), "--backend", "eager",
     "--device", "cpu", "--prompt", "the quick",
 ]  # fmt: skip
-PATIENCE = 600.0
+PATIENCE = 1800.0
 """Seconds until a wait for the run is given up."""
 
 
@@ -92,12 +92,12 @@ class Job:
                     found[int(environment["RANK"])] = pid
         return found
 
-    def wait_for(self, what: Callable[[], object]) -> None:
-        """Wait until ``what`` returns a true value."""
+    def wait_for(self, what: Callable[[], object], every: float = 0.002) -> None:
+        """Wait until ``what``, called every so many seconds, returns a true value."""
         deadline = time.monotonic() + PATIENCE
         while not what():
             self.check(time.monotonic() < deadline)
-            time.sleep(0.001)
+            time.sleep(every)
 
     def end(self) -> None:
         """Wait for the end of the run."""
@@ -142,7 +142,7 @@ def kill_ranks(out: Path, arguments: Sequence[str], steps: int, kills: int, seed
             moment = draw.choice(["start", "step", "save"]) if life < kills - 1 else "end"
             # The kills are spread over the steps.
             step = math.ceil(steps * (life + draw.random()) / kills)
-            job.wait_for(lambda life=life: len(job.ranks(life)) == 2)
+            job.wait_for(lambda life=life: len(job.ranks(life)) == 2, every=0.05)
             if moment == "start":
                 time.sleep(8 * draw.random())
             else:

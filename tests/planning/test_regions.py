@@ -280,3 +280,16 @@ def test_blocks_in_a_module_dict():
     _, regions, _ = compiled(Named(), torch.randn(4, 8), region="blocks")
     kinds = dict(zip(regions.paths, regions.kinds, strict=True))
     assert kinds["blocks.block0"] == kinds["blocks.block1"]
+
+
+def test_graphs_are_numbered_in_one_order():
+    """That of the graph, so that the numbers in a checkpoint don't depend on the process."""
+    torch.manual_seed(0)
+    model = slope_fx.compile(Chain(1, 2, 1), example_inputs=torch.randn(2, 8), backend=None)
+    paths = list(record_of(model).graphs)
+    inside = [(path.rpartition(".")[0], path) for path in paths]
+    pairs = [(outer, path) for outer, path in inside if outer in paths]
+    assert len(pairs) > 6
+    assert all(paths.index(outer) < paths.index(path) for outer, path in pairs)
+    kinds = list(dict.fromkeys(record_of(model).graphs.values()))
+    assert kinds == list(range(len(kinds)))
