@@ -71,8 +71,8 @@ MUTANTS = (
     Mutant(
         "the bias's gradient is a mean",
         "ops/sparse_linear.py",
-        "dbias = grad.reshape(-1, grad.shape[-1]).sum(0)",
-        "dbias = grad.reshape(-1, grad.shape[-1]).mean(0)",
+        "dbias = rows.sum(tuple(range(rows.dim() - 1)))",
+        "dbias = rows.mean(tuple(range(rows.dim() - 1)))",
     ),
     Mutant(
         "the gradient of fp32 values is rounded to 16 bits under autocast",
@@ -110,8 +110,8 @@ MUTANTS = (
     Mutant(
         "the backward mask isn't refreshed",
         "slope_fx/sparse/weight.py",
-        "        self.backward_bits.copy_(bits)\n",
-        "        pass\n",
+        "            backward.copy_(self.chosen_backward_mask(values, forward))\n",
+        "            pass\n",
     ),
     Mutant(
         "a checkpoint is loaded with its adapters asleep",

@@ -160,7 +160,7 @@ def test_not_a_module_and_no_data():
     with torch.device("meta"):
         model = Plain()
     with pytest.raises(ArgumentError, match="meta device"):
-        slope_fx.compile(model, example_inputs=X)
+        slope_fx.compile(model, example_inputs=X, mask=lambda name, weight: weight > 0)
 
 
 def test_models_that_are_wrapped_or_compiled_already():
