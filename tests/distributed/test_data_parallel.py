@@ -11,7 +11,7 @@ CASES = [
     ("FSDP2", "gpt2", "inductor", 2, 1),
     pytest.param("DDP", "gpt2", "aot_eager", 2, 1, marks=FULL),
     ("DDP, static graph", "gpt2", "eager", 2, 1),
-    ("DDP, bucket views", "llama", "eager", 2, 1),
+    pytest.param("DDP, bucket views", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP, unused", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP, made again", "llama", "eager", 2, 1, marks=FULL),
     ("DDP, within", "llama", "eager", 2, 1),

@@ -69,6 +69,7 @@ def of_two(ranks, tmp_path_factory):
     return path, ranks.run(2, saved, path, "fsdp")[0]
 
 
+@pytest.mark.full
 def test_the_same_ranks_go_on_exactly(of_two, ranks):
     path, (losses, end) = of_two
     stops = (9, 3, 0, 6)  # a fresh model takes adapters' moments; a later one must drop its own
@@ -89,6 +90,7 @@ def agrees(got, want, stop):
             torch.testing.assert_close(tensor, expected, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("world", "how"), [(1, "bare"), (2, "ddp"), pytest.param(4, "fsdp", marks=pytest.mark.full)]
 )
@@ -134,6 +136,7 @@ def test_the_functions_of_torch_in_one_phase(ranks, tmp_path):
     ranks.run(2, plain, tmp_path)
 
 
+@pytest.mark.full
 def test_a_folder_of_dcp_becomes_a_checkpoint_and_back(of_two, ranks, tmp_path):
     """The run goes on from each of them; nothing is lost on the way."""
     path, want = of_two

@@ -48,6 +48,7 @@ def whole(out, steps):
     return lines
 
 
+@pytest.mark.full
 def test_the_job_script_survives_a_kill(kill_ranks, tmp_path):
     """As if SLURM had started it on one node with two GPUs; a rank is killed after a checkpoint."""
     (script,) = re.findall(r"^```bash pretrain.sbatch\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
