@@ -57,8 +57,9 @@ def memory_section(result: Result) -> str:
         f"A Llama of {size['layers']} layers and width {size['width']}, "
         f"{mib(sizes['model'])} MiB dense in fp32, sharded by `fully_shard`; a dense block has "
         f"{mib(sizes['block'])} MiB. The shard is what the rank keeps: parameters, buffers and "
-        "Adam's moments where there are any. The most above it is resident memory; the last column "
-        "counts live tensors. `load_pretrained` to the meta device reserves addresses for the "
+        "Adam's moments where there are any. The most above it is resident memory, sampled, beyond "
+        "what is resident after the stage. The last column counts the live tensors that operations "
+        "make, beyond the shard. `load_pretrained` to the meta device reserves addresses for the "
         f"dense model, which the system never maps to memory. {taken(result)}",
         table(rows, headers),
     )
