@@ -5,6 +5,7 @@ don't train.
 """
 
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -36,13 +37,21 @@ def schedule_free(model):
     return optimizer
 
 
+class MuonInFloat32(Muon):
+    """Muon rounds to bfloat16, where the order of a sum changes bits of the masks."""
+
+    def step(self, closure=None):
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+            return super().step(closure)
+
+
 OPTIMIZERS = {
     "AdamW": lambda m: AdamW(m.parameters(), **OPTIMIZER),
     "AdamW, foreach": lambda m: AdamW(m.parameters(), foreach=True, **OPTIMIZER),
     "AdamW, fused": lambda m: AdamW(m.parameters(), fused=True, **OPTIMIZER),
     "SGD": lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9),
     "Adafactor": lambda m: Adafactor(m.parameters(), lr=1e-2),
-    "Muon": lambda m: Muon(matrices(m), lr=1e-2),
+    "Muon": lambda m: MuonInFloat32(matrices(m), lr=1e-2),
     "schedule-free": schedule_free,
     "ZeRO": lambda m: ZeroRedundancyOptimizer(trained(m), AdamW, **OPTIMIZER),
     "AdamW, GradScaler": lambda m: AdamW(m.parameters(), **OPTIMIZER),
@@ -117,8 +126,7 @@ def test_equal_to_one_process(ranks, wrap, name):
     for one in results(ranks, wrap, name not in IN_CI):
         got = one[name]
         assert not isinstance(got, str), got
-        # Muon multiplies matrices in bfloat16.
-        assert_same(got, want, 5e-4 if name == "Muon" else 2e-5)
+        assert_same(got, want)
 
 
 def test_deepspeed_with_idle_adapters_is_refused():
