@@ -9,7 +9,8 @@ Arguments of the ops:
 - ``values``: (d_out, d_in * N / M), in the dtype of ``x``.
 - ``mask``: the packed forward mask, uint8 (d_out, ceil(d_in / 8)). It was checked when the model
   was frozen.
-- ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None.
+- ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None. The
+  columns of ``lora_B`` should be contiguous, or few tokens make a copy.
 - ``form``: N, M, bits, group, and pairs (fewest tokens, route). Of the pairs with at most the
   tokens of the call, the last one is used. Routes are those of ``kernels/cpu/routes.py``.
 """

@@ -9,10 +9,10 @@ from torch import nn
 
 from slope_fx.backend.settings import Settings
 from slope_fx.errors import StateError
+from slope_fx.frozen.weight import UNFROZEN, FrozenWeight
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.plan import LinearPlan, SparsePlan
 from slope_fx.planning.regions import Regions
-from slope_fx.frozen.weight import UNFROZEN, FrozenWeight
 from slope_fx.sparse.weight import SparseWeight
 
 RECORD = "_slope_fx"

@@ -131,7 +131,9 @@ def _compiler(*, cpp: bool = False) -> str:
             return found
     if named:
         raise BuildError(f"there is no {kind} compiler {named!r} (from {variable})")
-    raise BuildError(f"there is no {kind} compiler ({known[0]}, {known[1]} or {known[2]}) on the PATH")
+    raise BuildError(
+        f"there is no {kind} compiler ({known[0]}, {known[1]} or {known[2]}) on the PATH"
+    )
 
 
 def _tuning() -> str:

@@ -115,6 +115,9 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
     const auto *bits = (const uint8_t *)mask.const_data_ptr();
     int64_t route = route_of(form, tokens);
     if (route == STREAM) {
+        /* The rows of B's transpose. A copy is made only of a B that was loaded in another way. */
+        if (lora_b && lora_b->stride(0) != 1)
+            lora_b = torch::stable::contiguous(torch::stable::transpose(*lora_b, 0, 1));
         check(slope_stream(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias),
                            pointer(lora_a), pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
                            y.mutable_data_ptr(), dtype, threads),

@@ -166,12 +166,13 @@ static float down_one(const matrix_t *x, long token, const weight_t *w, const ad
     return sum;
 }
 
-/* The partial sums in lanes of row `r` of B times a row of x A^T, which is padded with zeros. */
-INLINE vf up_one(const weight_t *w, const adapter_t *adapter, long r, const float *down) {
+/* Rows of (x A^T) B^T for one token: `rows` of them, from `row` on. */
+INLINE vf up(const weight_t *w, const adapter_t *adapter, long row, long rows, const float *down) {
     int dtype = w->values.dtype;
+    long d_out = w->mask.rows;
     vf sum = zero();
-    for (long j = 0; j < adapter->rank; j += VL)
-        sum += load_part(at(adapter->b, r * adapter->rank + j, dtype), adapter->rank - j, dtype) * *(const vf *)(down + j);
+    for (long j = 0; j < adapter->rank; j++)
+        sum += splat(down[j]) * load_part(at(adapter->b, j * d_out + row, dtype), rows, dtype);
     return sum;
 }
 
@@ -183,8 +184,8 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
     long lanes = bf16 ? 2 * VL : VL, count = ceil_div(d_in, 64) * 64 / lanes;
     dots_t dots = dots_for(tokens, count * VL * 4, bf16);
     int width = dots.tokens, together = dots.rows;
-    long ranks = ceil_div(adapter->rank, VL) * VL;
-    float *padded = scratch((count * width + MOST_B * ranks / VL) * VL), *down = padded + count * width * VL;
+    long rank = adapter->rank;
+    float *padded = scratch(count * width * VL + MOST_B * rank), *down = padded + count * width * VL;
     if (!padded) return 1;
     for (long i = 0; i < count; i++)
         for (long b = 0; b < width; b++) {
@@ -198,11 +199,10 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
         }
 #pragma omp parallel num_threads(threads)
     {
-        if (ranks) {
+        if (rank) {
 #pragma omp for schedule(static)
-            for (long j = 0; j < ranks; j++)
-                for (long b = 0; b < tokens; b++)
-                    down[b * ranks + j] = j < adapter->rank ? down_one(x, token + b, w, adapter, j) : 0;
+            for (long j = 0; j < rank; j++)
+                for (long b = 0; b < tokens; b++) down[b * rank + j] = down_one(x, token + b, w, adapter, j);
         }
 #pragma omp for schedule(static)
         for (long row = 0; row < d_out; row += VL) {
@@ -216,11 +216,9 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
                     for (long b = 0; b < tokens; b++)
                         by_token[b][i + j] = row + i + j < d_out ? sum[row + i + j - first][b] : zero();
             }
-            for (long i = 0; ranks && i < rows; i++)
-                for (long b = 0; b < tokens; b++) by_token[b][i] += up_one(w, adapter, row + i, down + b * ranks);
             vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
             for (long b = 0; b < tokens; b++)
-                store_part((void *)element(y, token + b, row), sums(by_token[b]) + bias, rows, y->dtype);
+                store_part((void *)element(y, token + b, row), sums(by_token[b]) + (rank ? bias + up(w, adapter, row, rows, down + b * rank) : bias), rows, y->dtype);
         }
     }
     give_back(padded);

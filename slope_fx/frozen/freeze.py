@@ -31,8 +31,8 @@ def freeze(model: Model, *, dtype: str | torch.dtype | None = None) -> Model:
     routes on this machine: where the sparse product is slower for a number of tokens, the weight
     is expanded, and the product is dense.
 
-    The model can be saved with :func:`slope_fx.save_pretrained`, exported with ``torch.export``, and
-    packaged with :func:`slope_fx.package`. It is compiled as one graph.
+    The model can be saved with :func:`slope_fx.save_pretrained` and exported with
+    ``torch.export``. It is compiled as one graph.
 
     Args:
         model: the object that ``compile`` or ``load_pretrained`` returned, on one process.
@@ -115,7 +115,7 @@ def folded(
     assert a is not None
     assert b is not None
     a, b = a.detach(), b.detach()
-    return a.to(dtype or a.dtype), (b * scale).to(dtype or b.dtype)
+    return a.to(dtype or a.dtype, copy=True), (b * scale).to(dtype or b.dtype)
 
 
 def _finish(model: nn.Module, dtype: torch.dtype | None) -> None:

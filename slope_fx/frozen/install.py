@@ -56,9 +56,7 @@ def places_of(model: nn.Module) -> dict[int, Places]:
     return places
 
 
-def put_weight(
-    plan: SparsePlan, places: Places, parts: FrozenParts, engines: str
-) -> FrozenWeight:
+def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: str) -> FrozenWeight:
     """Put a frozen weight into the modules that share a weight.
 
     Args:
@@ -92,9 +90,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _form(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]:
     layout, pattern, values = plan.layout, plan.pattern, parts.values
-    product = Product(
-        layout.d_out, layout.d_in, pattern.n, pattern.m, values.dtype, parts.rank
-    )
+    product = Product(layout.d_out, layout.d_in, pattern.n, pattern.m, values.dtype, parts.rank)
     if layout.stack > 1 or values.device.type != "cpu" or why_not_native():
         return tuple(form_of(product))
     if values.dtype == torch.float64:
@@ -112,7 +108,7 @@ def _random_weight(product: Product) -> Callable[[Tensor, list[int]], Tensor]:
     a = b = None
     if product.rank:
         a = torch.randn(product.rank, product.d_in).to(product.dtype)
-        b = torch.randn(product.d_out, product.rank).to(product.dtype)
+        b = torch.randn(product.rank, product.d_out).to(product.dtype).t()
 
     def run(x: Tensor, form: list[int]) -> Tensor:
         with torch.inference_mode():

@@ -11,6 +11,7 @@ from slope_fx.kernels.packing import unpack
 from slope_fx.ops.frozen import FROZEN_EXPAND, FROZEN_LINEAR, FROZEN_LINEAR_WITH_GRAD
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import SparsePlan, values_name
+from slope_fx.sparse.blank import Start
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.reading import DenseWeight
 
@@ -38,7 +39,8 @@ class Kept(nn.Parameter):
     def requires_grad(self, value: bool) -> None:
         if value:
             raise UnsupportedError(
-                f"gradients were asked of a weight {tuple(self.shape)} of a frozen model. {UNFROZEN}"
+                f"gradients were asked of a weight {tuple(self.shape)} of a frozen model. "
+                f"{UNFROZEN}"
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> "Kept":
@@ -68,7 +70,7 @@ class FrozenWeight(nn.Module):
     lora_A: nn.Parameter | None  # noqa: N815
     lora_B: nn.Parameter | None  # noqa: N815
     scales: nn.Parameter | None
-    start = None
+    start: Start | None = None
     scale = 1.0
     expanded_because = None
 
@@ -92,7 +94,8 @@ class FrozenWeight(nn.Module):
         self.scales = None
         a, b = (None, None) if adapter is None else adapter
         self.lora_A = None if a is None else Kept(a)
-        self.lora_B = None if b is None else Kept(b)
+        # The kernel for few tokens reads the columns of B.
+        self.lora_B = None if b is None else Kept(b.t().contiguous().t())
 
     @property
     def pattern(self) -> Pattern:
@@ -198,8 +201,7 @@ def _trains(bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad
 
 
-def forward_linear(module: Any, input: Tensor) -> Tensor:  # noqa: A002  (the name in nn.Linear)
+def forward_linear(module: Any, input: Tensor) -> Tensor:
     """The forward of a frozen ``nn.Linear`` or transformers ``Conv1D``."""
     y: Tensor = module.weight_sparse.product(input, module.weight_values, module.bias)
     return y
-

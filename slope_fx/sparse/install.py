@@ -100,8 +100,8 @@ def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
-    # As nn.Module.requires_grad_, but masks cannot require gradients. Those of a frozen model, which
-    # refuse, come first.
+    # As nn.Module.requires_grad_, but masks cannot require gradients. The parameters of a frozen
+    # model refuse them, so they come first.
     for parameter in sorted(module.parameters(), key=lambda p: type(p) is nn.Parameter):
         if parameter.is_floating_point():
             parameter.requires_grad_(requires_grad)
