@@ -19,13 +19,16 @@ from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.regions import Region
+from slope_fx.record import Frozen
 
 MANIFEST = "slope_fx.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 2 stores the configuration. For version 1 it is derived from the listed linears.
 
-Version 3 stores the training state of several ranks.
+Version 3 stores the training state of several ranks. Version 4 stores a frozen model. Checkpoints
+of models that train are written in version 3, which older versions of slope_fx read.
 """
+_OF_TRAINING = 3
 REPLACED = "its layer was replaced after compile"
 """The reason of a linear that is planned as sparse, but that the saved model does not have."""
 
@@ -60,6 +63,8 @@ class Manifest:
         aliases: other name of a shared tensor -> its name in ``tensors``.
         files: file name -> (size in bytes, SHA-256), for all files except the manifest.
         frozen: names of the parameters that do not train, without masks.
+        inference: how the model was frozen; None for a model that trains. The layers of a frozen
+            model have no backward masks, and their values are compressed in each storage.
         buffers: dtypes of the buffers that are not stored. A cast of the model changes them.
     """
 
@@ -77,12 +82,13 @@ class Manifest:
     frozen: tuple[str, ...] = ()
     buffers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    inference: Frozen | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain data for JSON."""
         data = {
             "format": "slope_fx",
-            "format_version": FORMAT_VERSION,
+            "format_version": _OF_TRAINING if self.inference is None else FORMAT_VERSION,
             "slope_fx_version": self.version,
             "model": {"class": self.model_class, "transformers": self.transformers},
             "config": self.config.to_dict(),
@@ -96,6 +102,8 @@ class Manifest:
             "buffers": dict(self.buffers),
             "graphs": dict(self.graphs),
         }
+        if self.inference is not None:
+            data["inference"] = dataclasses.asdict(self.inference)
         data["sha256"] = digest_of(data)
         return data
 
@@ -170,6 +178,7 @@ def _parsed(data: Any, file: str) -> Manifest:
             frozen=tuple(data["frozen"]),
             buffers=data["buffers"],
             graphs=data.get("graphs", {}),  # since 0.2
+            inference=_inference_of(data),
         )
         problem = _problem(manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -212,6 +221,8 @@ def _problem(manifest: Manifest) -> str:
         )
         if not good or not isinstance(entry.scale, (int, float)) or not math.isfinite(entry.scale):
             return f"{plan.name} has {entry}"
+        if manifest.inference is not None and entry.rank is not None and entry.scale != 1:
+            return f"{plan.name} is frozen and has scale {entry.scale}"
         layout = plan.layout
         stack = () if layout.stack == 1 else (layout.stack,)
         if plan.shape != (*stack, layout.d_out, layout.d_in):
@@ -296,6 +307,11 @@ def tensor_names(file: Path) -> set[str]:
             return set(opened.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} can't be read: {error}.") from None
+
+
+def _inference_of(data: dict[str, Any]) -> Frozen | None:
+    frozen = data.get("inference")
+    return None if frozen is None else Frozen(str(frozen["values"]), int(frozen["group"]))
 
 
 def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, Any]:
