@@ -104,12 +104,21 @@ class Reader:
             self._close()
         return copied
 
-    def mask_problem(self, plan: SparsePlan, name: str) -> str:
-        """The reason why a stored forward mask is not N:M, or "". Its memory is freed again."""
-        file = self.manifest.tensors[self.manifest.aliases.get(name, name)]
-        with safe_open(str(self.folder / file), "pt", device="cpu") as opened:
-            mask = opened.get_tensor(self.manifest.aliases.get(name, name))
-            return packed_masks_problem(mask, None, plan.layout.d_in, plan.pattern)
+    def check_mask(self, plan: SparsePlan) -> None:
+        """Check the stored forward mask of a layer, and free its memory again.
+
+        Raises:
+            CheckpointError: it has another pattern.
+        """
+        name = f"{names_of(plan)[1]}forward_bits"
+        name = self.manifest.aliases.get(name, name)
+        with safe_open(str(self.folder / self.manifest.tensors[name]), "pt", device="cpu") as file:
+            mask = file.get_tensor(name)
+            problem = packed_masks_problem(mask, None, plan.layout.d_in, plan.pattern)
+        if problem:
+            raise CheckpointError(
+                f"{self.folder}: {plan.name} should be {plan.pattern}, but {problem}."
+            )
 
     def _file_of(self, name: str) -> Any:
         file = self.manifest.tensors[name]
@@ -192,8 +201,7 @@ def read_frozen(plan: SparsePlan, reader: Reader) -> FrozenParts:
     rows = layout.stack * layout.d_out
     kept = _read_values(plan, reader, values)
     bits = reader.read(f"{beside}forward_bits", (rows, packed_width(layout.d_in)), torch.uint8)
-    if problem := reader.mask_problem(plan, f"{beside}forward_bits"):
-        raise CheckpointError(f"{reader.folder}: {plan.name} should be {pattern}, but {problem}.")
+    reader.check_mask(plan)
     if manifest.inference is None:
         kept = storage_named(manifest.config.storage).values(kept, bits, pattern)
     adapter = None

@@ -24,7 +24,7 @@ from slope_fx.checkpoints.manifest import (
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
 from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files, write_index
-from slope_fx.errors import CheckpointError
+from slope_fx.errors import CheckpointError, UnsupportedError
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.hub import mark_configuration
 from slope_fx.record import record_of, sparse_weights, trainable_record_of
@@ -152,6 +152,32 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     files = describe_files(folder, {*tensors.values(), *_configuration_files(folder)})
     manifest = describe_model(model)
     dataclasses.replace(manifest, tensors=tensors, aliases=other_names, files=files).write(folder)
+
+
+def save_by_transformers(
+    model: nn.Module, path: str | os.PathLike[str], *args: Any, **options: Any
+) -> None:
+    """``model.save_pretrained`` of a compiled transformers model, in the format of slope_fx.
+
+    Raises:
+        StateError: a layer is not initialized.
+        UnsupportedError: an option would make a folder that is no checkpoint of slope_fx.
+    """
+    for name in ("push_to_hub", "variant", "distributed_checkpoint"):
+        if options.get(name) or (name == "push_to_hub" and len(args) > 2 and args[2]):
+            raise UnsupportedError(
+                f"save_pretrained({name}={options.get(name, True)!r}) can't write a checkpoint of "
+                "slope_fx. Use slope_fx.save_pretrained(model, path), and upload the folder with "
+                "huggingface_hub.upload_folder."
+            )
+    for weight in sparse_weights(model).values():
+        check_filled(weight)
+    options.setdefault("save_original_format", False)  # the names of the layers are those here
+    save: Any = _class_of(model).save_pretrained
+    save(model, path, *args, **options)
+    writes = options.get("is_main_process", args[0] if args else True)
+    if writes and not getattr(model, "_hf_peft_config_loaded", False):
+        describe_checkpoint(model, path)
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def freeze(model: Model, *, dtype: str | torch.dtype | None = None) -> Model:
     for weight in weights.values():
         _check(weight)
     plans = {plan.name: plan for plan in record.plans if isinstance(plan, SparsePlan)}
-    places = _places(model)
+    places = sparse_places(model)
     detach(model)
     with torch.no_grad(), plain_modes():
         for name, weight in weights.items():
@@ -88,13 +88,13 @@ def _check(weight: SparseWeight) -> None:
         raise UnsupportedError(f"{weight.name} should be {weight.pattern}, but {problem}.")
 
 
-def _places(model: nn.Module) -> dict[SparseWeight, Places]:
+def sparse_places(model: nn.Module) -> dict[SparseWeight, Places]:
+    """The places of each sparse weight of a model."""
     places: dict[SparseWeight, Places] = {}
     for module in model.modules():
         for attribute in getattr(getattr(type(module), "_slope_kind", None), "attributes", ()):
             weight = module._modules[sparse_name(attribute)]
-            assert isinstance(weight, SparseWeight)
-            places.setdefault(weight, []).append((module, attribute))
+            places.setdefault(cast(SparseWeight, weight), []).append((module, attribute))
     return places
 
 
