@@ -25,8 +25,8 @@ from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
 from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files, write_index
 from slope_fx.errors import CheckpointError, UnsupportedError
-from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.hub import mark_configuration
+from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.record import record_of, sparse_weights, trainable_record_of
 from slope_fx.sparse.blank import check_filled
 from slope_fx.version import __version__
@@ -47,8 +47,8 @@ def save_pretrained(
     the trained tensors (values, packed masks, adapters, all other parameters and buffers) in
     safetensors files, and JSON.
 
-    After ``import slope_fx``, ``from_pretrained`` of transformers opens the folder of a transformers
-    model, and ``pipeline`` does: as a model that trains or a frozen one, as it was saved.
+    After ``import slope_fx``, ``from_pretrained`` and ``pipeline`` of transformers open the folder
+    of a transformers model: as a model that trains or a frozen one, as it was saved.
 
     Under ``torch.distributed`` all ranks must call this function, with a ``path`` on a file system
     that they share. They write at the same time, each its own files. A sharded tensor is gathered

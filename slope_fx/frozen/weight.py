@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import StateError, UnsupportedError
 from slope_fx.kernels.packing import unpack
@@ -187,6 +188,14 @@ class FrozenWeight(nn.Module):
         adapter = f", rank={self.rank}" if self.rank else ""
         stack = f", stack={self.stack}" if self.stack > 1 else ""
         return f"frozen {self.pattern}, d_in={self.d_in}, d_out={self.d_out}{stack}{adapter}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, DTensor):
+            raise StateError(
+                f"{self.name} is of a frozen model, which can't be sharded, as by fully_shard. "
+                f"{UNFROZEN}"
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenWeight":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -67,7 +67,11 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         return config
 
     def _process_model_before_weight_loading(
-        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **more: Any
+        self,
+        model: Any,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Any = None,
+        **more: Any,
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise UnsupportedError(

@@ -79,7 +79,6 @@ class DenseWeight(Tensor):
     ) -> Any:
         return _handled(func, args, kwargs or {})
 
-
     @property
     def _is_hf_initialized(self) -> bool:
         # transformers marks parameters that it loaded, so that it doesn't initialize them.
