@@ -111,6 +111,38 @@ static void round_of(int dtype) {
     release();
 }
 
+/* The product of a frozen weight with an adapter, whose b is the transpose of B. */
+static void round_of_adapters(int dtype) {
+    int m = PICK(2, 4, 8, 16), n = m == 2 ? 1 : 1 + below(m - 1);
+    long d_out = ceil_div(FEWEST_ROWS, m) * m * (1 + below(PICK(3, 100 / m))), d_in = m * (1 + below(PICK(3, 200 / m)));
+    long tokens = 1 + below(PICK(2, 9, 20)), rank = below(PICK(4, 40)), x_stride = d_in + below(3), kept = d_in * n / m;
+    void *values = random_tensor(d_out * kept, dtype), *x = random_tensor(tokens * x_stride, dtype);
+    void *a = random_tensor(rank * d_in, dtype), *b = random_tensor(rank * d_out, dtype);
+    void *bias = below(2) ? random_tensor(d_out, dtype) : NULL;
+    uint8_t *mask = random_mask(d_out, d_in, n, m);
+    void *y = block(tokens * d_out * element_size(dtype), 0), *panels = block(tokens * d_out * element_size(dtype), 0);
+    int code = slope_stream(x, x_stride, tokens, values, mask, bias, a, b, rank, d_out, d_in, n, m, y, dtype, PICK(1, 2, 3));
+    code |= slope_panels(x, x_stride, tokens, values, mask, bias, d_out, d_in, n, m, panels, dtype, PICK(1, 2, 3));
+    expect("codes", code, 0, 0, F32);
+    for (long t = 0; t < tokens; t++)
+        for (long o = 0; o < d_out; o++) {
+            double want = bias ? get(bias, o, dtype) : 0, magnitude = fabs(want);
+            for (long c = 0, k = 0; c < d_in; c++) {
+                if (!bit(mask, (d_in + 7) / 8, o, c)) continue;
+                double term = get(x, t * x_stride + c, dtype) * get(values, o * kept + k++, dtype);
+                want += term, magnitude += fabs(term);
+            }
+            expect("panels", get(panels, t * d_out + o, dtype), want, magnitude, dtype);
+            for (long j = 0; j < rank; j++)
+                for (long c = 0; c < d_in; c++) {
+                    double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, j * d_out + o, dtype);
+                    want += term, magnitude += fabs(term);
+                }
+            expect("stream", get(y, t * d_out + o, dtype), want, magnitude, dtype);
+        }
+    release();
+}
+
 /* The transpose of W with a backward mask that drops values until columns are N:M. */
 static void round_of_transpose(int dtype) {
     int m = PICK(2, 4, 8, 16), n = m == 2 ? 1 : 1 + below(m - 1);
@@ -186,6 +218,7 @@ int main(int argc, char **argv) {
     state = 88172645463325252ull + (argc > 2 ? atol(argv[2]) : 0);
     for (long i = 0; i < rounds; i++) {
         round_of(i % 3);
+        round_of_adapters(i % 3);
         round_of_transpose(i % 3);
         round_of_bad_masks(i % 3);
     }
