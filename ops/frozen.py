@@ -7,8 +7,7 @@ compiler, the engines compute them.
 Arguments of the ops:
 
 - ``values``: (d_out, d_in * N / M), in the dtype of ``x``.
-- ``mask``: the packed forward mask, uint8 (d_out, ceil(d_in / 8)). It was checked when the model
-  was frozen.
+- ``forward_mask``: packed, uint8 (d_out, ceil(d_in / 8)). It was checked when the model was frozen.
 - ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None. The
   columns of ``lora_B`` should be contiguous, or few tokens make a copy.
 - ``form``: N, M, bits, group, and pairs (fewest tokens, route). Of the pairs with at most the
@@ -31,11 +30,11 @@ from slope_fx.ops.dispatch import engine, request_of
 _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
     _LIBRARY.define(
-        "frozen_linear(Tensor x, Tensor values, Tensor mask, Tensor? scales, Tensor? bias, "
+        "frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
         "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor"
     )
     _LIBRARY.define(
-        "frozen_expand(Tensor values, Tensor mask, Tensor? scales, Tensor? lora_A, "
+        "frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
         "Tensor? lora_B, int[] form) -> Tensor"
     )
 FROZEN_LINEAR = torch.ops.slope_fx.frozen_linear.default
@@ -55,14 +54,13 @@ def why_not_native() -> str:
 
 
 def _is_native(tensor: Tensor) -> bool:
-    good = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return good and tensor.device.type == "cpu" and not why_not_native()
+    return tensor.device.type == "cpu" and not why_not_native()
 
 
 def _linear(
     x: Tensor,
     values: Tensor,
-    mask: Tensor,
+    forward_mask: Tensor,
     scales: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor | None,
@@ -71,11 +69,11 @@ def _linear(
 ) -> Tensor:
     """``Y = X (W^R)^T + b + (X A^T) B^T`` by the engines."""
     if _is_native(x):
-        y: Tensor = FROZEN_LINEAR(x, values, mask, scales, bias, lora_a, lora_b, form)
+        y: Tensor = FROZEN_LINEAR(x, values, forward_mask, scales, bias, lora_a, lora_b, form)
         return y
     n, m = form[:2]
     product = ENGINES[choose("sparse_linear", request_of(x, values, n, m))]
-    y = product.sparse_linear(x, values, mask, bias, n, m)
+    y = product.sparse_linear(x, values, forward_mask, bias, n, m)
     if lora_a is not None and lora_b is not None:
         y = y + F.linear(F.linear(x, lora_a), lora_b)
     return y
@@ -83,7 +81,7 @@ def _linear(
 
 def _expand(
     values: Tensor,
-    mask: Tensor,
+    forward_mask: Tensor,
     scales: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -91,9 +89,9 @@ def _expand(
 ) -> Tensor:
     """The dense ``W^R + B A``."""
     if _is_native(values):
-        dense: Tensor = FROZEN_EXPAND(values, mask, scales, lora_a, lora_b, form)
+        dense: Tensor = FROZEN_EXPAND(values, forward_mask, scales, lora_a, lora_b, form)
         return dense
-    dense = engine(values).expand(values, mask, *form[:2])
+    dense = engine(values).expand(values, forward_mask, *form[:2])
     return dense if lora_a is None or lora_b is None else torch.addmm(dense, lora_b, lora_a)
 
 
@@ -127,19 +125,21 @@ def _(values: Tensor, *operands: Any) -> Tensor:
 def frozen_linear_with_grad(
     x: Tensor,
     values: Tensor,
-    mask: Tensor,
+    forward_mask: Tensor,
     scales: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     form: list[int],
 ) -> Tensor:
-    """``frozen_linear`` with the gradient of its input, for adapters that train in other layers.
+    """``frozen_linear`` with the gradients of its input and its bias.
+
+    Adapters that train in other layers need them, as those of PEFT.
 
     The gradient is that of ``W^R + B A``. A rule for autograd on ``frozen_linear`` itself would
     cost each call some 4 us, also without gradients.
     """
-    y: Tensor = FROZEN_LINEAR(x, values, mask, scales, bias, lora_a, lora_b, form)
+    y: Tensor = FROZEN_LINEAR(x, values, forward_mask, scales, bias, lora_a, lora_b, form)
     return y
 
 
@@ -158,7 +158,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = grad @ FROZEN_EXPAND(values, mask, scales, None, None, ctx.form)
     if lora_a is not None:
         dx = dx + (grad @ lora_b) @ lora_a
-    return dx, *[None] * 7
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+    return dx, None, None, None, dbias, None, None, None
 
 
 frozen_linear_with_grad.register_autograd(_backward, setup_context=_save)

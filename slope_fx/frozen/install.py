@@ -1,6 +1,5 @@
 """Install frozen weights in a model, in place of dense or of sparse weights."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +98,6 @@ def _form(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]
     return tuple(form_of(product, measured_routes(product, allowed, _random_weight)))
 
 
-@functools.lru_cache(maxsize=1)
 def _random_weight(product: Product) -> Callable[[Tensor, list[int]], Tensor]:
     """A function that computes a product of its size with a random weight."""
     width = product.d_in * product.n // product.m

@@ -4,20 +4,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_within_rounding
-from strategies import normal, patterns, seeds, sizes, tokens, weights
 
+from oracle import assert_within_rounding
 from slope_fx import ops
 from slope_fx.kernels import reference
 from slope_fx.kernels.cpu.routes import DENSE, FEWEST_ROWS, PANELS, STREAM
+from slope_fx.ops import frozen
 from slope_fx.ops.frozen import (
     FROZEN_EXPAND,
     FROZEN_LINEAR,
     FROZEN_LINEAR_WITH_GRAD,
     why_not_native,
 )
+from strategies import normal, patterns, seeds, sizes, tokens, weights
 
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
 def test_the_library_is_built_here():
@@ -52,8 +53,9 @@ def oracle(x, values, mask, bias, a, b, form):
     x = x.double()
     y, size = x @ weight.t(), x.abs() @ weight.abs().t()
     if a is not None:
-        y, size = y + x @ a.double().t() @ b.double().t(), size + (
-            x.abs() @ a.double().abs().t() @ b.double().abs().t()
+        y, size = (
+            y + x @ a.double().t() @ b.double().t(),
+            size + (x.abs() @ a.double().abs().t() @ b.double().abs().t()),
         )
     return (y, size) if bias is None else (y + bias, size + bias.abs())
 
@@ -71,12 +73,18 @@ def test_the_gradient_of_the_input_is_that_of_the_whole_weight(product, seed):
     x, values, mask, bias, a, b, form = product
     x = x.float().contiguous().requires_grad_()
     values, *factors = (t if t is None else t.float() for t in (values, bias, a, b))
+    if bias is not None:
+        factors[0] = factors[0].detach().requires_grad_()
     y = FROZEN_LINEAR_WITH_GRAD(x, values, mask, None, *factors, form)
     grad = normal(y.shape, seed)
-    (dx,) = torch.autograd.grad(y, x, grad)
-    x64 = x.detach().double().requires_grad_()
-    (want,) = torch.autograd.grad(oracle(x64, values, mask, *factors, form)[0], x64, grad.double())
-    torch.testing.assert_close(dx.double(), want, rtol=1e-4, atol=1e-4)
+    leaves = [x] if bias is None else [x, factors[0]]
+    got = torch.autograd.grad(y, leaves, grad)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    factors[0] = None if bias is None else wide[1]
+    y = oracle(wide[0], values, mask, *factors, form)[0]
+    want = torch.autograd.grad(y, wide, grad.double())
+    for mine, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @given(products())
@@ -126,11 +134,14 @@ def test_autocast_keeps_the_weight_as_it_is():
 
 @given(products())
 def test_without_the_library_the_engines_compute_it(product):
-    """float64 has no C++ kernel, nor has another device."""
+    """As on another device, or without a C++ compiler."""
     x, values, mask, bias, a, b, form = product
-    operands = [t if t is None else t.double() for t in (x, values)]
-    factors = [t if t is None else t.double() for t in (bias, a, b)]
-    from slope_fx.ops.frozen import _linear
-
-    y = _linear(*operands, mask, None, *factors, form)
-    torch.testing.assert_close(y, oracle(x, values, mask, bias, a, b, form)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "_is_native", lambda tensor: False)
+        y = frozen._linear(x, values, mask, None, bias, a, b, form)
+        dense = frozen._expand(values, mask, None, a, b, form)
+    want, size = oracle(*product)
+    assert_within_rounding(y, want, 4 * size, x.dtype)
+    eye = torch.eye(x.shape[-1], dtype=torch.float64)
+    whole, size = oracle(eye, values, mask, None, a, b, form)
+    assert_within_rounding(dense, whole.t(), size.t(), x.dtype)
