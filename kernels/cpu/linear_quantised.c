@@ -1,0 +1,233 @@
+/* The product with a quantised weight, for few tokens. The time is that of reading the weight.
+ *
+ * The inputs are rounded to 16-bit integers, with a power of two for each block of columns. Sums of
+ * products within a block and a group are exact, in 32 bits. Inputs in 16 bits that are no smaller
+ * than 2^-7 (bf16) or 2^-4 (fp16) of the largest in their block are exact too. The largest error is
+ * 2^-15 of the largest input of the block. */
+#include "panels.h"
+#include "quantised.h"
+#include "scratch.h"
+
+#define MOST_TOGETHER 8 /* tokens at a time; more do not fit the registers */
+
+/* The rounded inputs of at most MOST_TOGETHER tokens. For each 64 columns, x has the registers of
+ * all `width` tokens one after the other; the even columns of a register come first, then the odd
+ * ones. For each block of `words` times 64 columns, scales has a float for each token. */
+typedef struct {
+    const int16_t *x;
+    const float *scales;
+    int width, words;
+} rounded_t;
+
+/* Whether groups end where the words of the mask end. */
+static int groups_are_whole(const quantised_t *w) { return w->group % (64 * w->mask.n / w->mask.m) == 0; }
+
+/* Rounds the 64 columns of a token from `column` on. `power` is the biased exponent of the power
+ * of two that the inputs are multiplied with. */
+static void round_word(const matrix_t *x, long token, long column, int power, int16_t *to) {
+    uint32_t bits = (uint32_t)power << 23;
+    float times;
+    memcpy(&times, &bits, 4);
+    int16_t rounded[64];
+    for (int k = 0; k < 64; k += VL) {
+        vf v = load_part(element(x, token, column + k), x->columns - column - k, x->dtype);
+        vi q = (vi)(v * times + 0x1.8p23f) - 0x4b400000; /* the adder does the rounding */
+        q = (vi)choose(q > 0x7fff, (vu){0} + 0x7fff, (vu)q);
+        *(vh_any *)(rounded + k) = (vh)__builtin_convertvector((vu)q, vh);
+    }
+    for (int part = 0; part < PARTS; part++)
+        for (int half = 0; half < 2; half++) {
+            vi pairs;
+            memcpy(&pairs, rounded + part * 2 * VL * 2 + half * 2 * VL, sizeof pairs);
+            int16_t *even = to + part * 4 * VL + half * VL, *odd = even + 2 * VL;
+            *(vh_any *)even = __builtin_convertvector((vu)pairs, vh);
+            *(vh_any *)odd = __builtin_convertvector((vu)pairs >> 16, vh);
+        }
+}
+
+/* The exponent of the largest of some columns of a token: 2^(exponent - 126) is larger than each.
+ * 255 if there is NaN or infinity. */
+static int largest_exponent(const matrix_t *x, long token, long column, long count) {
+    vi largest = {0};
+    for (long k = 0; k < count; k += VL) {
+        vi v = (vi)load_part(element(x, token, column + k), count - k, x->dtype) & 0x7fffffff;
+        largest = (vi)choose(v > largest, (vu)v, (vu)largest);
+    }
+    int most = 0;
+    for (int k = 0; k < VL; k++) most = largest[k] > most ? largest[k] : most;
+    return most >> 23;
+}
+
+static void round_inputs(const matrix_t *x, long token, long tokens, rounded_t *r, int16_t *to, float *scales) {
+    long block = 64l * r->words;
+    for (long first = 0; first < x->columns; first += block)
+        for (long b = 0; b < r->width; b++) {
+            long end = least(first + block, x->columns);
+            int exponent = 15; /* of the smallest power of two that is no denormal number */
+            if (b < tokens) {
+                int found = largest_exponent(x, token + b, first, end - first);
+                exponent = found > exponent ? found : exponent;
+            }
+            uint32_t bits = exponent == 255 ? 0x7fc00000u : (uint32_t)(exponent - 14) << 23;
+            memcpy(scales + first / block * r->width + b, &bits, 4);
+            for (long c = first; c < end; c += 64) {
+                int16_t *out = to + (c * r->width + 64 * b);
+                if (b < tokens && exponent < 255)
+                    round_word(x, token + b, c, 268 - exponent, out);
+                else
+                    memset(out, 0, 64 * sizeof *out);
+            }
+        }
+}
+
+/* total[b] += the columns of a word times those of token b. */
+INLINE void add_word(const int B, vi total[MOST_TOGETHER], const vs columns[PARTS], const int16_t *x) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) {
+        vs even = even_columns(columns[p]), odd = odd_columns(columns[p]);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            const int16_t *token = x + 64 * b + BYTES * p;
+            total[b] = dot_i16(total[b], even, *(const vs *)token);
+            total[b] = dot_i16(total[b], odd, *(const vs *)(token + BYTES / 2));
+        }
+    }
+}
+
+/* Moves the totals of a group to the sums. */
+INLINE void add_group(const int B, vf sum[MOST_TOGETHER], vi total[MOST_TOGETHER], float scale, const float *scales) {
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+        sum[b] += __builtin_convertvector(total[b], vf) * (scale * scales[b]);
+        total[b] = (vi){0};
+    }
+}
+
+/* sum[b] = partial sums in lanes of row r of W times token b, for B tokens. With `whole`, groups end
+ * where words end. */
+INLINE void dots_codes(const int B, const int bits, const int whole, const quantised_t *w, long r,
+                       const rounded_t *inputs, vf sum[MOST_TOGETHER]) {
+    const mask_t *mask = &w->mask;
+    const int16_t *x = inputs->x;
+    const float *scales = inputs->scales;
+    const uint8_t *word_bytes = mask->bytes + r * mask->stride;
+    row_t row = row_of(w, r);
+    int codes = 64 * mask->n / mask->m, in_group = w->group;
+    vf s[MOST_TOGETHER] = {{0}};
+    vi total[MOST_TOGETHER] = {{0}};
+    for (long c = 0; c < mask->columns; scales += B) {
+        long end = whole ? least(c + 64l * inputs->words, mask->columns) : c + 64;
+        for (; c < end; c += 64, word_bytes += 8, x += 64 * B) {
+            uint64_t word;
+            int left = codes;
+            if (c + 64 <= mask->columns) {
+                memcpy(&word, word_bytes, 8);
+            } else {
+                word = mask_bits(mask, r, c, mask->columns - c);
+                left = __builtin_popcountll(word);
+            }
+            __builtin_prefetch(row.codes + 2048);
+            vs columns[PARTS];
+            for (; !whole && left > in_group; in_group = w->group) {
+                uint64_t part = lowest_bits(word, in_group);
+                expand_codes(columns, &row, bits, part);
+                add_word(B, total, columns, x);
+                add_group(B, s, total, scale_of(row.scales++), scales);
+                row.codes += in_group * bits / 8;
+                left -= in_group;
+                word ^= part;
+            }
+            expand_codes(columns, &row, bits, word);
+            add_word(B, total, columns, x);
+            row.codes += left * bits / 8;
+            in_group -= left;
+        }
+        add_group(B, s, total, scale_of(row.scales), scales);
+        if (whole || !in_group) {
+            row.scales++;
+            in_group = w->group;
+        }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) sum[b] = s[b] * unit(bits);
+}
+
+typedef void dots_codes_fn(const quantised_t *, long, const rounded_t *, vf[MOST_TOGETHER]);
+#define DOTS_CODES(B, BITS, WHOLE)                                                                       \
+    static void dots_int##BITS##_##WHOLE##_##B(const quantised_t *w, long r, const rounded_t *x,         \
+                                               vf sum[MOST_TOGETHER]) {                                  \
+        dots_codes(B, BITS, WHOLE, w, r, x, sum);                                                        \
+    }
+#define DOTS_CODES_OF(B) \
+    DOTS_CODES(B, 8, 1) DOTS_CODES(B, 8, 0) DOTS_CODES(B, 4, 1) DOTS_CODES(B, 4, 0)
+DOTS_CODES_OF(1) DOTS_CODES_OF(2) DOTS_CODES_OF(4) DOTS_CODES_OF(8)
+
+/* `width`: the number of tokens of the function; missing ones are zeros. */
+static dots_codes_fn *dots_codes_for(long tokens, int bits, int whole, int *width) {
+#define DOTS(B)                                                                \
+    (*width = B, bits == 8 ? (whole ? dots_int8_1_##B : dots_int8_0_##B)       \
+                           : (whole ? dots_int4_1_##B : dots_int4_0_##B))
+    return tokens == 1 ? DOTS(1) : tokens == 2 ? DOTS(2) : tokens <= 4 ? DOTS(4) : DOTS(8);
+#undef DOTS
+}
+
+/* The product for at most MOST_TOGETHER tokens from `token` on. */
+static int linear_quantised(const matrix_t *x, long token, const quantised_t *w, const void *bias,
+                            const matrix_t *y, int threads) {
+    long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_TOGETHER, x->rows - token);
+    int whole = groups_are_whole(w), width;
+    dots_codes_fn *dots = dots_codes_for(tokens, w->bits, whole, &width);
+    rounded_t inputs = {NULL, NULL, width, whole ? w->group * w->mask.m / w->mask.n / 64 : 1};
+    long words = ceil_div(d_in, 64), elements = words * 64 * width;
+    float *memory = scratch(elements / 2 + words * width);
+    if (!memory) return NO_MEMORY;
+    float *scales = memory + elements / 2;
+    inputs.x = (int16_t *)memory;
+    inputs.scales = scales;
+    round_inputs(x, token, tokens, &inputs, (int16_t *)memory, scales);
+    int valid = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
+    for (long row = 0; row < d_out; row += VL) {
+        long rows = least(VL, d_out - row);
+        vf by_token[MOST_TOGETHER][VL], sum[MOST_TOGETHER];
+        int good = 1;
+        for (long i = 0; i < rows; i++) good &= row_is_valid(&w->mask, row + i);
+        valid &= good;
+        for (long i = 0; good && i < VL; i++) {
+            if (i < rows) dots(w, row + i, &inputs, sum);
+            for (long b = 0; b < tokens; b++) by_token[b][i] = i < rows ? sum[b] : zero();
+        }
+        vf added = bias ? load_part(at(bias, row, y->dtype), rows, y->dtype) : zero();
+        for (long b = 0; good && b < tokens; b++)
+            store_part((void *)element(y, token + b, row), sums(by_token[b]) + added, rows, y->dtype);
+    }
+    give_back(memory);
+    return valid ? OK : BAD_FORWARD_MASK;
+}
+
+/* One dense row, with zeros at pruned positions. */
+static void expand_row_quantised(const quantised_t *w, const matrix_t *dense, long r) {
+    row_t row = row_of(w, r);
+    int in_group = w->group;
+    for (long c = 0; c < w->mask.columns; c += 64) {
+        long columns = least(64, w->mask.columns - c);
+        uint64_t word = mask_bits(&w->mask, r, c, columns);
+        int8_t codes[64];
+        float values[64] = {0};
+        for (int left = __builtin_popcountll(word); left;) {
+            int count = (int)least(left, in_group);
+            uint64_t part = lowest_bits(word, count);
+            float scale = scale_of(row.scales) * unit(w->bits);
+            vs v[PARTS];
+            expand_codes(v, &row, w->bits, part);
+            memcpy(codes, v, sizeof codes);
+            /* The codes of other groups are zeros here. */
+            for (int k = 0; k < 64; k++) values[k] += codes[k] * scale;
+            row.codes += count * w->bits / 8;
+            left -= count, in_group -= count, word ^= part;
+            if (!in_group) row.scales++, in_group = w->group;
+        }
+        for (long s = 0; s < columns; s += VL)
+            store_part((void *)element(dense, r, c + s), *(vf_any *)(values + s), columns - s, dense->dtype);
+    }
+}

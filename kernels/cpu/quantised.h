@@ -1,0 +1,106 @@
+/* Quantised weights: their format (kernels/quantised.py), and the expansion of their codes. */
+#ifndef SLOPE_QUANTISED_H
+#define SLOPE_QUANTISED_H
+
+#include "masks.h"
+
+/* A value is its code times the scale of its group. */
+typedef struct {
+    const uint8_t *codes; /* (d_out, row_bytes): int8, or two int4 a byte, the first one low */
+    const uint16_t *scales; /* bf16 (d_out, groups) */
+    mask_t mask;
+    int bits, group; /* group: kept values of a row that share a scale; a power of two, 32 or more */
+    long row_bytes, groups;
+} quantised_t;
+
+INLINE quantised_t quantised_of(const void *codes, const void *scales, mask_t mask, int bits, int group) {
+    long kept = mask.columns * mask.n / mask.m;
+    return (quantised_t){codes, scales, mask, bits, group, ceil_div(kept * bits, 8), ceil_div(kept, group)};
+}
+
+/* Where the codes and the scales of a row are. */
+typedef struct {
+    const uint8_t *codes, *end; /* end: of the codes of all rows */
+    const uint16_t *scales;
+} row_t;
+
+INLINE row_t row_of(const quantised_t *w, long row) {
+    const uint8_t *end = w->codes + w->mask.rows * w->row_bytes;
+    return (row_t){w->codes + row * w->row_bytes, end, w->scales + row * w->groups};
+}
+
+INLINE float scale_of(const uint16_t *scale) {
+    uint32_t bits = (uint32_t)*scale << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+/* --- int8 columns -------------------------------------------------------------------- */
+
+#define BYTES (4 * VL)    /* in a register */
+#define PARTS (64 / BYTES) /* registers for the columns of a mask word */
+
+typedef int16_t vs __attribute__((vector_size(BYTES)));
+typedef int16_t vs_any __attribute__((vector_size(BYTES), aligned(1), may_alias));
+
+/* int4 codes are expanded to the high half of a byte, which is 16 times the code. */
+INLINE float unit(int bits) { return bits == 4 ? 0x1p-4f : 1; }
+
+/* The codes of `row` from its pointer on, as bytes at the set bits of `word`, with zeros elsewhere.
+ * The bytes of two columns make a lane. Reads the codes of the set bits only. */
+INLINE void expand_codes(vs columns[PARTS], const row_t *row, const int bits, uint64_t word) {
+    const uint8_t *from = row->codes;
+#if defined(__AVX512VBMI2__)
+    if (bits == 8) {
+        columns[0] = (vs)_mm512_maskz_expandloadu_epi8(word, from);
+    } else {
+        __mmask32 bytes = (__mmask32)low_bits((__builtin_popcountll(word) + 1) / 2);
+        vs pairs = (vs)_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(bytes, from));
+        pairs = (pairs << 4 & 0xf0) | (pairs << 8 & (int16_t)0xf000);
+        columns[0] = (vs)_mm512_maskz_expand_epi8(word, (__m512i)pairs);
+    }
+#else
+    uint64_t eights[8];
+#if defined(__BMI2__) && defined(__x86_64__)
+    uint8_t last[72]; /* eight bytes are read where there may be one */
+    if (row->end - from < 72) {
+        memset(last, 0, sizeof last);
+        from = memcpy(last, from, row->end - from);
+    }
+    for (int k = 0, taken = 0; k < 8; k++) {
+        uint64_t lanes = _pdep_u64(word >> 8 * k, 0x0101010101010101ull), next;
+        memcpy(&next, from + taken * bits / 8, 8);
+        if (bits == 4) next >>= taken % 2 * 4;
+        eights[k] = _pdep_u64(next, lanes * (bits == 8 ? 0xff : 0xf0));
+        taken += __builtin_popcountll(lanes);
+    }
+#else
+    uint8_t *to = memset(eights, 0, sizeof eights);
+    for (int taken = 0; word; word &= word - 1, taken++)
+        to[__builtin_ctzll(word)] = bits == 8 ? from[taken] : from[taken / 2] >> taken % 2 * 4 << 4;
+#endif
+    memcpy(columns, eights, sizeof eights);
+#endif
+}
+
+INLINE vs even_columns(vs bytes) { return bytes << 8 >> 8; }
+INLINE vs odd_columns(vs bytes) { return bytes >> 8; }
+
+/* sum + a * b: each lane adds the two products of its pair. */
+INLINE vi dot_i16(vi sum, vs a, vs b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return sum + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+#endif
+}
+
+/* A mask word is split where a group ends: the lowest `count` set bits of it. */
+INLINE uint64_t lowest_bits(uint64_t word, int count) { return deposit(low_bits(count), word); }
+
+#endif
