@@ -96,7 +96,7 @@ INLINE void dots_bf16(const int R, const int B, const weight_t *w, long r, const
             vf v[4];
 #pragma GCC unroll 4
             for (int i = 0; i < R; i++) {
-                v[i] = (vf)_mm512_maskz_expandloadu_epi16((__mmask32)(word[i] >> 32 * k), values[i]);
+                v[i] = (vf)_mm512_mask_expandloadu_epi16((__m512i)fresh_zero(), (__mmask32)(word[i] >> 32 * k), values[i]);
                 values[i] += 2 * 32 * n / m;
             }
 #pragma GCC unroll 8

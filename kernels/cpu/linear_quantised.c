@@ -94,12 +94,33 @@ INLINE void add_word(const int B, vi total[MOST_TOGETHER], const vs columns[PART
     }
 }
 
-/* Moves the totals of a group to the sums. */
-INLINE void add_group(const int B, vf sum[MOST_TOGETHER], vi total[MOST_TOGETHER], float scale, const float *scales) {
+/* Adds the totals of a group to the sums. */
+INLINE void add_group(const int B, vf sum[MOST_TOGETHER], const vi total[MOST_TOGETHER], float scale, const float *scales) {
 #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) {
-        sum[b] += __builtin_convertvector(total[b], vf) * (scale * scales[b]);
-        total[b] = (vi){0};
+    for (int b = 0; b < B; b++)
+        sum[b] += __builtin_convertvector(total[b], vf) * splat(scales[b]) * splat(scale);
+}
+
+/* The columns of a word, as far as its codes are in one group, are added to the totals. */
+INLINE void add_codes(const int B, const int bits, vi total[MOST_TOGETHER], row_t *row, uint64_t word, int count,
+                      const int16_t *x) {
+    vs columns[PARTS];
+    expand_codes(columns, row, bits, word, count);
+    add_word(B, total, columns, x);
+    row->codes += count * bits / 8;
+}
+
+/* The `count` columns of a word in which groups may end. `left` is what the group has left. */
+INLINE void add_split(const int B, const int bits, const quantised_t *w, vf sum[MOST_TOGETHER], row_t *row,
+                      uint64_t word, int count, int *left, const int16_t *x, const float *scales) {
+    while (count) {
+        vi total[MOST_TOGETHER] = {{0}};
+        int taken = (int)least(count, *left);
+        uint64_t part = lowest_bits(word, taken);
+        add_codes(B, bits, total, row, part, taken, x);
+        add_group(B, sum, total, scale_of(row->scales), scales);
+        word ^= part, count -= taken, *left -= taken;
+        if (!*left) row->scales++, *left = w->group;
     }
 }
 
@@ -112,41 +133,32 @@ INLINE void dots_codes(const int B, const int bits, const int whole, const quant
     const float *scales = inputs->scales;
     const uint8_t *word_bytes = mask->bytes + r * mask->stride;
     row_t row = row_of(w, r);
-    int codes = 64 * mask->n / mask->m, in_group = w->group;
+    long words = mask->columns / 64, rest = mask->columns % 64, in_block = inputs->words;
+    int codes = 64 * mask->n / mask->m, left = w->group;
     vf s[MOST_TOGETHER] = {{0}};
-    vi total[MOST_TOGETHER] = {{0}};
-    for (long c = 0; c < mask->columns; scales += B) {
-        long end = whole ? least(c + 64l * inputs->words, mask->columns) : c + 64;
-        for (; c < end; c += 64, word_bytes += 8, x += 64 * B) {
+    while (words) {
+        long here = least(words, in_block);
+        vi total[MOST_TOGETHER] = {{0}};
+        words -= here;
+        for (long k = 0; k < here; k++, word_bytes += 8, x += 64 * B) {
             uint64_t word;
-            int left = codes;
-            if (c + 64 <= mask->columns) {
-                memcpy(&word, word_bytes, 8);
-            } else {
-                word = mask_bits(mask, r, c, mask->columns - c);
-                left = __builtin_popcountll(word);
-            }
+            memcpy(&word, word_bytes, 8);
             __builtin_prefetch(row.codes + 2048);
-            vs columns[PARTS];
-            for (; !whole && left > in_group; in_group = w->group) {
-                uint64_t part = lowest_bits(word, in_group);
-                expand_codes(columns, &row, bits, part);
-                add_word(B, total, columns, x);
-                add_group(B, s, total, scale_of(row.scales++), scales);
-                row.codes += in_group * bits / 8;
-                left -= in_group;
-                word ^= part;
-            }
-            expand_codes(columns, &row, bits, word);
-            add_word(B, total, columns, x);
-            row.codes += left * bits / 8;
-            in_group -= left;
+            if (whole)
+                add_codes(B, bits, total, &row, word, codes, x);
+            else
+                add_split(B, bits, w, s, &row, word, codes, &left, x, scales);
         }
-        add_group(B, s, total, scale_of(row.scales), scales);
-        if (whole || !in_group) {
+        if (whole) {
+            add_group(B, s, total, scale_of(row.scales), scales);
+            if (here < in_block) break; /* the rest of the columns is in the same block */
             row.scales++;
-            in_group = w->group;
         }
+        scales += B;
+    }
+    if (rest) {
+        uint64_t word = mask_bits(mask, r, mask->columns - rest, rest);
+        add_split(B, bits, w, s, &row, word, (int)rest * mask->n / mask->m, &left, x, scales);
     }
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) sum[b] = s[b] * unit(bits);
@@ -219,7 +231,7 @@ static void expand_row_quantised(const quantised_t *w, const matrix_t *dense, lo
             uint64_t part = lowest_bits(word, count);
             float scale = scale_of(row.scales) * unit(w->bits);
             vs v[PARTS];
-            expand_codes(v, &row, w->bits, part);
+            expand_codes(v, &row, w->bits, part, count);
             memcpy(codes, v, sizeof codes);
             /* The codes of other groups are zeros here. */
             for (int k = 0; k < 64; k++) values[k] += codes[k] * scale;

@@ -47,20 +47,23 @@ typedef int16_t vs_any __attribute__((vector_size(BYTES), aligned(1), may_alias)
 /* int4 codes are expanded to the high half of a byte, which is 16 times the code. */
 INLINE float unit(int bits) { return bits == 4 ? 0x1p-4f : 1; }
 
-/* The codes of `row` from its pointer on, as bytes at the set bits of `word`, with zeros elsewhere.
- * The bytes of two columns make a lane. Reads the codes of the set bits only. */
-INLINE void expand_codes(vs columns[PARTS], const row_t *row, const int bits, uint64_t word) {
+/* The codes of `row` from its pointer on, as bytes at the `count` set bits of `word`, with zeros
+ * elsewhere. The bytes of two columns make a lane. Reads only these codes. */
+INLINE void expand_codes(vs columns[PARTS], const row_t *row, const int bits, uint64_t word, int count) {
     const uint8_t *from = row->codes;
-#if defined(__AVX512VBMI2__)
+#if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__)
     if (bits == 8) {
-        columns[0] = (vs)_mm512_maskz_expandloadu_epi8(word, from);
+        columns[0] = (vs)_mm512_mask_expandloadu_epi8((__m512i)fresh_zero(), word, from);
     } else {
-        __mmask32 bytes = (__mmask32)low_bits((__builtin_popcountll(word) + 1) / 2);
-        vs pairs = (vs)_mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(bytes, from));
-        pairs = (pairs << 4 & 0xf0) | (pairs << 8 & (int16_t)0xf000);
-        columns[0] = (vs)_mm512_maskz_expand_epi8(word, (__m512i)pairs);
+        __mmask32 bytes = (__mmask32)low_bits((count + 1) / 2);
+        /* Two codes in 16 bits each; for each pair, the bits from four before it, and from its start. */
+        __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(bytes, from));
+        __m512i starts = _mm512_set1_epi64(0x302c201c100c003cull);
+        pairs = _mm512_and_si512(_mm512_multishift_epi64_epi8(starts, pairs), _mm512_set1_epi8(-16));
+        columns[0] = (vs)_mm512_mask_expand_epi8((__m512i)fresh_zero(), word, pairs);
     }
 #else
+    (void)count;
     uint64_t eights[8];
 #if defined(__BMI2__) && defined(__x86_64__)
     uint8_t last[72]; /* eight bytes are read where there may be one */
