@@ -28,7 +28,7 @@ static int usable(int threads) { return forked || threads < 1 ? 1 : threads; }
 static int mask_is_valid(const mask_t *mask, int threads) {
     int valid = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
-    for (long r = 0; r < mask->rows; r++) valid &= row_is_valid(mask, r);
+    for (long r = 0; r < mask->rows; r += 16) valid &= rows_are_valid(mask, r, least(16, mask->rows - r));
     return valid;
 }
 

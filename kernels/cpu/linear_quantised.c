@@ -19,9 +19,6 @@ typedef struct {
     int width, words;
 } rounded_t;
 
-/* Whether groups end where the words of the mask end. */
-static int groups_are_whole(const quantised_t *w) { return w->group % (64 * w->mask.n / w->mask.m) == 0; }
-
 /* Rounds the 64 columns of a token from `column` on. `power` is the biased exponent of the power
  * of two that the inputs are multiplied with. */
 static void round_word(const matrix_t *x, long token, long column, int power, int16_t *to) {
@@ -124,40 +121,37 @@ INLINE void add_split(const int B, const int bits, const quantised_t *w, vf sum[
     }
 }
 
-/* sum[b] = partial sums in lanes of row r of W times token b, for B tokens. With `whole`, groups end
- * where words end. */
-INLINE void dots_codes(const int B, const int bits, const int whole, const quantised_t *w, long r,
+/* sum[b] = partial sums in lanes of row r of W times token b, for B tokens. `in_block`: the words of a
+ * group; 0 if groups may end within words. */
+INLINE void dots_codes(const int B, const int bits, const int in_block, const quantised_t *w, long r,
                        const rounded_t *inputs, vf sum[MOST_TOGETHER]) {
     const mask_t *mask = &w->mask;
     const int16_t *x = inputs->x;
     const float *scales = inputs->scales;
     const uint8_t *word_bytes = mask->bytes + r * mask->stride;
     row_t row = row_of(w, r);
-    long words = mask->columns / 64, rest = mask->columns % 64, in_block = inputs->words;
+    long words = mask->columns / 64, rest = mask->columns % 64;
     int codes = 64 * mask->n / mask->m, left = w->group;
+    uint64_t word;
     vf s[MOST_TOGETHER] = {{0}};
-    while (words) {
-        long here = least(words, in_block);
+    for (; in_block && words >= in_block; words -= in_block, scales += B) {
         vi total[MOST_TOGETHER] = {{0}};
-        words -= here;
-        for (long k = 0; k < here; k++, word_bytes += 8, x += 64 * B) {
-            uint64_t word;
+        __builtin_prefetch(row.codes + 2048);
+#pragma GCC unroll 4
+        for (int k = 0; k < in_block; k++, word_bytes += 8, x += 64 * B) {
             memcpy(&word, word_bytes, 8);
-            __builtin_prefetch(row.codes + 2048);
-            if (whole)
-                add_codes(B, bits, total, &row, word, codes, x);
-            else
-                add_split(B, bits, w, s, &row, word, codes, &left, x, scales);
+            add_codes(B, bits, total, &row, word, codes, x);
         }
-        if (whole) {
-            add_group(B, s, total, scale_of(row.scales), scales);
-            if (here < in_block) break; /* the rest of the columns is in the same block */
-            row.scales++;
-        }
-        scales += B;
+        add_group(B, s, total, scale_of(row.scales++), scales);
+    }
+    for (; words; words--, word_bytes += 8, x += 64 * B) {
+        memcpy(&word, word_bytes, 8);
+        __builtin_prefetch(row.codes + 2048);
+        add_split(B, bits, w, s, &row, word, codes, &left, x, scales);
+        if (!in_block) scales += B;
     }
     if (rest) {
-        uint64_t word = mask_bits(mask, r, mask->columns - rest, rest);
+        word = mask_bits(mask, r, mask->columns - rest, rest);
         add_split(B, bits, w, s, &row, word, (int)rest * mask->n / mask->m, &left, x, scales);
     }
 #pragma GCC unroll 8
@@ -165,31 +159,37 @@ INLINE void dots_codes(const int B, const int bits, const int whole, const quant
 }
 
 typedef void dots_codes_fn(const quantised_t *, long, const rounded_t *, vf[MOST_TOGETHER]);
-#define DOTS_CODES(B, BITS, WHOLE)                                                                       \
-    static void dots_int##BITS##_##WHOLE##_##B(const quantised_t *w, long r, const rounded_t *x,         \
-                                               vf sum[MOST_TOGETHER]) {                                  \
-        dots_codes(B, BITS, WHOLE, w, r, x, sum);                                                        \
+#define DOTS_CODES(B, BITS, IN_BLOCK)                                                                   \
+    static void dots_int##BITS##_##B##_##IN_BLOCK(const quantised_t *w, long r, const rounded_t *x,     \
+                                                  vf sum[MOST_TOGETHER]) {                              \
+        dots_codes(B, BITS, IN_BLOCK, w, r, x, sum);                                                    \
     }
-#define DOTS_CODES_OF(B) \
-    DOTS_CODES(B, 8, 1) DOTS_CODES(B, 8, 0) DOTS_CODES(B, 4, 1) DOTS_CODES(B, 4, 0)
-DOTS_CODES_OF(1) DOTS_CODES_OF(2) DOTS_CODES_OF(4) DOTS_CODES_OF(8)
+#define DOTS_CODES_OF(B, BITS) \
+    DOTS_CODES(B, BITS, 0) DOTS_CODES(B, BITS, 1) DOTS_CODES(B, BITS, 2) DOTS_CODES(B, BITS, 4)
+DOTS_CODES_OF(1, 8) DOTS_CODES_OF(2, 8) DOTS_CODES_OF(4, 8) DOTS_CODES_OF(8, 8)
+DOTS_CODES_OF(1, 4) DOTS_CODES_OF(2, 4) DOTS_CODES_OF(4, 4) DOTS_CODES_OF(8, 4)
 
-/* `width`: the number of tokens of the function; missing ones are zeros. */
-static dots_codes_fn *dots_codes_for(long tokens, int bits, int whole, int *width) {
-#define DOTS(B)                                                                \
-    (*width = B, bits == 8 ? (whole ? dots_int8_1_##B : dots_int8_0_##B)       \
-                           : (whole ? dots_int4_1_##B : dots_int4_0_##B))
-    return tokens == 1 ? DOTS(1) : tokens == 2 ? DOTS(2) : tokens <= 4 ? DOTS(4) : DOTS(8);
-#undef DOTS
+static dots_codes_fn *dots_codes_for(int width, int bits, int in_block) {
+#define ROW(B, BITS) {dots_int##BITS##_##B##_0, dots_int##BITS##_##B##_1, dots_int##BITS##_##B##_2, dots_int##BITS##_##B##_4}
+    static dots_codes_fn *const table[2][4][4] = {{ROW(1, 4), ROW(2, 4), ROW(4, 4), ROW(8, 4)},
+                                                  {ROW(1, 8), ROW(2, 8), ROW(4, 8), ROW(8, 8)}};
+#undef ROW
+    return table[bits == 8][__builtin_ctz(width)][in_block == 4 ? 3 : in_block];
+}
+
+/* The words of a group: 1, 2 or 4, or 0 for anything else. */
+static int words_of_group(const quantised_t *w) {
+    int codes = 64 * w->mask.n / w->mask.m, words = w->group / codes;
+    return words * codes == w->group && (words == 1 || words == 2 || words == 4) ? words : 0;
 }
 
 /* The product for at most MOST_TOGETHER tokens from `token` on. */
 static int linear_quantised(const matrix_t *x, long token, const quantised_t *w, const void *bias,
                             const matrix_t *y, int threads) {
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_TOGETHER, x->rows - token);
-    int whole = groups_are_whole(w), width;
-    dots_codes_fn *dots = dots_codes_for(tokens, w->bits, whole, &width);
-    rounded_t inputs = {NULL, NULL, width, whole ? w->group * w->mask.m / w->mask.n / 64 : 1};
+    int in_block = words_of_group(w), width = tokens == 1 ? 1 : tokens == 2 ? 2 : tokens <= 4 ? 4 : 8;
+    dots_codes_fn *dots = dots_codes_for(width, w->bits, in_block);
+    rounded_t inputs = {NULL, NULL, width, in_block ? in_block : 1};
     long words = ceil_div(d_in, 64), elements = words * 64 * width;
     float *memory = scratch(elements / 2 + words * width);
     if (!memory) return NO_MEMORY;
@@ -202,8 +202,7 @@ static int linear_quantised(const matrix_t *x, long token, const quantised_t *w,
     for (long row = 0; row < d_out; row += VL) {
         long rows = least(VL, d_out - row);
         vf by_token[MOST_TOGETHER][VL], sum[MOST_TOGETHER];
-        int good = 1;
-        for (long i = 0; i < rows; i++) good &= row_is_valid(&w->mask, row + i);
+        int good = rows_are_valid(&w->mask, row, rows);
         valid &= good;
         for (long i = 0; good && i < VL; i++) {
             if (i < rows) dots(w, row + i, &inputs, sum);

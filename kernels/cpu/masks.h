@@ -51,26 +51,30 @@ typedef uint64_t vw __attribute__((vector_size(4 * VL), aligned(1), may_alias));
 FIELD_COUNTS(field_counts, uint64_t)
 FIELD_COUNTS(field_counts_each, vw)
 
-/* Whether each group of a row has exactly n set bits, and the padding has none. All other code
+/* Whether each group of some rows has exactly n set bits, and the padding has none. All other code
  * computes the number of values from the pattern, not from the bits. Without this check, a
  * corrupted mask would lead to accesses out of bounds. */
-INLINE int row_is_valid(const mask_t *mask, long row) {
-    const uint8_t *bytes = mask->bytes + row * mask->stride;
+INLINE int rows_are_valid(const mask_t *mask, long row, long count) {
     uint64_t wrong = 0, want = in_each_field(mask->n, mask->m);
     vw each = {0};
-    long column = 0;
-    for (; column + 32 * VL <= mask->columns; column += 32 * VL)
-        each |= field_counts_each(*(const vw *)(bytes + column / 8), mask->m) ^ want;
-    for (int i = 0; i < VL / 2; i++) wrong |= each[i];
-    for (; column + 64 <= mask->columns; column += 64)
-        wrong |= field_counts(mask_bits(mask, row, column, 64), mask->m) ^ want;
-    if (column < mask->columns) {
-        long left = mask->columns - column;
-        uint64_t word = mask_bits(mask, row, column, 8 * (mask->stride - column / 8));
-        wrong |= field_counts(word, mask->m) ^ (want & low_bits(left));
+    for (long end = row + count; row < end; row++) {
+        const uint8_t *bytes = mask->bytes + row * mask->stride;
+        long column = 0;
+        for (; column + 32 * VL <= mask->columns; column += 32 * VL)
+            each |= field_counts_each(*(const vw *)(bytes + column / 8), mask->m) ^ want;
+        for (; column + 64 <= mask->columns; column += 64)
+            wrong |= field_counts(mask_bits(mask, row, column, 64), mask->m) ^ want;
+        if (column < mask->columns) {
+            long left = mask->columns - column;
+            uint64_t word = mask_bits(mask, row, column, 8 * (mask->stride - column / 8));
+            wrong |= field_counts(word, mask->m) ^ (want & low_bits(left));
+        }
     }
+    for (int i = 0; i < VL / 2; i++) wrong |= each[i];
     return !wrong;
 }
+
+INLINE int row_is_valid(const mask_t *mask, long row) { return rows_are_valid(mask, row, 1); }
 
 /* The transpose of an 8x8 matrix of bits: bit i of byte j is bit j of byte i of `x`. */
 INLINE uint64_t transpose_8x8(uint64_t x) {
