@@ -45,8 +45,7 @@ def quantise(values: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
         ValueError: the kind, the group or the values are not as above.
     """
     _check(kind, group)
-    d_out, kept = values.shape
-    rows = max(1, _CHUNK // max(1, kept))
+    rows = max(1, _CHUNK // max(1, values.shape[1]))
     parts = [_quantise(part, kind, group) for part in values.detach().split(rows)]
     codes = torch.cat([part[0] for part in parts])
     return codes, torch.cat([part[1] for part in parts])

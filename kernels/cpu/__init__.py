@@ -2,8 +2,8 @@
 
 This module passes tensors to the C functions as pointers. ``linear.c`` and ``linear_few.c`` compute
 the product, and with the compressed transpose the input gradient. ``weight_grad.c`` computes the
-weight gradient, ``weights.c`` expands, compresses and transposes weights. ``build.py`` compiles and
-loads the library.
+weight gradient, ``weights.c`` expands, compresses and transposes weights. ``linear_quantised.c``
+has the product and the expansion for quantised values. ``build.py`` compiles and loads the library.
 
 The engine supports fp32, bf16 and fp16 and sums in fp32. Results do not depend on the number of
 threads. NaN or infinity in a feature always appears in the outputs whose rows keep a weight for

@@ -55,18 +55,20 @@ static int largest_exponent(const matrix_t *x, long token, long column, long cou
     return most >> 23;
 }
 
-static void round_inputs(const matrix_t *x, long token, long tokens, rounded_t *r, int16_t *to, float *scales) {
+static void round_inputs(const matrix_t *x, long token, long tokens, rounded_t *r, int16_t *to, float *scales,
+                         int bits) {
+    int part = bits == 4 ? 4 : 0; /* of the exponent: int4 codes are expanded to 16 times the code */
     long block = 64l * r->words;
     for (long first = 0; first < x->columns; first += block)
         for (long b = 0; b < r->width; b++) {
             long end = least(first + block, x->columns);
-            int exponent = 15; /* of the smallest power of two that is no denormal number */
+            int exponent = 15 + part; /* with less, the scale would be a denormal number */
             if (b < tokens) {
                 int found = largest_exponent(x, token + b, first, end - first);
                 exponent = found > exponent ? found : exponent;
             }
-            uint32_t bits = exponent == 255 ? 0x7fc00000u : (uint32_t)(exponent - 14) << 23;
-            memcpy(scales + first / block * r->width + b, &bits, 4);
+            uint32_t scale = exponent == 255 ? 0x7fc00000u : (uint32_t)(exponent - part - 14) << 23;
+            memcpy(scales + first / block * r->width + b, &scale, 4);
             for (long c = first; c < end; c += 64) {
                 int16_t *out = to + (c * r->width + 64 * b);
                 if (b < tokens && exponent < 255)
@@ -92,10 +94,11 @@ INLINE void add_word(const int B, vi total[MOST_TOGETHER], const vs columns[PART
 }
 
 /* Adds the totals of a group to the sums. */
-INLINE void add_group(const int B, vf sum[MOST_TOGETHER], const vi total[MOST_TOGETHER], float scale, const float *scales) {
+INLINE void add_group(const int B, vf sum[MOST_TOGETHER], const vi total[MOST_TOGETHER], float scale,
+                      const float *scales) {
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++)
-        sum[b] += __builtin_convertvector(total[b], vf) * splat(scales[b]) * splat(scale);
+        sum[b] += __builtin_convertvector(total[b], vf) * (splat(scales[b]) * splat(scale));
 }
 
 /* The columns of a word, as far as its codes are in one group, are added to the totals. */
@@ -155,7 +158,7 @@ INLINE void dots_codes(const int B, const int bits, const int in_block, const qu
         add_split(B, bits, w, s, &row, word, (int)rest * mask->n / mask->m, &left, x, scales);
     }
 #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) sum[b] = s[b] * unit(bits);
+    for (int b = 0; b < B; b++) sum[b] = s[b];
 }
 
 typedef void dots_codes_fn(const quantised_t *, long, const rounded_t *, vf[MOST_TOGETHER]);
@@ -170,7 +173,8 @@ DOTS_CODES_OF(1, 8) DOTS_CODES_OF(2, 8) DOTS_CODES_OF(4, 8) DOTS_CODES_OF(8, 8)
 DOTS_CODES_OF(1, 4) DOTS_CODES_OF(2, 4) DOTS_CODES_OF(4, 4) DOTS_CODES_OF(8, 4)
 
 static dots_codes_fn *dots_codes_for(int width, int bits, int in_block) {
-#define ROW(B, BITS) {dots_int##BITS##_##B##_0, dots_int##BITS##_##B##_1, dots_int##BITS##_##B##_2, dots_int##BITS##_##B##_4}
+#define ROW(B, BITS)                                                                                \
+    {dots_int##BITS##_##B##_0, dots_int##BITS##_##B##_1, dots_int##BITS##_##B##_2, dots_int##BITS##_##B##_4}
     static dots_codes_fn *const table[2][4][4] = {{ROW(1, 4), ROW(2, 4), ROW(4, 4), ROW(8, 4)},
                                                   {ROW(1, 8), ROW(2, 8), ROW(4, 8), ROW(8, 8)}};
 #undef ROW
@@ -196,7 +200,7 @@ static int linear_quantised(const matrix_t *x, long token, const quantised_t *w,
     float *scales = memory + elements / 2;
     inputs.x = (int16_t *)memory;
     inputs.scales = scales;
-    round_inputs(x, token, tokens, &inputs, (int16_t *)memory, scales);
+    round_inputs(x, token, tokens, &inputs, (int16_t *)memory, scales, w->bits);
     int valid = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
     for (long row = 0; row < d_out; row += VL) {
@@ -228,7 +232,7 @@ static void expand_row_quantised(const quantised_t *w, const matrix_t *dense, lo
         for (int left = __builtin_popcountll(word); left;) {
             int count = (int)least(left, in_group);
             uint64_t part = lowest_bits(word, count);
-            float scale = scale_of(row.scales) * unit(w->bits);
+            float scale = scale_of(row.scales) * (w->bits == 4 ? 0x1p-4f : 1);
             vs v[PARTS];
             expand_codes(v, &row, w->bits, part, count);
             memcpy(codes, v, sizeof codes);

@@ -42,13 +42,12 @@ INLINE float scale_of(const uint16_t *scale) {
 #define PARTS (64 / BYTES) /* registers for the columns of a mask word */
 
 typedef int16_t vs __attribute__((vector_size(BYTES)));
+typedef uint64_t vq __attribute__((vector_size(BYTES)));
 typedef int16_t vs_any __attribute__((vector_size(BYTES), aligned(1), may_alias));
 
-/* int4 codes are expanded to the high half of a byte, which is 16 times the code. */
-INLINE float unit(int bits) { return bits == 4 ? 0x1p-4f : 1; }
-
 /* The codes of `row` from its pointer on, as bytes at the `count` set bits of `word`, with zeros
- * elsewhere. The bytes of two columns make a lane. Reads only these codes. */
+ * elsewhere. int4 codes are in the high half of their byte, which is 16 times the code. The bytes
+ * of two columns make a lane. Reads only these codes. */
 INLINE void expand_codes(vs columns[PARTS], const row_t *row, const int bits, uint64_t word, int count) {
     const uint8_t *from = row->codes;
 #if defined(__AVX512VBMI2__) && defined(__AVX512VBMI__)
@@ -71,19 +70,28 @@ INLINE void expand_codes(vs columns[PARTS], const row_t *row, const int bits, ui
         memset(last, 0, sizeof last);
         from = memcpy(last, from, row->end - from);
     }
-    for (int k = 0, taken = 0; k < 8; k++) {
+    int taken = 0;
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++) {
         uint64_t lanes = _pdep_u64(word >> 8 * k, 0x0101010101010101ull), next;
         memcpy(&next, from + taken * bits / 8, 8);
         if (bits == 4) next >>= taken % 2 * 4;
         eights[k] = _pdep_u64(next, lanes * (bits == 8 ? 0xff : 0xf0));
         taken += __builtin_popcountll(lanes);
     }
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) { /* in registers: a load right after narrower stores is slow */
+        vq part = {0};
+#pragma GCC unroll 8
+        for (int k = 0; k < VL / 2; k++) part[k] = eights[p * VL / 2 + k];
+        columns[p] = (vs)part;
+    }
 #else
     uint8_t *to = memset(eights, 0, sizeof eights);
     for (int taken = 0; word; word &= word - 1, taken++)
         to[__builtin_ctzll(word)] = bits == 8 ? from[taken] : from[taken / 2] >> taken % 2 * 4 << 4;
-#endif
     memcpy(columns, eights, sizeof eights);
+#endif
 #endif
 }
 
