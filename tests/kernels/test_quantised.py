@@ -301,7 +301,7 @@ def test_large_and_small_inputs():
         codes, scales = quantised.quantise(torch.ones(4, 32), kind, 32)
         weight = (codes, scales, forward, None, 2, 4, 32)
         one = quantised.dequantise(codes, scales, kind, 32, 32)[0, 0]
-        for size in (2.0**122, 1.0, 2.0**-90):
+        for size in (2.0**122, 1 - 2.0**-24, 1.0, 2.0**-90):
             y = cpu.quantised_linear(torch.full((1, 64), size), *weight)
             torch.testing.assert_close(y, (32 * size * one).expand(1, 4), rtol=1e-5, atol=0)
         y = cpu.quantised_linear(torch.full((1, 64), 1e-42), *weight)
