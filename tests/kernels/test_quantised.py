@@ -25,7 +25,7 @@ needs_engine = pytest.mark.skipif(
 kinds = st.sampled_from(["int8", "int4"])
 groups = st.sampled_from(quantised.GROUPS)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-tokens = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16])
+tokens = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 16, 19, 32])
 
 
 def decoded(codes, scales, kind: str, group: int, kept: int) -> torch.Tensor:
@@ -218,7 +218,7 @@ def test_repeats_bit_for_bit_on_any_number_of_threads_and_beside_other_tokens(
 
 
 @needs_engine
-@pytest.mark.parametrize("shape", [(17,), (2, 10), (1, 1, 33)])
+@pytest.mark.parametrize("shape", [(33,), (4, 10), (1, 1, 50)])
 def test_more_tokens_are_a_dense_product(shape):
     n, m, group, d_in = 2, 4, 32, 96
     forward = cpu.magnitude_mask(normal((24, d_in), 0), n, m)
