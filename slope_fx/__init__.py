@@ -9,6 +9,7 @@ from slope_fx.backend import rewriting_backend
 from slope_fx.checkpoints import load_pretrained, load_training, save_pretrained
 from slope_fx.compiler import compile
 from slope_fx.densify import densify
+from slope_fx.frozen.freeze import freeze
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning import SlopeConfig
 from slope_fx.record import sparse_weights
@@ -28,6 +29,7 @@ __all__ = [
     "errors",
     "explain",
     "export_peft",
+    "freeze",
     "load_pretrained",
     "load_training",
     "ops",

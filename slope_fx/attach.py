@@ -7,6 +7,7 @@ from torch import nn
 
 from slope_fx.backend.regions import compile_regions
 from slope_fx.backend.settings import Settings
+from slope_fx.frozen.calls import guard_calls
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.plan import LinearPlan
 from slope_fx.planning.regions import Regions, choose_regions
@@ -61,6 +62,8 @@ def attach(model: nn.Module, record: Record, undo: ExitStack) -> None:
 def _compile(model: nn.Module) -> None:
     record = record_of(model)
     compile_regions(model, record.settings, record.regions, kind=record.plans)
+    if record.frozen is not None:
+        guard_calls(model)
     watch()
     watch_stages()
 

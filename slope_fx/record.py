@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
 from slope_fx.backend.settings import Settings
 from slope_fx.errors import StateError
+from slope_fx.frozen.weight import UNFROZEN, FrozenWeight
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.plan import LinearPlan, SparsePlan
 from slope_fx.planning.regions import Regions
@@ -15,6 +17,19 @@ from slope_fx.sparse.weight import SparseWeight
 
 RECORD = "_slope_fx"
 """The attribute of a compiled model with its record."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """How a model was frozen.
+
+    Attributes:
+        values: the format of the values: "float", "int8" or "int4".
+        group: the number of values that share a scale; 0 for "float".
+    """
+
+    values: str = "float"
+    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class Record:
         untraced_because: the reason why the model was not traced; "" if it was traced.
         graphs: module path -> number of its graph, for modules with linears.
         regions: the compiled modules.
+        frozen: how the model was frozen; None for a model that trains.
     """
 
     config: SlopeConfig
@@ -36,6 +52,7 @@ class Record:
     untraced_because: str = ""
     graphs: Mapping[str, int] = field(default_factory=dict)
     regions: Regions = field(default_factory=Regions)
+    frozen: Frozen | None = None
 
 
 def record_of(model: nn.Module) -> Record:
@@ -53,6 +70,18 @@ def record_of(model: nn.Module) -> Record:
     return record
 
 
+def trainable_record_of(model: nn.Module) -> Record:
+    """Returns the record of a model that can train.
+
+    Raises:
+        StateError: ``model`` is frozen, or not the object that ``compile`` returned.
+    """
+    record = record_of(model)
+    if record.frozen is not None:
+        raise StateError(f"model is a frozen {type(model).__name__}. {UNFROZEN}")
+    return record
+
+
 def compiled_models(module: nn.Module) -> list[nn.Module]:
     """The compiled models in ``module``, including ``module``."""
     return [m for m in module.modules() if isinstance(m.__dict__.get(RECORD), Record)]
@@ -60,6 +89,8 @@ def compiled_models(module: nn.Module) -> list[nn.Module]:
 
 def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
     """Returns the sparse weights of a compiled model, by the qualified name of the layer.
+
+    Of a frozen model, these are :class:`~slope_fx.frozen.FrozenWeight`, which can be read only.
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
@@ -70,7 +101,8 @@ def sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
 
 def sparse_weights_in(module: nn.Module) -> dict[str, SparseWeight]:
     """The sparse weights in a module, by the qualified name of the layer. May be empty."""
-    return {m.name: m for m in module.modules() if isinstance(m, SparseWeight)}
+    kinds = SparseWeight, FrozenWeight
+    return {m.name: cast(SparseWeight, m) for m in module.modules() if isinstance(m, kinds)}
 
 
 def sparsity_of(module: nn.Module) -> float:

@@ -42,8 +42,29 @@ int slope_linear(const void *x, long x_stride, long tokens, const void *values,
     if (tokens == 0) return OK;
     matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
     weight_t weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask, bias};
-    if (tokens <= FEW && d_out >= FEWEST_ROWS) return linear_streamed(&input, &weight, &output, threads);
+    adapter_t none = {NULL, NULL, 0};
+    if (tokens <= FEW && d_out >= FEWEST_ROWS) return linear_streamed(&input, &weight, &none, &output, threads);
     return linear_panels(&input, &weight, &output, threads);
+}
+
+/* The products of a frozen weight, whose mask was checked when it was made.
+ *
+ * slope_stream: y = x W^T + bias + (x A^T) B^T, streaming the weight once for every 8 tokens. b is the
+ * transpose of B; a and b are NULL if rank is 0. d_out is FEWEST_ROWS at least. slope_panels: y = x W^T + bias. */
+int slope_stream(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask_bytes,
+                 const void *bias, const void *a, const void *b, long rank, long d_out, long d_in, int n,
+                 int m, void *y, int dtype, int threads) {
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
+    weight_t weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask_of(mask_bytes, d_out, d_in, n, m), bias};
+    adapter_t adapter = {a, b, rank};
+    return linear_streamed(&input, &weight, &adapter, &output, usable(threads));
+}
+
+int slope_panels(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask_bytes,
+                 const void *bias, long d_out, long d_in, int n, int m, void *y, int dtype, int threads) {
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
+    weight_t weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask_of(mask_bytes, d_out, d_in, n, m), bias};
+    return linear_panels(&input, &weight, &output, usable(threads));
 }
 
 /* dw (d_out, d_in * N / M) = grad^T x at the kept positions. */

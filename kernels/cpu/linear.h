@@ -11,4 +11,11 @@ typedef struct {
     const void *bias; /* NULL or (d_out,), in the dtype of the values */
 } weight_t;
 
+/* A low-rank branch beside the weight, in the dtype of the values. rank 0: there is none. */
+typedef struct {
+    const void *a; /* (rank, d_in) */
+    const void *b; /* (rank, d_out), the transpose of B, with the scale in it */
+    long rank;
+} adapter_t;
+
 #endif

@@ -147,14 +147,45 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 #undef DOTS
 }
 
+/* One element of x A^T: row `j` of A times a row of x. */
+static float down_one(const matrix_t *x, long token, const weight_t *w, const adapter_t *adapter, long j) {
+    long d_in = x->columns;
+    int dtype = w->values.dtype;
+    const void *row = at(adapter->a, j * d_in, dtype), *from = element(x, token, 0);
+    vf part[4] = {zero(), zero(), zero(), zero()};
+    long i = 0;
+    for (; i + 4 * VL <= d_in; i += 4 * VL)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++)
+            part[k] += load(at(row, i + k * VL, dtype), dtype) * load(at(from, i + k * VL, x->dtype), x->dtype);
+    for (; i < d_in; i += VL)
+        part[0] += load_part(at(row, i, dtype), d_in - i, dtype) * load_part(at(from, i, x->dtype), d_in - i, x->dtype);
+    vf whole = part[0] + part[1] + (part[2] + part[3]);
+    float sum = 0;
+    for (int i = 0; i < VL; i++) sum += whole[i];
+    return sum;
+}
+
+/* Rows of (x A^T) B^T for one token: `rows` of them, from `row` on. */
+INLINE vf up(const weight_t *w, const adapter_t *adapter, long row, long rows, const float *down) {
+    int dtype = w->values.dtype;
+    long d_out = w->mask.rows;
+    vf sum = zero();
+    for (long j = 0; j < adapter->rank; j++)
+        sum += splat(down[j]) * load_part(at(adapter->b, j * d_out + row, dtype), rows, dtype);
+    return sum;
+}
+
 /* The product for at most MOST_B tokens from `token` on. */
-static int linear_few(const matrix_t *x, long token, const weight_t *w, const matrix_t *y, int threads) {
+static int linear_few(const matrix_t *x, long token, const weight_t *w, const adapter_t *adapter,
+                      const matrix_t *y, int threads) {
     int bf16 = STREAMS_BF16 && x->dtype == BF16;
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_B, x->rows - token);
     long lanes = bf16 ? 2 * VL : VL, count = ceil_div(d_in, 64) * 64 / lanes;
     dots_t dots = dots_for(tokens, count * VL * 4, bf16);
     int width = dots.tokens, together = dots.rows;
-    float *padded = scratch(count * width * VL);
+    long rank = adapter->rank;
+    float *padded = scratch(count * width * VL + MOST_B * rank), *down = padded + count * width * VL;
     if (!padded) return 1;
     for (long i = 0; i < count; i++)
         for (long b = 0; b < width; b++) {
@@ -166,30 +197,39 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ma
             }
             *(vf *)(padded + (i * width + b) * VL) = v;
         }
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (long row = 0; row < d_out; row += VL) {
-        long rows = least(VL, d_out - row);
-        vf by_token[MOST_B][VL], sum[4][MOST_B];
-        for (long i = 0; i < VL; i += together) {
-            /* If the rows are no multiple of R, some of the last rows are computed twice. */
-            long first = least(row + i, d_out - together);
-            if (i < rows) dots.run(w, first, padded, sum);
-            for (long j = 0; j < together; j++)
-                for (long b = 0; b < tokens; b++)
-                    by_token[b][i + j] = row + i + j < d_out ? sum[row + i + j - first][b] : zero();
+#pragma omp parallel num_threads(threads)
+    {
+        if (rank) {
+#pragma omp for schedule(static)
+            for (long j = 0; j < rank; j++)
+                for (long b = 0; b < tokens; b++) down[b * rank + j] = down_one(x, token + b, w, adapter, j);
         }
-        vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
-        for (long b = 0; b < tokens; b++)
-            store_part((void *)element(y, token + b, row), sums(by_token[b]) + bias, rows, y->dtype);
+#pragma omp for schedule(static)
+        for (long row = 0; row < d_out; row += VL) {
+            long rows = least(VL, d_out - row);
+            vf by_token[MOST_B][VL], sum[4][MOST_B];
+            for (long i = 0; i < VL; i += together) {
+                /* If the rows are no multiple of R, some of the last rows are computed twice. */
+                long first = least(row + i, d_out - together);
+                if (i < rows) dots.run(w, first, padded, sum);
+                for (long j = 0; j < together; j++)
+                    for (long b = 0; b < tokens; b++)
+                        by_token[b][i + j] = row + i + j < d_out ? sum[row + i + j - first][b] : zero();
+            }
+            vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
+            for (long b = 0; b < tokens; b++)
+                store_part((void *)element(y, token + b, row), sums(by_token[b]) + (rank ? bias + up(w, adapter, row, rows, down + b * rank) : bias), rows, y->dtype);
+        }
     }
     give_back(padded);
     return 0;
 }
 
 /* Reads the weight once for each MOST_B tokens. */
-static int linear_streamed(const matrix_t *x, const weight_t *w, const matrix_t *y, int threads) {
+static int linear_streamed(const matrix_t *x, const weight_t *w, const adapter_t *adapter,
+                           const matrix_t *y, int threads) {
     int failed = 0;
     for (long token = 0; !failed && token < x->rows; token += MOST_B)
-        failed = linear_few(x, token, w, y, threads);
+        failed = linear_few(x, token, w, adapter, y, threads);
     return failed;
 }

@@ -113,14 +113,15 @@ def first_names(model: nn.Module) -> dict[int, str]:
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of type ``nn.Linear`` and transformers' ``Conv1D``, by qualified name."""
-    types: tuple[type[nn.Module], ...] = (nn.Linear, *_conv1d())
+    types = linear_classes()
     return {name: module for name, module in model.named_modules() if isinstance(module, types)}
 
 
-def _conv1d() -> tuple[type[nn.Module], ...]:
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """``nn.Linear`` and transformers' ``Conv1D``."""
     # No import: a model has a Conv1D only if transformers is already imported.
     utilities = sys.modules.get("transformers.pytorch_utils")
-    return () if utilities is None else (utilities.Conv1D,)
+    return (nn.Linear,) if utilities is None else (nn.Linear, utilities.Conv1D)
 
 
 def split_inputs(

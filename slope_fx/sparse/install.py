@@ -23,11 +23,12 @@ from slope_fx.sparse.weight import SparseWeight
 
 
 class _Kind(NamedTuple):
-    """The base of a generated class, its weight properties, and a hook for copies."""
+    """The base of a generated class, its weight properties, a hook for copies, and its forward."""
 
     base: type[nn.Module]
     attributes: tuple[str, ...]
     after_copy: Callable[[nn.Module], None] | None
+    forward: Callable[..., Any] | None = None
 
 
 @functools.cache
@@ -47,6 +48,8 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
     }
     if kind.after_copy is not None:
         body["__setstate__"] = _setstate
+    if kind.forward is not None:
+        body["forward"] = kind.forward
     return type(kind.base.__name__, (kind.base,), body)
 
 
@@ -97,8 +100,9 @@ def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
 
 
 def _requires_grad(module: nn.Module, requires_grad: bool = True) -> nn.Module:
-    # As nn.Module.requires_grad_, but masks cannot require gradients.
-    for parameter in module.parameters():
+    # As nn.Module.requires_grad_, but masks cannot require gradients. The parameters of a frozen
+    # model refuse them, so they come first.
+    for parameter in sorted(module.parameters(), key=lambda p: type(p) is nn.Parameter):
         if parameter.is_floating_point():
             parameter.requires_grad_(requires_grad)
     return module
@@ -157,6 +161,7 @@ def set_kind(
     module: nn.Module,
     attributes: tuple[str, ...] = (),
     after_copy: Callable[[nn.Module], None] | None = None,
+    forward: Callable[..., Any] | None = None,
 ) -> None:
     """Replace the class of ``module`` by its generated subclass.
 
@@ -164,10 +169,14 @@ def set_kind(
         module: changed in place.
         attributes: names of weights, added to those of an earlier call.
         after_copy: called on a copy of the module. None keeps the function of an earlier call.
+        forward: replaces the method ``forward``. None keeps the function of an earlier call.
     """
     kind = getattr(type(module), "_slope_kind", _Kind(type(module), (), None))
     kind = _Kind(
-        kind.base, tuple(sorted({*kind.attributes, *attributes})), after_copy or kind.after_copy
+        kind.base,
+        tuple(sorted({*kind.attributes, *attributes})),
+        after_copy or kind.after_copy,
+        forward or kind.forward,
     )
     module.__class__ = _class_of(kind)
 

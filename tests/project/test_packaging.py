@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("passes", "ops", "kernels")
-SOURCES = (".py", ".c", ".h", ".typed")
+SOURCES = (".py", ".c", ".cpp", ".h", ".typed")
 WITH_THEM = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md",
              "CITATION.cff")  # fmt: skip
 

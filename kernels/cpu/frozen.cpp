@@ -1,0 +1,172 @@
+/* The ops of a frozen model, registered with PyTorch's dispatcher in C++.
+ *
+ * build.py links this file and engine.c into one library. It uses PyTorch's stable C interface, so
+ * it loads into any PyTorch from 2.10 on, in Python and in C++, without slope_fx. ops/frozen.py has
+ * the same schemas, and describes the arguments.
+ *
+ * The time of a small product is that of its call: a call from Python to an op in Python costs some
+ * 30 us, to this one 4 us. */
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using Form = std::vector<int64_t>;
+
+extern "C" {
+int slope_stream(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask,
+                 const void *bias, const void *a, const void *b, long rank, long d_out, long d_in,
+                 int n, int m, void *y, int dtype, int threads);
+int slope_panels(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask,
+                 const void *bias, long d_out, long d_in, int n, int m, void *y, int dtype,
+                 int threads);
+int slope_expand(const void *values, const uint8_t *mask, long d_out, long d_in, int n, int m,
+                 void *dense, int dtype, int threads);
+}
+
+namespace {
+
+/* The positions in `form`, as in ops/frozen.py. Pairs (fewest tokens, route) follow. */
+enum { N, M, BITS, GROUP, ROUTES };
+enum Route { STREAM, PANELS, DENSE };
+
+int code_of(ScalarType dtype) { /* of vectors.h */
+    switch (dtype) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: STD_TORCH_CHECK(false, "a frozen linear of slope_fx takes float32, bfloat16 and float16");
+    }
+}
+
+void check(int code, const Form &form) {
+    STD_TORCH_CHECK(code != 1, "the CPU engine of slope_fx could not allocate its working memory");
+    STD_TORCH_CHECK(code == 0, "a forward mask of a frozen linear is not ", form[N], ":", form[M]);
+}
+
+const void *pointer(const std::optional<Tensor> &tensor) {
+    return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+Tensor empty(const int64_t *sizes, int64_t dims, const Tensor &like) {
+    int64_t strides[64], step = 1;
+    for (int64_t i = dims - 1; i >= 0; i--) {
+        strides[i] = step;
+        step *= sizes[i];
+    }
+    int32_t dtype;
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+}
+
+/* out = beta * out + x w^T */
+void product(const Tensor &out, const Tensor &x, const Tensor &w, double beta) {
+    Tensor transposed = torch::stable::transpose(w, 0, 1);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        beta ? aoti_torch_cpu_addmm_out(out.get(), out.get(), x.get(), transposed.get(), beta, 1)
+             : aoti_torch_cpu_mm_out(out.get(), x.get(), transposed.get()));
+}
+
+/* The dense W^R, and with an adapter W^R + B A. */
+Tensor expand(const Tensor &values, const Tensor &mask, const std::optional<Tensor> &lora_a,
+              const std::optional<Tensor> &lora_b, const Form &form) {
+    int64_t sizes[2] = {values.size(0), values.size(1) * form[M] / form[N]};
+    Tensor dense = empty(sizes, 2, values);
+    check(slope_expand(values.const_data_ptr(), (const uint8_t *)mask.const_data_ptr(), sizes[0], sizes[1],
+                       form[N], form[M], dense.mutable_data_ptr(), code_of(values.scalar_type()),
+                       torch::stable::get_num_threads()),
+          form);
+    if (lora_a) product(dense, *lora_b, torch::stable::transpose(*lora_a, 0, 1), 1);
+    return dense;
+}
+
+int64_t route_of(const Form &form, int64_t tokens) {
+    int64_t route = form[ROUTES + 1];
+    for (size_t i = ROUTES; i + 1 < form.size() && form[i] <= tokens; i += 2) route = form[i + 1];
+    return route;
+}
+
+Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
+                     std::optional<Tensor> bias, std::optional<Tensor> lora_a,
+                     std::optional<Tensor> lora_b, Form form) {
+    int64_t dims = x.dim(), d_out = values.size(0), d_in = x.size(dims - 1), tokens = 1;
+    int64_t sizes[64];
+    STD_TORCH_CHECK(dims <= 64 && values.size(1) * form[M] / form[N] == d_in, "slope_fx::frozen_linear: x has ",
+                    d_in, " features, the weight reads ", values.size(1) * form[M] / form[N]);
+    STD_TORCH_CHECK(x.scalar_type() == values.scalar_type(),
+                    "slope_fx::frozen_linear: x and the weight have different dtypes");
+    for (int64_t i = 0; i < dims - 1; i++) tokens *= sizes[i] = x.size(i);
+    sizes[dims - 1] = d_out;
+    Tensor y = empty(sizes, dims, x);
+    if (!tokens) return y;
+    int dtype = code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    const auto *bits = (const uint8_t *)mask.const_data_ptr();
+    int64_t route = route_of(form, tokens);
+    if (route == STREAM) {
+        /* The rows of B's transpose. A copy is made only of a B that was loaded in another way. */
+        if (lora_b && lora_b->stride(0) != 1)
+            lora_b = torch::stable::contiguous(torch::stable::transpose(*lora_b, 0, 1));
+        check(slope_stream(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias),
+                           pointer(lora_a), pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
+                           y.mutable_data_ptr(), dtype, threads),
+              form);
+        return y;
+    }
+    int64_t rows[2] = {tokens, d_in}, outputs[2] = {tokens, d_out};
+    Tensor flat = torch::stable::view(x, {rows, 2}), flat_y = torch::stable::view(y, {outputs, 2});
+    if (route == PANELS) {
+        check(slope_panels(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias), d_out,
+                           d_in, n, m, y.mutable_data_ptr(), dtype, threads),
+              form);
+    } else {
+        /* The adapter stays beside the product: in the weight, it would be rounded with it. */
+        Tensor dense = expand(values, mask, std::nullopt, std::nullopt, form);
+        if (bias) {
+            Tensor transposed = torch::stable::transpose(dense, 0, 1);
+            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(flat_y.get(), bias->get(), flat.get(),
+                                                                   transposed.get(), 1, 1));
+        } else {
+            product(flat_y, flat, dense, 0);
+        }
+    }
+    if (lora_a) {
+        int64_t narrow[2] = {tokens, lora_a->size(0)};
+        Tensor down = empty(narrow, 2, x);
+        product(down, flat, *lora_a, 0);
+        product(flat_y, down, *lora_b, 1);
+    }
+    return y;
+}
+
+Tensor frozen_expand(Tensor values, Tensor mask, std::optional<Tensor> scales, std::optional<Tensor> lora_a,
+                     std::optional<Tensor> lora_b, Form form) {
+    return expand(values, mask, lora_a, lora_b, form);
+}
+
+}  // namespace
+
+#ifdef SLOPE_DEFINE
+STABLE_TORCH_LIBRARY_FRAGMENT(slope_fx, library) {
+    library.def("frozen_linear(Tensor x, Tensor values, Tensor mask, Tensor? scales, Tensor? bias, "
+                "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor");
+    library.def("frozen_expand(Tensor values, Tensor mask, Tensor? scales, Tensor? lora_A, "
+                "Tensor? lora_B, int[] form) -> Tensor");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(slope_fx, CPU, library) {
+    library.impl("frozen_linear", TORCH_BOX(&frozen_linear));
+    library.impl("frozen_expand", TORCH_BOX(&frozen_expand));
+}

@@ -1,0 +1,174 @@
+"""The ops of a frozen model: products with weights that do not train.
+
+On a CPU they run in C++ (``kernels/cpu/frozen.cpp``): a call takes a quarter of the time of an op
+in Python, and programs that don't import slope_fx can call them. Elsewhere, and without a C++
+compiler, the engines compute them.
+
+Arguments of the ops:
+
+- ``values``: (d_out, d_in * N / M), in the dtype of ``x``.
+- ``mask``: the packed forward mask, uint8 (d_out, ceil(d_in / 8)). It was checked when the model
+  was frozen.
+- ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None. The
+  columns of ``lora_B`` should be contiguous, or few tokens make a copy.
+- ``form``: N, M, bits, group, and pairs (fewest tokens, route). Of the pairs with at most the
+  tokens of the call, the last one is used. Routes are those of ``kernels/cpu/routes.py``.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slope_fx.kernels.cpu.build import BuildError, ops_library
+from slope_fx.kernels.engines import ENGINES
+from slope_fx.kernels.selection import choose
+from slope_fx.ops.autocast import register_autocast
+from slope_fx.ops.dispatch import engine, request_of
+
+_LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
+if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
+    _LIBRARY.define(
+        "frozen_linear(Tensor x, Tensor values, Tensor mask, Tensor? scales, Tensor? bias, "
+        "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor"
+    )
+    _LIBRARY.define(
+        "frozen_expand(Tensor values, Tensor mask, Tensor? scales, Tensor? lora_A, "
+        "Tensor? lora_B, int[] form) -> Tensor"
+    )
+FROZEN_LINEAR = torch.ops.slope_fx.frozen_linear.default
+FROZEN_EXPAND = torch.ops.slope_fx.frozen_expand.default
+
+
+@functools.cache
+def why_not_native() -> str:
+    """Load the C++ ops for the CPU. Returns the reason why this is not possible, or ""."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key("slope_fx::frozen_linear", "CPU"):
+        return ""  # by a packaged library
+    try:
+        torch.ops.load_library(str(ops_library()))
+    except (BuildError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _is_native(tensor: Tensor) -> bool:
+    good = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return good and tensor.device.type == "cpu" and not why_not_native()
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    form: list[int],
+) -> Tensor:
+    """``Y = X (W^R)^T + b + (X A^T) B^T`` by the engines."""
+    if _is_native(x):
+        y: Tensor = FROZEN_LINEAR(x, values, mask, scales, bias, lora_a, lora_b, form)
+        return y
+    n, m = form[:2]
+    product = ENGINES[choose("sparse_linear", request_of(x, values, n, m))]
+    y = product.sparse_linear(x, values, mask, bias, n, m)
+    if lora_a is not None and lora_b is not None:
+        y = y + F.linear(F.linear(x, lora_a), lora_b)
+    return y
+
+
+def _expand(
+    values: Tensor,
+    mask: Tensor,
+    scales: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    form: list[int],
+) -> Tensor:
+    """The dense ``W^R + B A``."""
+    if _is_native(values):
+        dense: Tensor = FROZEN_EXPAND(values, mask, scales, lora_a, lora_b, form)
+        return dense
+    dense = engine(values).expand(values, mask, *form[:2])
+    return dense if lora_a is None or lora_b is None else torch.addmm(dense, lora_b, lora_a)
+
+
+# CompositeExplicitAutograd is what a device without a kernel of its own runs.
+_LIBRARY.impl("frozen_linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("slope_fx::frozen_linear")
+def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
+    form = operands[-1]
+    d_in = values.shape[1] * form[1] // form[0]
+    torch._check(
+        x.shape[-1] == d_in,
+        lambda: f"slope_fx::frozen_linear: x has {x.shape[-1]} features, the weight reads {d_in}",
+    )
+    torch._check(
+        x.dtype == values.dtype,
+        lambda: f"slope_fx::frozen_linear: x is {x.dtype}, the weight {values.dtype}",
+    )
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+@torch.library.register_fake("slope_fx::frozen_expand")
+def _(values: Tensor, *operands: Any) -> Tensor:
+    form = operands[-1]
+    return values.new_empty((values.shape[0], values.shape[1] * form[1] // form[0]))
+
+
+@torch.library.custom_op("slope_fx::frozen_linear_with_grad", mutates_args=())
+def frozen_linear_with_grad(
+    x: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    form: list[int],
+) -> Tensor:
+    """``frozen_linear`` with the gradient of its input, for adapters that train in other layers.
+
+    The gradient is that of ``W^R + B A``. A rule for autograd on ``frozen_linear`` itself would
+    cost each call some 4 us, also without gradients.
+    """
+    y: Tensor = FROZEN_LINEAR(x, values, mask, scales, bias, lora_a, lora_b, form)
+    return y
+
+
+@frozen_linear_with_grad.register_fake
+def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, values, mask, scales, _, lora_a, lora_b, ctx.form = inputs
+    ctx.save_for_backward(values, mask, scales, lora_a, lora_b)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, mask, scales, lora_a, lora_b = ctx.saved_tensors
+    dx = grad @ FROZEN_EXPAND(values, mask, scales, None, None, ctx.form)
+    if lora_a is not None:
+        dx = dx + (grad @ lora_b) @ lora_a
+    return dx, *[None] * 7
+
+
+frozen_linear_with_grad.register_autograd(_backward, setup_context=_save)
+FROZEN_LINEAR_WITH_GRAD = torch.ops.slope_fx.frozen_linear_with_grad.default
+
+
+def _autocast(dtype: torch.dtype, x: Tensor, values: Tensor, *operands: Any) -> tuple[Any, ...]:
+    # The weight keeps its dtype: a cast at each call would cost more than the product.
+    return x.to(values.dtype), values, *operands
+
+
+register_autocast(FROZEN_LINEAR, _autocast)
+register_autocast(FROZEN_LINEAR_WITH_GRAD, _autocast)

@@ -1,0 +1,118 @@
+"""Install frozen weights in a model, in place of dense or of sparse weights."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slope_fx.frozen.weight import FrozenWeight, Kept, forward_linear
+from slope_fx.kernels.cpu.routes import (
+    Product,
+    allowed_routes,
+    form_of,
+    measured_routes,
+    random_mask,
+)
+from slope_fx.kernels.engines import allowed_engines
+from slope_fx.ops.frozen import FROZEN_LINEAR, why_not_native
+from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
+from slope_fx.planning.trace import linear_classes
+from slope_fx.sparse.install import set_kind
+
+Places = list[tuple[nn.Module, str]]
+"""The modules that have a weight, and its attribute in each."""
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """The tensors of a frozen weight.
+
+    Attributes:
+        values: (stack * d_out, d_in * N / M).
+        forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
+        adapter: A (stack * r, d_in), and B with the scale in it (stack * d_out, r); or None.
+    """
+
+    values: Tensor
+    forward_bits: Tensor
+    adapter: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank of the adapter; 0 without one."""
+        return 0 if self.adapter is None else self.adapter[1].shape[1]
+
+
+def places_of(model: nn.Module) -> dict[int, Places]:
+    """The places of each parameter of a model, by its id."""
+    places: dict[int, Places] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, attribute))
+    return places
+
+
+def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: str) -> FrozenWeight:
+    """Put a frozen weight into the modules that share a weight.
+
+    Args:
+        plan: plan of the linear.
+        places: the modules, and the attribute of the dense weight in each.
+        parts: the tensors.
+        engines: the allowed engines, as in :class:`~slope_fx.backend.Settings`.
+    """
+    form = _form(plan, parts, engines)
+    weight = FrozenWeight(plan, *places[0], parts.forward_bits, parts.adapter, form)
+    values = Kept(parts.values)
+    for module, attribute in places:
+        module._parameters.pop(attribute, None)
+        module._parameters.pop(values_name(attribute), None)
+        module._modules.pop(sparse_name(attribute), None)
+        module._parameters[values_name(attribute)] = values
+        module._modules[sparse_name(attribute)] = weight
+        forward = None
+        if plan.layout.stack == 1 and attribute == "weight" and _is_plain(module):
+            forward = forward_linear
+        set_kind(module, (attribute,), forward=forward)
+    return weight
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear whose forward is the product with its weight and bias."""
+    kind: Any = getattr(type(module), "_slope_kind", None)
+    base: type[nn.Module] = type(module) if kind is None else kind.base
+    return any(base.forward is known.forward for known in linear_classes())
+
+
+def _form(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]:
+    layout, pattern, values = plan.layout, plan.pattern, parts.values
+    product = Product(layout.d_out, layout.d_in, pattern.n, pattern.m, values.dtype, parts.rank)
+    if layout.stack > 1 or values.device.type != "cpu" or why_not_native():
+        return tuple(form_of(product))
+    if values.dtype == torch.float64:
+        return tuple(form_of(product))
+    allowed = allowed_routes(product, allowed_engines(engines))
+    return tuple(form_of(product, measured_routes(product, allowed, _random_weight)))
+
+
+@functools.lru_cache(maxsize=1)
+def _random_weight(product: Product) -> Callable[[Tensor, list[int]], Tensor]:
+    """A function that computes a product of its size with a random weight."""
+    width = product.d_in * product.n // product.m
+    values = torch.randn(product.d_out, width).to(product.dtype)
+    mask = random_mask(product.d_out, product.d_in, product.n, product.m)
+    a = b = None
+    if product.rank:
+        a = torch.randn(product.rank, product.d_in).to(product.dtype)
+        b = torch.randn(product.rank, product.d_out).to(product.dtype).t()
+
+    def run(x: Tensor, form: list[int]) -> Tensor:
+        with torch.inference_mode():
+            y: Tensor = FROZEN_LINEAR(x, values, mask, None, None, a, b, form)
+            return y
+
+    return run
