@@ -148,10 +148,20 @@ int slope_linear_quantised(const void *x, long x_stride, long tokens, const void
     if (tokens == 0) return mask_is_valid(&mask, threads) ? OK : BAD_FORWARD_MASK;
     matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
     quantised_t weight = quantised_of(codes, scales, mask, bits, group);
-    int code = OK;
-    for (long token = 0; !code && token < tokens; token += MOST_TOGETHER)
-        code = linear_quantised(&input, token, &weight, bias, &output, threads);
-    return code;
+    adapter_t none = {NULL, NULL, 0};
+    return linear_quantised_streamed(&input, &weight, bias, &none, &output, 1, threads);
+}
+
+/* The product of a frozen weight, whose mask and format were checked when it was made:
+ * y = x W^T + bias + (x A^T) B^T, with a and b as in slope_stream. */
+int slope_stream_quantised(const void *x, long x_stride, long tokens, const void *codes, const void *scales,
+                           const uint8_t *mask_bytes, const void *bias, const void *a, const void *b,
+                           long rank, long d_out, long d_in, int n, int m, int bits, int group, void *y,
+                           int dtype, int threads) {
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
+    quantised_t weight = quantised_of(codes, scales, mask_of(mask_bytes, d_out, d_in, n, m), bits, group);
+    adapter_t adapter = {a, b, rank};
+    return linear_quantised_streamed(&input, &weight, bias, &adapter, &output, 0, usable(threads));
 }
 
 /* dense (d_out, d_in) = W^R, with its quantised values. */

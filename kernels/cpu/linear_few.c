@@ -148,9 +148,9 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 }
 
 /* One element of x A^T: row `j` of A times a row of x. */
-static float down_one(const matrix_t *x, long token, const weight_t *w, const adapter_t *adapter, long j) {
+static float down_one(const matrix_t *x, long token, const adapter_t *adapter, long j) {
     long d_in = x->columns;
-    int dtype = w->values.dtype;
+    int dtype = x->dtype;
     const void *row = at(adapter->a, j * d_in, dtype), *from = element(x, token, 0);
     vf part[4] = {zero(), zero(), zero(), zero()};
     long i = 0;
@@ -166,10 +166,8 @@ static float down_one(const matrix_t *x, long token, const weight_t *w, const ad
     return sum;
 }
 
-/* Rows of (x A^T) B^T for one token: `rows` of them, from `row` on. */
-INLINE vf up(const weight_t *w, const adapter_t *adapter, long row, long rows, const float *down) {
-    int dtype = w->values.dtype;
-    long d_out = w->mask.rows;
+/* Rows of (x A^T) B^T for one token: `rows` of the d_out, from `row` on. */
+INLINE vf up(const adapter_t *adapter, int dtype, long d_out, long row, long rows, const float *down) {
     vf sum = zero();
     for (long j = 0; j < adapter->rank; j++)
         sum += splat(down[j]) * load_part(at(adapter->b, j * d_out + row, dtype), rows, dtype);
@@ -202,7 +200,7 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
         if (rank) {
 #pragma omp for schedule(static)
             for (long j = 0; j < rank; j++)
-                for (long b = 0; b < tokens; b++) down[b * rank + j] = down_one(x, token + b, w, adapter, j);
+                for (long b = 0; b < tokens; b++) down[b * rank + j] = down_one(x, token + b, adapter, j);
         }
 #pragma omp for schedule(static)
         for (long row = 0; row < d_out; row += VL) {
@@ -218,7 +216,7 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
             }
             vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
             for (long b = 0; b < tokens; b++)
-                store_part((void *)element(y, token + b, row), sums(by_token[b]) + (rank ? bias + up(w, adapter, row, rows, down + b * rank) : bias), rows, y->dtype);
+                store_part((void *)element(y, token + b, row), sums(by_token[b]) + (rank ? bias + up(adapter, x->dtype, d_out, row, rows, down + b * rank) : bias), rows, y->dtype);
         }
     }
     give_back(padded);

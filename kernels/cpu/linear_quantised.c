@@ -4,6 +4,7 @@
  * products within a block and a group are exact, in 32 bits. Inputs in 16 bits that are no smaller
  * than 2^-7 (bf16) or 2^-4 (fp16) of the largest in their block are exact too. The largest error is
  * 2^-15 of the largest input of the block. */
+#include "linear.h"
 #include "panels.h"
 #include "quantised.h"
 #include "scratch.h"
@@ -189,35 +190,58 @@ static int words_of_group(const quantised_t *w) {
 
 /* The product for at most MOST_TOGETHER tokens from `token` on. */
 static int linear_quantised(const matrix_t *x, long token, const quantised_t *w, const void *bias,
-                            const matrix_t *y, int threads) {
+                            const adapter_t *adapter, const matrix_t *y, int check, int threads) {
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_TOGETHER, x->rows - token);
+    long rank = adapter->rank;
     int in_block = words_of_group(w), width = tokens == 1 ? 1 : tokens == 2 ? 2 : tokens <= 4 ? 4 : 8;
     dots_codes_fn *dots = dots_codes_for(width, w->bits, in_block);
     rounded_t inputs = {NULL, NULL, width, in_block ? in_block : 1};
     long words = ceil_div(d_in, 64), elements = words * 64 * width;
-    float *memory = scratch(elements / 2 + words * width);
+    float *memory = scratch(elements / 2 + words * width + MOST_TOGETHER * rank);
     if (!memory) return NO_MEMORY;
-    float *scales = memory + elements / 2;
+    float *scales = memory + elements / 2, *down = scales + words * width;
     inputs.x = (int16_t *)memory;
     inputs.scales = scales;
     round_inputs(x, token, tokens, &inputs, (int16_t *)memory, scales, w->bits);
     int valid = 1;
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
-    for (long row = 0; row < d_out; row += VL) {
-        long rows = least(VL, d_out - row);
-        vf by_token[MOST_TOGETHER][VL], sum[MOST_TOGETHER];
-        int good = rows_are_valid(&w->mask, row, rows);
-        valid &= good;
-        for (long i = 0; good && i < VL; i++) {
-            if (i < rows) dots(w, row + i, &inputs, sum);
-            for (long b = 0; b < tokens; b++) by_token[b][i] = i < rows ? sum[b] : zero();
+#pragma omp parallel num_threads(threads) reduction(& : valid)
+    {
+        if (rank) {
+#pragma omp for schedule(static)
+            for (long j = 0; j < rank; j++)
+                for (long b = 0; b < tokens; b++) down[b * rank + j] = down_one(x, token + b, adapter, j);
         }
-        vf added = bias ? load_part(at(bias, row, y->dtype), rows, y->dtype) : zero();
-        for (long b = 0; good && b < tokens; b++)
-            store_part((void *)element(y, token + b, row), sums(by_token[b]) + added, rows, y->dtype);
+#pragma omp for schedule(static)
+        for (long row = 0; row < d_out; row += VL) {
+            long rows = least(VL, d_out - row);
+            vf by_token[MOST_TOGETHER][VL], sum[MOST_TOGETHER];
+            if (check && !rows_are_valid(&w->mask, row, rows)) {
+                valid = 0;
+                continue;
+            }
+            for (long i = 0; i < VL; i++) {
+                if (i < rows) dots(w, row + i, &inputs, sum);
+                for (long b = 0; b < tokens; b++) by_token[b][i] = i < rows ? sum[b] : zero();
+            }
+            vf added = bias ? load_part(at(bias, row, y->dtype), rows, y->dtype) : zero();
+            for (long b = 0; b < tokens; b++) {
+                vf total = sums(by_token[b]) + added;
+                if (rank) total += up(adapter, y->dtype, d_out, row, rows, down + b * rank);
+                store_part((void *)element(y, token + b, row), total, rows, y->dtype);
+            }
+        }
     }
     give_back(memory);
     return valid ? OK : BAD_FORWARD_MASK;
+}
+
+/* Reads the weight once for each MOST_TOGETHER tokens. */
+static int linear_quantised_streamed(const matrix_t *x, const quantised_t *w, const void *bias,
+                                     const adapter_t *adapter, const matrix_t *y, int check, int threads) {
+    int failed = OK;
+    for (long token = 0; !failed && token < x->rows; token += MOST_TOGETHER)
+        failed = linear_quantised(x, token, w, bias, adapter, y, check, threads);
+    return failed;
 }
 
 /* One dense row, with zeros at pruned positions. */

@@ -133,6 +133,10 @@ static void round_of_quantised(int dtype) {
     void *y = block(tokens * d_out * size, 0), *dense = block(d_out * d_in * size, 0);
     int code = slope_linear_quantised(x, x_stride, tokens, codes, scales, mask, bias, d_out, d_in, n, m, bits, group, y, dtype, threads);
     code |= slope_expand_quantised(codes, scales, mask, d_out, d_in, n, m, bits, group, dense, dtype, threads);
+    long rank = PICK(0, 1, 5, 20);
+    void *a = random_tensor(rank * d_in, dtype), *b = random_tensor(rank * d_out, dtype);
+    void *beside = block(tokens * d_out * size, 0);
+    code |= slope_stream_quantised(x, x_stride, tokens, codes, scales, mask, bias, a, b, rank, d_out, d_in, n, m, bits, group, beside, dtype, threads);
     expect("quantised codes", code, 0, 0, F32);
     for (long o = 0; o < d_out; o++) {
         double want[17], magnitude[17], rounding[17];
@@ -152,9 +156,17 @@ static void round_of_quantised(int dtype) {
         }
         /* random_tensor's largest is 2; inputs are rounded to 2^-15 of the largest of a block. */
         double in_magnitude = 0x1p-17 / (dtype == F32 ? 0x1p-23 : dtype == BF16 ? 0x1p-7 : 0x1p-10);
-        for (long t = 0; t < tokens; t++)
+        for (long t = 0; t < tokens; t++) {
             expect("linear_quantised", get(y, t * d_out + o, dtype), want[t],
                    magnitude[t] + rounding[t] * in_magnitude, dtype);
+            for (long j = 0; j < rank; j++)
+                for (long c = 0; c < d_in; c++) {
+                    double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, j * d_out + o, dtype);
+                    want[t] += term, magnitude[t] += fabs(term);
+                }
+            expect("stream_quantised", get(beside, t * d_out + o, dtype), want[t],
+                   magnitude[t] + rounding[t] * in_magnitude, dtype);
+        }
     }
     release();
 }

@@ -202,6 +202,31 @@ def test_products_and_expansion(road, layer, count, dtype, workers, gap, has_bia
     assert torch.equal(dense, weight.to(dtype))
 
 
+@given(layers(most=300), tokens, dtypes, st.sampled_from([1, 3, 8, 20]), st.booleans(), seeds)
+def test_the_product_of_a_frozen_weight_with_its_adapter(
+    road, layer, count, dtype, rank, has_bias, seed
+):
+    """The C function that frozen models call."""
+    n, m, group, codes, scales, forward, weight = layer
+    d_out, d_in = weight.shape
+    x, bias = normal((count, d_in), seed, dtype), normal((d_out,), seed + 1, dtype)
+    a, b = normal((rank, d_in), seed + 2, dtype), normal((rank, d_out), seed + 3, dtype)
+    y = x.new_empty(count, d_out)
+    bits = quantised.BITS[quantised.kind_of(codes)]
+    quantised_weight = (codes, scales, forward, bias if has_bias else None, a, b, rank)
+    sizes = (d_out, d_in, n, m, bits, group)
+    cpu_module._call(
+        "slope_stream_quantised", x, d_in, count, *quantised_weight, *sizes, y,
+        dtype=dtype, pattern=(n, m),
+    )  # fmt: skip
+    a64, b64, bias64 = a.double(), b.double(), bias.double() * has_bias
+    down, size = x.double() @ a64.t(), x.double().abs() @ a64.abs().t()
+    want = x.double() @ weight.t() + bias64 + down @ b64
+    magnitude = x.double().abs() @ weight.abs().t() + bias64.abs() + size @ b64.abs()
+    rounding = 2**-15 * x.double().abs().amax(1, keepdim=True) * weight.abs().sum(1)
+    assert ((y.double() - want).abs() <= 4 * torch.finfo(dtype).eps * magnitude + rounding).all()
+
+
 @needs_engine
 @given(layers(most=300), tokens, dtypes, seeds)
 def test_repeats_bit_for_bit_on_any_number_of_threads_and_beside_other_tokens(
@@ -303,6 +328,6 @@ def test_large_and_small_inputs():
         one = quantised.dequantise(codes, scales, kind, 32, 32)[0, 0]
         for size in (2.0**122, 1 - 2.0**-24, 1.0, 2.0**-90):
             y = cpu.quantised_linear(torch.full((1, 64), size), *weight)
-            torch.testing.assert_close(y, (32 * size * one).expand(1, 4), rtol=1e-5, atol=0)
+            torch.testing.assert_close(y, (32 * size * one).expand(1, 4), rtol=2**-14, atol=0)
         y = cpu.quantised_linear(torch.full((1, 64), 1e-42), *weight)
         assert (y.abs() <= 1e-35).all()
