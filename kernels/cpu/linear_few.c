@@ -96,7 +96,7 @@ INLINE void dots_bf16(const int R, const int B, const weight_t *w, long r, const
             vf v[4];
 #pragma GCC unroll 4
             for (int i = 0; i < R; i++) {
-                v[i] = (vf)_mm512_maskz_expandloadu_epi16((__mmask32)(word[i] >> 32 * k), values[i]);
+                v[i] = (vf)_mm512_mask_expandloadu_epi16((__m512i)fresh_zero(), (__mmask32)(word[i] >> 32 * k), values[i]);
                 values[i] += 2 * 32 * n / m;
             }
 #pragma GCC unroll 8
@@ -223,28 +223,36 @@ static branch_t branch_for(int tokens, int dtype) {
 #undef BRANCH
 }
 
+/* The vectors of a width of tokens in the layout of the dots functions: for all columns, to whole
+ * words of the mask, one vector of each token after the other. Missing tokens are zeros. */
+INLINE long padded_vectors(long d_in, int pairs) { return ceil_div(d_in, 64) * 64 / (pairs ? 2 * VL : VL); }
+static void pad_tokens(const matrix_t *x, long token, long tokens, int width, int pairs, float *padded) {
+    long lanes = pairs ? 2 * VL : VL, count = padded_vectors(x->columns, pairs);
+    for (long i = 0; i < count; i++)
+        for (long b = 0; b < width; b++) {
+            vf v = zero();
+            if (b < tokens && i * lanes < x->columns) {
+                const void *from = element(x, token + b, i * lanes);
+                long left = x->columns - i * lanes;
+                v = pairs ? load_part(from, left / 2, F32) : load_part(from, left, x->dtype);
+            }
+            *(vf *)(padded + (i * width + b) * VL) = v;
+        }
+}
+
 /* The product for at most MOST_B tokens from `token` on. */
 static int linear_few(const matrix_t *x, long token, const weight_t *w, const adapter_t *adapter,
                       const matrix_t *y, int threads) {
     int bf16 = STREAMS_BF16 && x->dtype == BF16;
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_B, x->rows - token);
-    long lanes = bf16 ? 2 * VL : VL, count = ceil_div(d_in, 64) * 64 / lanes;
+    long count = padded_vectors(d_in, bf16);
     dots_t dots = dots_for(tokens, count * VL * 4, bf16);
     int width = dots.tokens, together = dots.rows;
     long rank = adapter->rank;
     float *padded = scratch(count * width * VL + MOST_B * rank), *narrow = padded + count * width * VL;
     branch_t branch = branch_for(width, x->dtype);
     if (!padded) return 1;
-    for (long i = 0; i < count; i++)
-        for (long b = 0; b < width; b++) {
-            vf v = zero();
-            if (b < tokens && i * lanes < d_in) {
-                const void *from = element(x, token + b, i * lanes);
-                long left = d_in - i * lanes;
-                v = bf16 ? load_part(from, left / 2, F32) : load_part(from, left, x->dtype);
-            }
-            *(vf *)(padded + (i * width + b) * VL) = v;
-        }
+    pad_tokens(x, token, tokens, width, bf16, padded);
 #pragma omp parallel num_threads(threads)
     {
         if (rank) {
