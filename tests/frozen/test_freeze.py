@@ -11,7 +11,7 @@ from torch import nn
 import slope_fx
 from architectures import ARCHITECTURES, inputs_of, logits_of, made, shaken
 from models import batch, gpt2, llama
-from slope_fx.errors import StateError, UnsupportedError
+from slope_fx.errors import ArgumentError, StateError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
 from slope_fx.ops.frozen import FROZEN_LINEAR
 
@@ -106,6 +106,91 @@ def test_bf16_is_within_its_rounding():
     assert all(buffer.dtype is torch.float32 for buffer in rotary)
     with torch.no_grad():
         assert gap(frozen(batch()).logits, dense(batch()).logits) < 0.05
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(("values", "most", "left"), [("int8", 0.02, 0.9), ("int4", 0.3, 0.9)])
+def test_quantised_values(values, most, left):
+    """The adapters make up for a part of the error."""
+    model = awake(llama(), rank=None)
+    dense = slope_fx.densify(model)
+    ids = batch()
+    with torch.no_grad():
+        want = dense(ids).logits
+        errors = []
+        for rank in (None, 16):
+            frozen = slope_fx.freeze(copy.deepcopy(model), values=values, adapter_rank=rank)
+            errors.append((frozen(ids).logits - want).square().mean().sqrt() / want.std())
+            weight = next(iter(slope_fx.sparse_weights(frozen).values()))
+            assert weight.rank == rank
+            assert weight.values.dtype is (torch.int8 if values == "int8" else torch.uint8)
+    assert errors[0] < most
+    assert errors[1] < left * errors[0]
+
+
+def test_quantising_keeps_what_the_adapters_add():
+    """The new adapter is the best of its rank for the old adapter and the error together."""
+    model = awake(gpt2(), rank=8)
+    weights = slope_fx.sparse_weights(model)
+    before = {
+        name: weight.to_dense().double() + weight.scale * (weight.lora_B @ weight.lora_A).double()
+        for name, weight in weights.items()
+    }
+    frozen = slope_fx.freeze(model, values="int4", group=32)
+    for name, weight in slope_fx.sparse_weights(frozen).items():
+        rest = before[name] - weight.to_dense().double()
+        u, s, vh = torch.linalg.svd(rest)
+        best = rest - (u[:, :8] * s[:8]) @ vh[:8]
+        got = rest - (weight.lora_B.double() @ weight.lora_A.double())
+        torch.testing.assert_close(got.norm(), best.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_calibrated_adapters_minimize_the_error_of_the_outputs():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    data = torch.randn(256, 64) @ torch.diag(torch.logspace(-2, 1, 64))
+    model = slope_fx.compile(layers, "2:4", example_inputs=data, skip_first=False)
+    errors = []
+    with torch.no_grad():
+        want = slope_fx.densify(model)[0](data)
+        for calibration in (None, [data]):
+            frozen = slope_fx.freeze(
+                copy.deepcopy(model), values="int4", adapter_rank=4, calibration=calibration
+            )
+            errors.append((frozen[0](data) - want).norm())
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"values": "int2"}, "values='int2'; allowed are 'float', 'int8', 'int4'"),
+        ({"values": "int8", "group": 33}, "group=33; allowed are 32, 64, 128"),
+        ({"group": 32}, 'group was given with values="float"'),
+        ({"adapter_rank": 4}, "adapter_rank was given"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"values": "int8", "adapter_rank": 10**6}, "rank 1000000 for"),
+    ],
+)
+def test_bad_arguments_change_nothing(arguments, said):
+    model = awake(gpt2())
+    with pytest.raises(ArgumentError, match=said):
+        slope_fx.freeze(model, **arguments)
+    assert not any(isinstance(m, FrozenWeight) for m in model.modules())
+
+
+def test_casts_keep_the_scales():
+    model = awake(llama())
+    frozen = slope_fx.freeze(model, values="int8")
+    ids = batch()
+    with torch.no_grad():
+        want = frozen(ids).logits
+        half = copy.deepcopy(frozen).to(torch.float16).to(torch.float32)
+        for name, weight in slope_fx.sparse_weights(half).items():
+            assert weight.scales.dtype is torch.bfloat16
+            torch.testing.assert_close(weight.scales, slope_fx.sparse_weights(frozen)[name].scales)
+        assert gap(half(ids).logits, want) < 0.02
+        assert gap(frozen.to(torch.bfloat16)(ids).logits, want) < 0.05
 
 
 def test_patterns_and_shared_weights():

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from oracle import assert_within_rounding
 from slope_fx import ops
 from slope_fx.kernels import reference
-from slope_fx.kernels.cpu.routes import DENSE, FEWEST_ROWS, PANELS, STREAM
+from slope_fx.kernels.cpu.routes import DENSE, FEWEST_ROWS, FORM_DTYPES, PANELS, STREAM
+from slope_fx.kernels.quantised import BITS, dequantise, quantise
 from slope_fx.ops import frozen
 from slope_fx.ops.frozen import (
     FROZEN_EXPAND,
@@ -41,7 +42,7 @@ def products(draw):
         b = b.t().contiguous().t()
     bias = normal((d_out,), seed + 3, dtype) if draw(st.booleans()) else None
     routes = [PANELS, DENSE] + ([STREAM] if d_out >= FEWEST_ROWS else [])
-    form = [pattern.n, pattern.m, 0, 0, 0, draw(st.sampled_from(routes))]
+    form = [pattern.n, pattern.m, 0, 0, 0, d_in, 0, draw(st.sampled_from(routes))]
     return x, values, mask, bias, a, b, form
 
 
@@ -87,6 +88,36 @@ def test_the_gradient_of_the_input_is_that_of_the_whole_weight(product, seed):
         torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@st.composite
+def quantised_products(draw):
+    x, values, mask, bias, a, b, form = draw(products())
+    kind, group = draw(st.sampled_from(["int8", "int4"])), draw(st.sampled_from([32, 64]))
+    codes, scales = quantise(values.float(), kind, group)
+    code = FORM_DTYPES.index(x.dtype)
+    route = draw(st.sampled_from([STREAM, DENSE]))
+    form = [*form[:2], BITS[kind], group, code, form[5], 0, route]
+    return (x, codes, mask, scales, bias, a, b, form), kind
+
+
+@given(quantised_products())
+def test_quantised_values_are_those_that_the_codes_stand_for(product):
+    (x, codes, mask, scales, bias, a, b, form), kind = product
+    kept = form[5] * form[0] // form[1]
+    values = dequantise(codes, scales, kind, form[3], kept)
+    y = FROZEN_LINEAR(x, codes, mask, scales, bias, a, b, form)
+    want, size = oracle(x, values, mask, bias, a, b, form)
+    inputs = 2**-15 * x.double().abs().max() * values.double().abs().sum(-1) if x.numel() else 0
+    bound = 4 * torch.finfo(x.dtype).eps * size + inputs + 1e-30
+    if x.dtype in (torch.float64, torch.float32):
+        bound = bound + 2**-20 * size
+    assert ((y.double() - want).abs() <= bound).all()
+    dense = FROZEN_EXPAND(codes, mask, scales, None, None, form)
+    assert dense.dtype == x.dtype
+    eye = torch.eye(form[5], dtype=torch.float64)
+    want, size = oracle(eye, values, mask, None, None, None, form)
+    assert ((dense.double() - want.t()).abs() <= torch.finfo(x.dtype).eps * size.t() + 1e-7).all()
+
+
 @given(products())
 def test_the_dense_weight_has_the_adapter(product):
     _, values, mask, _, a, b, form = product
@@ -101,11 +132,11 @@ def test_more_tokens_take_another_route():
     weight = torch.randn(8, 16)
     mask = ops.magnitude_mask(weight, 2, 4)
     values = ops.compress(weight, mask, 2, 4)
-    wrong = [2, 4, 0, 0, 0, DENSE, 3, STREAM, 5, PANELS]
+    wrong = [2, 4, 0, 0, 0, 16, 0, DENSE, 3, STREAM, 5, PANELS]
     for count in range(1, 9):
         x = torch.randn(count, 16)
         route = DENSE if count < 3 else STREAM if count < 5 else PANELS
-        same = FROZEN_LINEAR(x, values, mask, None, None, None, None, [*wrong[:4], 0, route])
+        same = FROZEN_LINEAR(x, values, mask, None, None, None, None, [*wrong[:6], 0, route])
         torch.testing.assert_close(
             FROZEN_LINEAR(x, values, mask, None, None, None, None, wrong), same, rtol=0, atol=0
         )
@@ -119,7 +150,7 @@ def test_wrong_operands_are_refused(change):
     x = torch.randn(3, 12) if change == "features" else torch.randn(3, 16, dtype=torch.float16)
     said = "12 features, the weight reads 16" if change == "features" else "dtype"
     with pytest.raises(RuntimeError, match=said):
-        FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, STREAM])
+        FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
 
 
 def test_autocast_keeps_the_weight_as_it_is():
@@ -128,7 +159,7 @@ def test_autocast_keeps_the_weight_as_it_is():
     values = ops.compress(weight, mask, 2, 4)
     x = torch.randn(3, 16, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, STREAM])
+        y = FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
     torch.testing.assert_close(y, x.float() @ ops.expand(values, mask, mask, 2, 4).t())
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slope_fx
-from pass_graphs import FORMS, M, N, apply, assert_same, capture, counts, inputs, program, run
+from pass_graphs import D_IN, FORMS, M, N, apply, assert_same, capture, counts, inputs, program, run
 from slope_fx.ops.targets import (
     ADD_ADAPTER,
     EXPAND,
@@ -53,7 +53,7 @@ def attention(x, values, forward, backward, bias, a, b):
 
 def frozen(x, values, forward, backward, bias, a, b):
     """Two linears: of the whole weight, and of its last rows by ``@``."""
-    w = FROZEN_EXPAND(values, forward, None, a, b, [N, M, 0, 0, 0, 1])
+    w = FROZEN_EXPAND(values, forward, None, a, b, [N, M, 0, 0, 0, D_IN, 0, 1])
     return F.linear(x, w, bias) + F.pad(x @ w[4:].T, (0, 4))
 
 
