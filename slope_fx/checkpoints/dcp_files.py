@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from slope_fx.checkpoints.dcp import DCP_MODEL, DCP_OPTIMIZER, DCP_REST
 from slope_fx.checkpoints.files import replaced_whole
-from slope_fx.checkpoints.loading import check_names
+from slope_fx.checkpoints.layers import check_names
 from slope_fx.checkpoints.manifest import (
     Manifest,
     check_files,

@@ -199,7 +199,13 @@ def read_frozen(plan: SparsePlan, reader: Reader) -> FrozenParts:
     entry = manifest.sparse[plan.name]
     values, beside = names_of(plan)
     rows = layout.stack * layout.d_out
-    kept = _read_values(plan, reader, values)
+    kept, scales, group = _read_values(plan, reader, values), None, 0
+    if manifest.inference is not None and manifest.inference.group:
+        group = manifest.inference.group
+        width = layout.d_in * pattern.n // pattern.m
+        shape = (rows, -(-width // group))
+        scales = reader.read(f"{beside}scales", shape, torch.bfloat16, cast=False)
+    dtype = reader.dtype or (getattr(torch, str(entry.dtype)) if group else kept.dtype)
     bits = reader.read(f"{beside}forward_bits", (rows, packed_width(layout.d_in)), torch.uint8)
     reader.check_mask(plan)
     if manifest.inference is None:
@@ -209,7 +215,7 @@ def read_frozen(plan: SparsePlan, reader: Reader) -> FrozenParts:
         adapter = _read_adapter(plan, reader, entry.rank, cast=entry.scale == 1)
         if entry.scale != 1:
             adapter = folded(*adapter, entry.scale, reader.dtype)
-    return FrozenParts(kept, bits, adapter)
+    return FrozenParts(kept, bits, dtype, adapter, scales, group)
 
 
 def for_inference(manifest: Manifest) -> Manifest:
@@ -239,7 +245,13 @@ def names_of(plan: SparsePlan) -> tuple[str, str]:
 
 def _read_values(plan: SparsePlan, reader: Reader, name: str) -> Tensor:
     layout, pattern, manifest = plan.layout, plan.pattern, reader.manifest
-    storage = "values" if manifest.inference is not None else manifest.config.storage
+    frozen = manifest.inference
+    if frozen is not None and frozen.group:
+        width = layout.d_in * pattern.n // pattern.m
+        int8 = frozen.values == "int8"
+        codes = (layout.stack * layout.d_out, width if int8 else (width + 1) // 2)
+        return reader.read(name, codes, torch.int8 if int8 else torch.uint8)
+    storage = "values" if frozen is not None else manifest.config.storage
     shape = storage_named(storage).shape(layout.stack * layout.d_out, layout.d_in, pattern)
     kept = reader.read(name, shape)
     if not kept.is_floating_point():

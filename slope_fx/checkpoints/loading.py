@@ -221,7 +221,8 @@ def _install_frozen(
     model: nn.Module, reader: Reader, engines: str, undo: ExitStack
 ) -> list[tuple[Tensor, Tensor]]:
     """Install the frozen weights in the model."""
-    plans, places, replaced = _fitting_plans(model, reader), places_of(model), []
+    plans, places = _fitting_plans(model, reader), places_of(model)
+    replaced: list[tuple[Tensor, Tensor]] = []
     with plain_modes(), torch.no_grad():
         for plan in plans:
             dense = model.get_parameter(plan.parameter_name)

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from slope_fx.checkpoints.files import previous_of, sha256
 from slope_fx.errors import CheckpointError
+from slope_fx.kernels.cpu.routes import FORM_DTYPES
+from slope_fx.kernels.quantised import BITS, GROUPS
 from slope_fx.passes.views import Layout
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.patterns import Pattern
@@ -41,11 +43,13 @@ class SparseEntry:
         rank: rank of the adapter, or None without an adapter.
         scale: factor of the adapter's product.
         adapter_active: whether the adapter is active.
+        dtype: dtype of the dense weight, if the values are quantised; else None.
     """
 
     rank: int | None
     scale: float
     adapter_active: bool
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,10 @@ def _problem(manifest: Manifest) -> str:
             return f"{plan.name} has {entry}"
         if manifest.inference is not None and entry.rank is not None and entry.scale != 1:
             return f"{plan.name} is frozen and has scale {entry.scale}"
+        if manifest.inference is not None and manifest.inference.group:
+            kinds = [str(kind).removeprefix("torch.") for kind in FORM_DTYPES]
+            if entry.dtype not in kinds:
+                return f"{plan.name} has quantised values and dtype {entry.dtype}"
         layout = plan.layout
         stack = () if layout.stack == 1 else (layout.stack,)
         if plan.shape != (*stack, layout.d_out, layout.d_in):
@@ -310,8 +318,13 @@ def tensor_names(file: Path) -> set[str]:
 
 
 def _inference_of(data: dict[str, Any]) -> Frozen | None:
-    frozen = data.get("inference")
-    return None if frozen is None else Frozen(str(frozen["values"]), int(frozen["group"]))
+    told = data.get("inference")
+    if told is None:
+        return None
+    frozen = Frozen(told["values"], told["group"])
+    if frozen == Frozen() or (frozen.values in BITS and frozen.group in GROUPS):
+        return frozen
+    raise ValueError(f"inference={told}")
 
 
 def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, Any]:
@@ -320,7 +333,10 @@ def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, An
         return {**data, "pattern": None}
     if entry is None:
         return {**data, "pattern": None, "reason": REPLACED}
-    return {**data, "pattern": str(plan.pattern), **dataclasses.asdict(entry)}
+    told = {key: value for key, value in dataclasses.asdict(entry).items() if key != "dtype"}
+    if entry.dtype is not None:
+        told["dtype"] = entry.dtype
+    return {**data, "pattern": str(plan.pattern), **told}
 
 
 def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | None]:
@@ -339,7 +355,8 @@ def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | N
         layout=Layout(**{**data["layout"], "shape": tuple(data["layout"]["shape"])}),
         rows=tuple(data["rows"]),
     )
-    return plan, SparseEntry(data["rank"], data["scale"], data["adapter_active"])
+    entry = SparseEntry(data["rank"], data["scale"], data["adapter_active"], data.get("dtype"))
+    return plan, entry
 
 
 def _config_of(data: dict[str, Any]) -> SlopeConfig:

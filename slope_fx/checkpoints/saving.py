@@ -25,10 +25,12 @@ from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
 from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files, write_index
 from slope_fx.errors import CheckpointError, UnsupportedError
+from slope_fx.frozen import FrozenWeight
 from slope_fx.hub import mark_configuration
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.record import record_of, sparse_weights, trainable_record_of
 from slope_fx.sparse.blank import check_filled
+from slope_fx.sparse.weight import SparseWeight
 from slope_fx.version import __version__
 
 
@@ -173,8 +175,8 @@ def save_by_transformers(
     for weight in sparse_weights(model).values():
         check_filled(weight)
     options.setdefault("save_original_format", False)  # the names of the layers are those here
-    save: Any = _class_of(model).save_pretrained
-    save(model, path, *args, **options)
+    base: Any = _class_of(model)
+    base.save_pretrained(model, path, *args, **options)
     writes = options.get("is_main_process", args[0] if args else True)
     if writes and not getattr(model, "_hf_peft_config_loaded", False):
         describe_checkpoint(model, path)
@@ -216,7 +218,7 @@ def describe_model(model: nn.Module) -> Manifest:
         config=record.config,
         plans=record.plans,
         sparse={
-            name: SparseEntry(weight.rank, weight.scale, weight.adapter_active)
+            name: SparseEntry(weight.rank, weight.scale, weight.adapter_active, _dtype_of(weight))
             for name, weight in sparse_weights(model).items()
         },
         untraced_because=record.untraced_because,
@@ -237,6 +239,13 @@ def describe_model(model: nn.Module) -> Manifest:
             for name, buffer in unstored_buffers(model).items()
         },
     )
+
+
+def _dtype_of(weight: SparseWeight | FrozenWeight) -> str | None:
+    """The dtype that codes do not show."""
+    if not isinstance(weight, FrozenWeight) or weight.scales is None:
+        return None
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def describe_together(together: Together, model: nn.Module) -> Manifest:

@@ -87,7 +87,10 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise CheckpointError(f"{folder / name} is not listed in its {MANIFEST}.")
         check_hashes(folder, manifest, files)
         self.plans = _plans_of(model, manifest)
-        self.settings = Settings.of(region=manifest.region)
+        self.stored = {  # the plans by the stored names
+            own.name: plan for own, plan in self.plans if isinstance(plan, SparsePlan)
+        }
+        self.settings = Settings.of(region=manifest.region)  # type: ignore[arg-type]
         dtype = dtype or model.dtype
         with Reader(folder, manifest, torch.device("meta"), dtype) as reader:
             self._install(model, reader)
@@ -95,19 +98,18 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _install(self, model: nn.Module, reader: Reader) -> None:
         """Install weights without data."""
-        sparse = {own.name: stored for own, stored in self.plans if isinstance(own, SparsePlan)}
         plans = [own for own, _ in self.plans if isinstance(own, SparsePlan)]
         if self.manifest.inference is not None:
             places = places_of(model)
             with plain_modes():
                 for plan in plans:
-                    parts = read_frozen(sparse[plan.name], reader)
+                    parts = read_frozen(self.stored[plan.name], reader)
                     dense = model.get_parameter(plan.parameter_name)
                     put_weight(plan, places[id(dense)], parts, self.settings.engine)
             return
 
         def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
-            stored = sparse[plan.name]
+            stored = self.stored[plan.name]
             reader.check_mask(stored)
             return read_parts(stored, reader)
 
@@ -140,6 +142,9 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
     def _settle(self, model: nn.Module) -> None:
         """Finish the weights, which transformers filled with plain parameters."""
         plans = {own.name: own for own, _ in self.plans if isinstance(own, SparsePlan)}
+        frozen = self.manifest.inference
+        group = 0 if frozen is None else frozen.group
+        weight: Any  # a SparseWeight or a FrozenWeight
         for weight, places in sparse_places(model).items():
             if weight.values.is_meta:
                 raise UnsupportedError(_NO_DISK)
@@ -151,7 +156,11 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
             adapter = None
             if weight.lora_A is not None and weight.lora_B is not None:
                 adapter = weight.lora_A.data, weight.lora_B.data
-            parts = FrozenParts(weight.values.data, weight.forward_bits.data, adapter)
+            scales = None if weight.scales is None else weight.scales.data
+            parts = FrozenParts(
+                weight.values.data, weight.forward_bits.data, weight.dtype, adapter, scales,
+                group,
+            )  # fmt: skip
             with plain_modes():
                 put_weight(plans[weight.name], places, parts, self.settings.engine)
 

@@ -78,7 +78,7 @@ def explain_frozen(model: nn.Module, record: Record) -> Explanation:
         tensors = [weight.values, *(p for p in weight.parameters() if p is not None)]
         before = math.prod(plan.shape) * size
         after = sum(tensor.nbytes for tensor in tensors)
-        pairs = weight.form[4:]
+        pairs = weight.form[6:]
         routes = tuple(
             (tokens, NAMES[route]) for tokens, route in zip(pairs[::2], pairs[1::2], strict=True)
         )

@@ -303,8 +303,8 @@ def _engines(report: LinearReport) -> str:
     if report.kind == "dense":
         return ""
     if report.routes:
-        first, *more = report.routes
-        return ", ".join([first[1], *(f"{route} from {tokens}" for tokens, route in more)])
+        routes = [f"{route} from {tokens}" for tokens, route in report.routes[1:]]
+        return ", ".join([report.routes[0][1], *routes])
     if not report.products:
         return "(not run yet)"
     size = report.bytes_before // math.prod(report.shape)
