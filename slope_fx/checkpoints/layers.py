@@ -23,6 +23,7 @@ from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.storage import storage_named
 
 _MOST_COPIED = 2**26  # bytes
+_CHECKED_AT_ONCE = 2**17  # elements
 
 
 class Reader:
@@ -49,7 +50,7 @@ class Reader:
         self.folder, self.manifest = folder, manifest
         self.device, self.dtype, self.mapped = device, dtype, mapped
         self.unread = set(manifest.tensors)
-        self._open: dict[str, Any] = {}
+        self._open: dict[tuple[str, bool], Any] = {}
         self._stack = ExitStack()
         self._copied = 0
 
@@ -81,12 +82,8 @@ class Reader:
         name = self.manifest.aliases.get(name, name)
         if name not in self.manifest.tensors:
             raise CheckpointError(f"{self.folder} has no tensor {name}, which the model needs.")
-        tensor: Tensor
-        if self.device.type == "meta":
-            part = self._file_of(name).get_slice(name)
-            tensor = Described(tuple(part.get_shape()), part.get_dtype()).empty()
-        else:
-            tensor = self._file_of(name).get_tensor(name)
+        part = self._file_of(name).get_slice(name)
+        tensor = Described(tuple(part.get_shape()), part.get_dtype()).empty()
         if tuple(tensor.shape) != shape or (kind is not None and tensor.dtype != kind):
             want = f"{kind} {shape}" if kind is not None else f"{shape}"
             raise CheckpointError(
@@ -95,12 +92,16 @@ class Reader:
             )
         self.unread.discard(name)
         to = self.dtype if cast and tensor.is_floating_point() else None
-        if self.mapped and self.device.type == "cpu" and to in (None, tensor.dtype):
+        if self.device.type == "meta":
+            return tensor.to(to or tensor.dtype)
+        mapped = self.mapped and self.device.type == "cpu" and to in (None, tensor.dtype)
+        tensor = self._file_of(name, mapped).get_tensor(name)
+        if mapped:
             return tensor
         copied = tensor.to(self.device, to or tensor.dtype, copy=True)
         self._copied += tensor.nbytes
         if self._copied > _MOST_COPIED:
-            # What was read of a mapped file stays in memory as long as the file is open.
+            # What was read of a file stays in memory as long as it is open, or a view of it lives.
             self._close()
         return copied
 
@@ -113,19 +114,23 @@ class Reader:
         name = f"{names_of(plan)[1]}forward_bits"
         name = self.manifest.aliases.get(name, name)
         with safe_open(str(self.folder / self.manifest.tensors[name]), "pt", device="cpu") as file:
-            mask = file.get_tensor(name)
-            problem = packed_masks_problem(mask, None, plan.layout.d_in, plan.pattern)
+            mask, d_in, pattern = file.get_tensor(name), plan.layout.d_in, plan.pattern
+            # A mask that is checked whole needs more memory than its layer.
+            parts = mask.split(max(1, _CHECKED_AT_ONCE // d_in))
+            wrong = any(packed_masks_problem(part, None, d_in, pattern) for part in parts)
+            problem = packed_masks_problem(mask, None, d_in, pattern) if wrong else ""
         if problem:
             raise CheckpointError(
                 f"{self.folder}: {plan.name} should be {plan.pattern}, but {problem}."
             )
 
-    def _file_of(self, name: str) -> Any:
-        file = self.manifest.tensors[name]
-        if file not in self._open:
-            opened = safe_open(str(self.folder / file), "pt", device="cpu")
-            self._open[file] = self._stack.enter_context(opened)
-        return self._open[file]
+    def _file_of(self, name: str, mapped: bool = False) -> Any:
+        """The open file of a tensor. Views of it and copies from it have a mapping each."""
+        key = self.manifest.tensors[name], mapped
+        if key not in self._open:
+            opened = safe_open(str(self.folder / key[0]), "pt", device="cpu")
+            self._open[key] = self._stack.enter_context(opened)
+        return self._open[key]
 
     def _close(self) -> None:
         self._stack.close()
