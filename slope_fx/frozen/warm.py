@@ -45,8 +45,8 @@ def warm_up(
     record_of(model)
     if not callable(getattr(model, "generate", None)):
         raise ArgumentError(
-            f"model is a {type(model).__name__}, which has no generate(). Call it once on inputs of "
-            "the shapes of your requests."
+            f"model is a {type(model).__name__}, which has no generate(). Call it once on inputs "
+            "of the shapes of your requests."
         )
     batches = [batch] if isinstance(batch, int) else list(batch)
     for name, value in [("length", length), *(("batch", value) for value in batches)]:
