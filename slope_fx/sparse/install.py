@@ -18,6 +18,7 @@ from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
 from slope_fx.sparse.parts import Choices, Parts, Shared
 from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.sharded_first import Member, gathered, members, take_place
 from slope_fx.sparse.storage import Storage
 from slope_fx.sparse.weight import SparseWeight
 
@@ -194,7 +195,8 @@ def install(
     Args:
         model: changed in place.
         plans: plans of the sparse linears.
-        make_parts: maps a plan and its dense parameter to the tensors that replace it.
+        make_parts: maps a plan and its dense parameter, whole if it is sharded, to the tensors that
+            replace it.
         storage: storage of the weights.
         on_fallback: what a layer does when it runs with its dense weight rebuilt.
         undo: receives callbacks that restore the model.
@@ -202,6 +204,7 @@ def install(
     Returns:
         The dense parameters that were replaced, each with its replacement.
     """
+    sharded = members(model)
     locations: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
@@ -213,25 +216,27 @@ def install(
     with plain_modes():
         for plan in plans:
             dense = model.get_parameter(plan.parameter_name)
-            places = locations[id(dense)]
+            places, member = locations[id(dense)], sharded.get(id(dense))
             fallback = Fallback(plan.name, on_fallback)
-            values = _replace(plan, dense, places, make_parts, shared, fallback, undo)
-            replaced.append((dense, values))
+            _replace(plan, dense, member, places, make_parts, shared, fallback, undo)
+            module, name = places[0]
+            replaced.append((dense, module.get_parameter(values_name(name))))
     return replaced
 
 
 def _replace(
     plan: SparsePlan,
     dense: nn.Parameter,
+    member: Member | None,
     places: list[tuple[nn.Module, str]],
     make_parts: Callable[[SparsePlan, Tensor], Parts],
     shared: Shared,
     fallback: Fallback,
     undo: ExitStack,
-) -> nn.Parameter:
+) -> None:
     """Replace a dense parameter in all modules that have it. A shared weight stays shared."""
     with torch.no_grad():
-        parts = make_parts(plan, dense.detach())
+        parts = make_parts(plan, gathered(dense.detach(), member))
     values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
     sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
     for module, name in places:
@@ -242,7 +247,11 @@ def _replace(
         module.register_parameter(values_name(name), values)
         module.add_module(sparse_name(name), sparse)
         set_kind(module, (name,))
-    return values
+    if member is not None:
+        own = [
+            [(sparse, name)] for name, tensor in sparse._parameters.items() if tensor is not None
+        ]
+        take_place(member, [[(m, values_name(name)) for m, name in places], *own], undo)
 
 
 @contextmanager
