@@ -18,7 +18,7 @@ from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
 from slope_fx.sparse.parts import Choices, Parts, Shared
 from slope_fx.sparse.phase import Phase
-from slope_fx.sparse.sharded_first import Member, gathered, members, take_place
+from slope_fx.sparse.sharded_first import Member, Places, gathered, members, take_place
 from slope_fx.sparse.storage import Storage
 from slope_fx.sparse.weight import SparseWeight
 
@@ -248,10 +248,9 @@ def _replace(
         module.add_module(sparse_name(name), sparse)
         set_kind(module, (name,))
     if member is not None:
-        own = [
-            [(sparse, name)] for name, tensor in sparse._parameters.items() if tensor is not None
-        ]
-        take_place(member, [[(m, values_name(name)) for m, name in places], *own], undo)
+        new: list[Places] = [[(module, values_name(name)) for module, name in places]]
+        new += [[(sparse, name)] for name, part in sparse._parameters.items() if part is not None]
+        take_place(member, new, undo)
 
 
 @contextmanager
