@@ -122,7 +122,9 @@ def compile(
         start = Start(str(config.mask)) if dense.is_meta else None
         if rank is None:
             return Parts(kept, chosen.bits, start=start)
-        mask = unpack(chosen.bits, plan.shape[-1]).view(plan.shape)
+        mask = None
+        if config.adapter_init != "zero":
+            mask = unpack(chosen.bits, plan.shape[-1]).view(plan.shape)
         adapter = make_adapter(config.adapter_init, plan.name, weight, mask, rank, seen)
         return Parts(kept, chosen.bits, adapter=adapter, start=start)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx.errors import StateError
-from slope_fx.kernels.packing import unpack
 from slope_fx.ops.targets import EXPAND
 from slope_fx.planning.adapters import make_adapter
 from slope_fx.planning.masks import choose_mask
@@ -87,8 +86,7 @@ def fill(weight: "SparseWeight", matrix: Tensor, mask: object = None) -> None:
     sharded = isinstance(weight.forward_bits, DTensor)
     weight.first_fingerprint = 0 if sharded else fingerprint_of(chosen.bits)
     if weight.rank is not None and weight.lora_A is not None and weight.lora_B is not None:
-        kept_elements = unpack(chosen.bits, weight.d_in).view(weight.shape)
-        made = make_adapter("zero", weight.name, dense, kept_elements, weight.rank, None)
+        made = make_adapter("zero", weight.name, dense, None, weight.rank, None)
         put(weight.lora_A, made.lora_A)
         put(weight.lora_B, made.lora_B)
     if start is not None:
