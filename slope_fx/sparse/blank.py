@@ -22,6 +22,7 @@ from slope_fx.ops.targets import EXPAND
 from slope_fx.planning.adapters import make_adapter
 from slope_fx.planning.masks import choose_mask
 from slope_fx.sparse.mask import fingerprint_of
+from slope_fx.sparse.shards import found_anywhere
 
 if TYPE_CHECKING:
     from slope_fx.sparse.weight import SparseWeight
@@ -107,9 +108,8 @@ def start_of(weight: Started) -> Start | None:
     if start is None or start.written or weight.forward_bits.is_meta:
         return start
     bits = weight.forward_bits.detach()
-    if isinstance(bits, DTensor):
-        bits = bits.to_local()
-    if bits.any():
+    # A rank without rows can't tell, so it asks the others.
+    if found_anywhere(bits) if isinstance(bits, DTensor) else bits.any():
         # A mask of zeros has no meaning, and emptied() made it zero. So other code has filled the
         # tensors in place, such as a broadcast from rank 0, or torch.distributed.checkpoint.load.
         weight.start = None

@@ -43,6 +43,7 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
         "requires_grad_": _requires_grad,
         "register_parameter": _register_parameter,
+        "_apply": _apply,
         "qconfig": property(_no_qconfig, _refuse_qconfig),
         "_load_from_state_dict": _load_from_state_dict,
         **{attribute: _weight_property(attribute) for attribute in kind.attributes},
@@ -134,6 +135,16 @@ def _load_from_state_dict(
         module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
         error_msgs,
     )  # fmt: skip
+
+
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    # torch makes a new parameter in each module, such as in to_empty. A dense model is then tied
+    # again by its own code, which can't reach the values.
+    kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
+    kind.base._apply(module, fn, recurse)
+    for attribute in kind.attributes:
+        getattr(module, sparse_name(attribute)).share()
+    return module
 
 
 def _no_qconfig(module: nn.Module) -> NoReturn:
@@ -239,6 +250,7 @@ def _replace(
         parts = make_parts(plan, gathered(dense.detach(), member))
     values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
     sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
+    sparse.holders = tuple((module, values_name(name)) for module, name in places)
     for module, name in places:
         undo.callback(restore, module, type(module), dict(module.__dict__))
         module.__dict__["_parameters"] = dict(module._parameters)
