@@ -7,6 +7,7 @@ of the whole error (pruning plus quantisation).
     python benchmarks/frozen_quality.py
 """
 
+import copy
 import math
 import sys
 from pathlib import Path
@@ -34,8 +35,8 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rows", type=int, default=24, help="held-out rows")
-    arguments.add_argument("--calibration-rows", type=int, default=32)
+    arguments.add_argument("--rows", type=int, default=16, help="held-out rows")
+    arguments.add_argument("--calibration-rows", type=int, default=16)
     arguments.add_argument("--context", type=int, default=512)
     arguments.add_argument("--rank", type=int, default=32)
     add_arguments(arguments)
@@ -58,8 +59,9 @@ def main() -> None:
         )  # fmt: skip
 
     for adapters in (False, True):
+        base = pruned(adapters)
         for values in tqdm(("float", "int8", "int4")):
-            model, more = pruned(adapters), {}
+            model, more = copy.deepcopy(base), {}
             if adapters and values != "float":
                 more = {"calibration": calibration}
             slope_fx.freeze(model, values=values, **more)
