@@ -87,6 +87,14 @@ def pipelines(pool: Ranks, case: Any) -> dict[str, Any]:
     return {**row, "micro": test_pipeline.MICRO, **compared(found, parts, losses, state)}
 
 
+def _done(file: Path | None, commit: str) -> list[dict[str, Any]]:
+    """The rows of a stopped run of the same commit."""
+    if file is None or not file.is_file():
+        return []
+    known = json.loads(file.read_text())
+    return known["rows"] if known["commit"] == commit else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="a file for the results")
@@ -94,25 +102,28 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(DISTRIBUTED))
     torch.set_num_threads(1)
-    pool, rows = Ranks(), []
+    pool = Ranks()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.decode().strip(),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "steps": STEPS,
+    }
+    rows = _done(args.write, about["commit"])
     todo: list[tuple[Any, Any]] = [(data_and_tensor, c) for c in CASES]
     todo += [(pipelines, (f"{kind}", *rest)) for kind, *rest in PIPELINES]
     for run, case in todo:
         if args.only not in f"{case[0]}":
             continue
         start = time.monotonic()
-        rows.append(run(pool, case))
-        print(f"{time.monotonic() - start:5.0f} s", rows[-1], flush=True)
+        found = next((row for row in rows if row["case"] == list(map(str, case))), None)
+        if found is None:
+            rows.append({"case": list(map(str, case)), **run(pool, case)})
+            if args.write:  # after each case, so that a stopped run goes on from there
+                args.write.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        print(f"{time.monotonic() - start:5.0f} s", found or rows[-1], flush=True)
     pool.close()
-    if args.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True)
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit.stdout.decode().strip(),
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-            "steps": STEPS,
-        }
-        args.write.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     wrong = [r for r in rows if r["mask_bytes"] or max(r["loss_sparse"], r["loss_adapter"]) > BOUND]
     sys.exit(f"not as in one process: {wrong}" if wrong else 0)
 
