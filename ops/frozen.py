@@ -26,7 +26,7 @@ from slope_fx.kernels.cpu.build import BuildError, ops_library
 from slope_fx.kernels.engines import ENGINES
 from slope_fx.kernels.selection import choose
 from slope_fx.ops.autocast import register_autocast
-from slope_fx.ops.dispatch import engine, request_of
+from slope_fx.ops.dispatch import engine, refuse_onnx, request_of
 
 _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
@@ -55,8 +55,7 @@ def why_not_native() -> str:
 
 
 def _is_native(tensor: Tensor) -> bool:
-    good = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return good and tensor.device.type == "cpu" and not why_not_native()
+    return tensor.device.type == "cpu" and not why_not_native()
 
 
 def _linear(
@@ -104,6 +103,7 @@ _LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("slope_fx::frozen_linear")
 def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
+    refuse_onnx()
     form = operands[-1]
     d_in = values.shape[1] * form[1] // form[0]
     torch._check(
@@ -119,6 +119,7 @@ def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
 
 @torch.library.register_fake("slope_fx::frozen_expand")
 def _(values: Tensor, *operands: Any) -> Tensor:
+    refuse_onnx()
     form = operands[-1]
     return values.new_empty((values.shape[0], values.shape[1] * form[1] // form[0]))
 

@@ -45,7 +45,7 @@ int code_of(ScalarType dtype) { /* of vectors.h */
     case ScalarType::Float: return 0;
     case ScalarType::BFloat16: return 1;
     case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "a frozen linear of slope_fx takes float32, bfloat16 and float16");
+    default: STD_TORCH_CHECK(false, "a frozen linear of slope_fx takes floating-point numbers");
     }
 }
 
@@ -80,15 +80,36 @@ void product(const Tensor &out, const Tensor &x, const Tensor &w, double beta) {
              : aoti_torch_cpu_mm_out(out.get(), x.get(), transposed.get()));
 }
 
+/* float64 has no kernel in C. It is for checks, not for speed. */
+bool is_double(const Tensor &tensor) { return tensor.scalar_type() == ScalarType::Double; }
+
+int expand_double(const double *values, const uint8_t *mask, int64_t d_out, int64_t d_in, int64_t kept, double *dense) {
+    for (int64_t row = 0; row < d_out; row++) {
+        const uint8_t *bits = mask + row * ((d_in + 7) / 8);
+        int64_t next = 0;
+        for (int64_t c = 0; c < d_in; c++) {
+            bool keep = bits[c / 8] >> c % 8 & 1;
+            if (keep && next == kept) return 2;
+            dense[row * d_in + c] = keep ? values[row * kept + next++] : 0;
+        }
+    }
+    return 0;
+}
+
 /* The dense W^R, and with an adapter W^R + B A. */
 Tensor expand(const Tensor &values, const Tensor &mask, const std::optional<Tensor> &lora_a,
               const std::optional<Tensor> &lora_b, const Form &form) {
     int64_t sizes[2] = {values.size(0), values.size(1) * form[M] / form[N]};
     Tensor dense = empty(sizes, 2, values);
-    check(slope_expand(values.const_data_ptr(), (const uint8_t *)mask.const_data_ptr(), sizes[0], sizes[1],
-                       form[N], form[M], dense.mutable_data_ptr(), code_of(values.scalar_type()),
-                       torch::stable::get_num_threads()),
-          form);
+    auto *bits = (const uint8_t *)mask.const_data_ptr();
+    if (is_double(values))
+        check(expand_double((const double *)values.const_data_ptr(), bits, sizes[0], sizes[1], values.size(1),
+                            (double *)dense.mutable_data_ptr()),
+              form);
+    else
+        check(slope_expand(values.const_data_ptr(), bits, sizes[0], sizes[1], form[N], form[M],
+                           dense.mutable_data_ptr(), code_of(values.scalar_type()), torch::stable::get_num_threads()),
+              form);
     if (lora_a) product(dense, *lora_b, torch::stable::transpose(*lora_a, 0, 1), 1);
     return dense;
 }
@@ -112,10 +133,10 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
     sizes[dims - 1] = d_out;
     Tensor y = empty(sizes, dims, x);
     if (!tokens) return y;
-    int dtype = code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
+    int dtype = is_double(x) ? 0 : code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     const auto *bits = (const uint8_t *)mask.const_data_ptr();
-    int64_t route = route_of(form, tokens);
+    int64_t route = is_double(x) ? DENSE : route_of(form, tokens);
     if (route == STREAM) {
         /* The rows of B's transpose. A copy is made only of a B that was loaded in another way. */
         if (lora_b && lora_b->stride(0) != 1)

@@ -21,11 +21,10 @@ from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, Unsuppor
 from slope_fx.hub import takes_cache
 from slope_fx.kernels.cpu.build import BuildError, ops_library
 from slope_fx.planning.trace import ExampleInputs, split_inputs, transformers_inputs
-from slope_fx.record import record_of, sparse_weights
+from slope_fx.record import record_of
 
 LIBRARY = "libslope_fx.so"
 """The name of the library of the ops, beside a package."""
-_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def package(
     Raises:
         StateError: the model is not frozen, or in training mode.
         ArgumentError: an argument has a value that is not allowed.
-        UnsupportedError: the model is not on the CPU, is float64, can't be exported, or there is no
+        UnsupportedError: the model is not on the CPU or can't be exported, or there is no
             C++ compiler.
     """
     target = Path(path)
@@ -141,14 +140,6 @@ def _library_for(model: nn.Module) -> Path:
         if tensor.device.type != "cpu":
             raise UnsupportedError(
                 f"{name} is on {tensor.device}. A package runs on a CPU: call model.cpu()."
-            )
-    for name, weight in sparse_weights(model).items():
-        factors = weight.lora_A, weight.lora_B
-        dtypes = {t.dtype for t in (weight.values, *factors) if t is not None}
-        if len(dtypes) > 1 or not dtypes & {*_NATIVE, torch.int8, torch.uint8}:
-            raise UnsupportedError(
-                f"{name} is in {' and '.join(sorted(map(str, dtypes)))}; a package takes one of "
-                f"{', '.join(map(str, _NATIVE))}. Call slope_fx.freeze with dtype."
             )
     try:
         return ops_library(define=True)
