@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from slope_fx.kernels import conversions
+from slope_fx.kernels import conversions, quantised
 from slope_fx.kernels.operands import Operands
 
 
@@ -101,6 +101,31 @@ class Engine:
         """The kept values (d_out, d_in * N / M) of a dense (d_out, d_in)."""
         return conversions.compress(dense, forward_mask, n, m)
 
+    def expand_quantised(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        forward_mask: Tensor,
+        n: int,
+        m: int,
+        group: int,
+        d_in: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The dense ``W^R`` (d_out, d_in) of quantised values, rounded to ``dtype``.
+
+        Args:
+            codes, scales: of :func:`quantised.quantise`, which describes them.
+            forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
+            n, m: the pattern.
+            group: values that share a scale.
+            d_in: columns of the weight.
+            dtype: of the result.
+        """
+        kind, kept = quantised.kind_of(codes), d_in * n // m
+        values = quantised.dequantise(codes, scales, kind, group, kept)
+        return self.expand(values.to(dtype), forward_mask, n, m)
+
     # --- products ------------------------------------------------------------------------------
 
     def values_for(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,6 +159,33 @@ class Engine:
             (..., d_out), in the dtype of ``x``.
         """
         return linear(x, self.expand(values, forward_mask, n, m), bias)
+
+    def quantised_linear(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        forward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+        group: int,
+    ) -> Tensor:
+        """``Y = X (W^R)^T + b`` with quantised values, for a model that does not train.
+
+        Args:
+            x: (..., d_in).
+            codes, scales: of :func:`quantised.quantise`, which describes them.
+            forward_mask: packed, uint8 (d_out, ceil(d_in / 8)).
+            bias: (d_out,), in the dtype of ``x``, or None.
+            n, m: the pattern.
+            group: values that share a scale.
+
+        Returns:
+            (..., d_out), in the dtype of ``x``.
+        """
+        weight = (codes, scales, forward_mask, n, m, group)
+        return linear(x, self.expand_quantised(*weight, x.shape[-1], x.dtype), bias)
 
     def sparse_input_grad(
         self,

@@ -6,16 +6,18 @@ compiler, the engines compute them.
 
 Arguments of the ops:
 
-- ``values``: (d_out, d_in * N / M), in the dtype of ``x``.
-- ``mask``: the packed forward mask, uint8 (d_out, ceil(d_in / 8)). It was checked when the model
-  was frozen.
+- ``values``: (d_out, d_in * N / M), in the dtype of ``x``; or codes (``kernels/quantised.py``).
+- ``scales``: the scales of codes; None for values.
+- ``forward_mask``: packed, uint8 (d_out, ceil(d_in / 8)). It was checked when the model was frozen.
 - ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None. The
   columns of ``lora_B`` should be contiguous, or few tokens make a copy.
-- ``form``: N, M, bits, group, and pairs (fewest tokens, route). Of the pairs with at most the
-  tokens of the call, the last one is used. Routes are those of ``kernels/cpu/routes.py``.
+- ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,
+  and pairs (fewest tokens, route). Of the pairs with at most the tokens of the call, the last one
+  is used (``kernels/cpu/routes.py``).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slope_fx.kernels.cpu.build import BuildError, ops_library
+from slope_fx.kernels.cpu.routes import FORM_DTYPES
 from slope_fx.kernels.engines import ENGINES
 from slope_fx.kernels.selection import choose
 from slope_fx.ops.autocast import register_autocast
@@ -31,15 +34,20 @@ from slope_fx.ops.dispatch import engine, refuse_onnx, request_of
 _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
     _LIBRARY.define(
-        "frozen_linear(Tensor x, Tensor values, Tensor mask, Tensor? scales, Tensor? bias, "
+        "frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
         "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor"
     )
     _LIBRARY.define(
-        "frozen_expand(Tensor values, Tensor mask, Tensor? scales, Tensor? lora_A, "
+        "frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
         "Tensor? lora_B, int[] form) -> Tensor"
     )
 FROZEN_LINEAR = torch.ops.slope_fx.frozen_linear.default
 FROZEN_EXPAND = torch.ops.slope_fx.frozen_expand.default
+
+
+def dtype_of(values: Tensor, form: Sequence[int]) -> torch.dtype:
+    """The dtype of the dense weight, and of the inputs of its product."""
+    return values.dtype if values.is_floating_point() else FORM_DTYPES[form[4]]
 
 
 @functools.cache
@@ -61,7 +69,7 @@ def _is_native(tensor: Tensor) -> bool:
 def _linear(
     x: Tensor,
     values: Tensor,
-    mask: Tensor,
+    forward_mask: Tensor,
     scales: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor | None,
@@ -70,11 +78,14 @@ def _linear(
 ) -> Tensor:
     """``Y = X (W^R)^T + b + (X A^T) B^T`` by the engines."""
     if _is_native(x):
-        y: Tensor = FROZEN_LINEAR(x, values, mask, scales, bias, lora_a, lora_b, form)
+        y: Tensor = FROZEN_LINEAR(x, values, forward_mask, scales, bias, lora_a, lora_b, form)
         return y
-    n, m = form[:2]
-    product = ENGINES[choose("sparse_linear", request_of(x, values, n, m))]
-    y = product.sparse_linear(x, values, mask, bias, n, m)
+    n, m, _, group = form[:4]
+    if scales is not None:
+        y = engine(x).quantised_linear(x, values, scales, forward_mask, bias, n, m, group)
+    else:
+        product = ENGINES[choose("sparse_linear", request_of(x, values, n, m))]
+        y = product.sparse_linear(x, values, forward_mask, bias, n, m)
     if lora_a is not None and lora_b is not None:
         y = y + F.linear(F.linear(x, lora_a), lora_b)
     return y
@@ -82,7 +93,7 @@ def _linear(
 
 def _expand(
     values: Tensor,
-    mask: Tensor,
+    forward_mask: Tensor,
     scales: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -90,9 +101,14 @@ def _expand(
 ) -> Tensor:
     """The dense ``W^R + B A``."""
     if _is_native(values):
-        dense: Tensor = FROZEN_EXPAND(values, mask, scales, lora_a, lora_b, form)
+        dense: Tensor = FROZEN_EXPAND(values, forward_mask, scales, lora_a, lora_b, form)
         return dense
-    dense = engine(values).expand(values, mask, *form[:2])
+    n, m, _, group = form[:4]
+    if scales is None:
+        dense = engine(values).expand(values, forward_mask, n, m)
+    else:
+        format = (n, m, group, form[5], dtype_of(values, form))
+        dense = engine(scales).expand_quantised(values, scales, forward_mask, *format)
     return dense if lora_a is None or lora_b is None else torch.addmm(dense, lora_b, lora_a)
 
 
@@ -105,14 +121,15 @@ _LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
 def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
     refuse_onnx()
     form = operands[-1]
-    d_in = values.shape[1] * form[1] // form[0]
     torch._check(
-        x.shape[-1] == d_in,
-        lambda: f"slope_fx::frozen_linear: x has {x.shape[-1]} features, the weight reads {d_in}",
+        x.shape[-1] == form[5],
+        lambda: (
+            f"slope_fx::frozen_linear: x has {x.shape[-1]} features, the weight reads {form[5]}"
+        ),
     )
     torch._check(
-        x.dtype == values.dtype,
-        lambda: f"slope_fx::frozen_linear: x is {x.dtype}, the weight {values.dtype}",
+        x.dtype == dtype_of(values, form),
+        lambda: f"slope_fx::frozen_linear: x is {x.dtype}, the weight {dtype_of(values, form)}",
     )
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
@@ -121,26 +138,28 @@ def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
 def _(values: Tensor, *operands: Any) -> Tensor:
     refuse_onnx()
     form = operands[-1]
-    return values.new_empty((values.shape[0], values.shape[1] * form[1] // form[0]))
+    return values.new_empty((values.shape[0], form[5]), dtype=dtype_of(values, form))
 
 
 @torch.library.custom_op("slope_fx::frozen_linear_with_grad", mutates_args=())
 def frozen_linear_with_grad(
     x: Tensor,
     values: Tensor,
-    mask: Tensor,
+    forward_mask: Tensor,
     scales: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     form: list[int],
 ) -> Tensor:
-    """``frozen_linear`` with the gradient of its input, for adapters that train in other layers.
+    """``frozen_linear`` with the gradients of its input and its bias.
+
+    Adapters that train in other layers need them, as those of PEFT.
 
     The gradient is that of ``W^R + B A``. A rule for autograd on ``frozen_linear`` itself would
     cost each call some 4 us, also without gradients.
     """
-    y: Tensor = FROZEN_LINEAR(x, values, mask, scales, bias, lora_a, lora_b, form)
+    y: Tensor = FROZEN_LINEAR(x, values, forward_mask, scales, bias, lora_a, lora_b, form)
     return y
 
 
@@ -159,7 +178,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dx = grad @ FROZEN_EXPAND(values, mask, scales, None, None, ctx.form)
     if lora_a is not None:
         dx = dx + (grad @ lora_b) @ lora_a
-    return dx, *[None] * 7
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+    return dx, None, None, None, dbias, None, None, None
 
 
 frozen_linear_with_grad.register_autograd(_backward, setup_context=_save)
@@ -168,7 +188,7 @@ FROZEN_LINEAR_WITH_GRAD = torch.ops.slope_fx.frozen_linear_with_grad.default
 
 def _autocast(dtype: torch.dtype, x: Tensor, values: Tensor, *operands: Any) -> tuple[Any, ...]:
     # The weight keeps its dtype: a cast at each call would cost more than the product.
-    return x.to(values.dtype), values, *operands
+    return x.to(dtype_of(values, operands[-1])), values, *operands
 
 
 register_autocast(FROZEN_LINEAR, _autocast)

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, FROZEN_EXPAND
 from slope_fx.passes.linears import LinearCall
 from slope_fx.passes.views import Read, View, read_of, source_of, view_of
 
-MARKERS = (EXPAND, ADD_ADAPTER)
+MARKERS = (EXPAND, ADD_ADAPTER, FROZEN_EXPAND)
 
 
 def is_marked(operand: object) -> bool:

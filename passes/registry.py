@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
+from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, FROZEN_EXPAND
 from slope_fx.passes.context import Context
 from slope_fx.passes.decompose_attention import decompose_attention, is_attention
+from slope_fx.passes.freeze_linears import freeze_linears
 from slope_fx.passes.insert_adapters import insert_adapters
 from slope_fx.passes.markers import is_marked, markers
 from slope_fx.passes.normalize_linears import normalize_linears
@@ -79,8 +80,15 @@ PASSES: tuple[Pass, ...] = (
         "sparsify_linears",
         sparsify_linears,
         "rewrites a linear with an expanded weight to the sparse linear, and chooses its engine",
-        "last, when all linears with expanded weights have plain form, in both phases",
+        "when all linears with expanded weights have plain form, in both phases",
         _marked(EXPAND),
+    ),
+    Pass(
+        "freeze_linears",
+        freeze_linears,
+        "rewrites a linear with a frozen weight to the frozen linear",
+        "last, as `sparsify_linears`; a model has weights for one of the two",
+        _marked(FROZEN_EXPAND),
     ),
 )
 NAMES = tuple(p.name for p in PASSES)

@@ -201,7 +201,7 @@ def _calls(gm: GraphModule, context: Context) -> list[SparseCall]:
 def _writes(gm: GraphModule) -> list[Leftover]:
     found: dict[Node, list[str]] = {}
     for marker, name in find_writes(gm):
-        expanded = marker if marker.target is EXPAND else arguments(marker)["weight"]
+        expanded = arguments(marker)["weight"] if marker.target is ADD_ADAPTER else marker
         found.setdefault(arguments(expanded)["forward_mask"], []).append(name)
     return [Leftover(gm, mask, tuple(names)) for mask, names in found.items()]
 

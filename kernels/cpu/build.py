@@ -36,6 +36,9 @@ SIGNATURES = {
     "slope_weight_grad": "pl pll pllii pii",
     "slope_transpose": "ppp llii ppii",
     "slope_expand": "pp llii pii",
+    "slope_linear_quantised": "pll pppp llii ii pii",
+    "slope_stream_quantised": "pll pppp ppl llii ii pii",
+    "slope_expand_quantised": "ppp llii ii pii",
     "slope_compress": "plp llii pii",
 }
 """The arguments of the entry points: p a pointer, l a long, i an int."""

@@ -2,16 +2,17 @@
  *
  * kernels/cpu/__init__.py checks the shapes, strides (in elements) and dtype codes that it
  * passes. Each entry point returns OK or an error code. */
+enum { OK = 0, NO_MEMORY = 1, BAD_FORWARD_MASK = 2, BAD_BACKWARD_MASK = 3, BAD_FORMAT = 4 };
+
 #include "linear.c"
 #include "linear_few.c"
+#include "linear_quantised.c"
 #include "weight_grad.c"
 #include "weights.c"
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
-
-enum { OK = 0, NO_MEMORY = 1, BAD_FORWARD_MASK = 2, BAD_BACKWARD_MASK = 3 };
 
 /* The OpenMP threads of the parent do not exist in a forked child, and a parallel region
  * there would wait for them without end. */
@@ -27,7 +28,7 @@ static int usable(int threads) { return forked || threads < 1 ? 1 : threads; }
 static int mask_is_valid(const mask_t *mask, int threads) {
     int valid = 1;
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
-    for (long r = 0; r < mask->rows; r++) valid &= row_is_valid(mask, r);
+    for (long r = 0; r < mask->rows; r += 16) valid &= rows_are_valid(mask, r, least(16, mask->rows - r));
     return valid;
 }
 
@@ -126,6 +127,57 @@ int slope_compress(const void *dense, long dense_stride, const uint8_t *mask_byt
     for (long r = 0; r < d_out; r++) {
         int good = row_is_valid(&mask, r);
         if (good) compress_row(&from, &mask, &to, r);
+        valid &= good;
+    }
+    return valid ? OK : BAD_FORWARD_MASK;
+}
+
+static int format_is_valid(int bits, int group) {
+    return (bits == 4 || bits == 8) && (group == 32 || group == 64 || group == 128);
+}
+
+/* y (tokens, d_out) = x (tokens, d_in) W^T + bias, with a quantised W (kernels/quantised.py). Few
+ * tokens: the weight is read once for each eight of them. */
+int slope_linear_quantised(const void *x, long x_stride, long tokens, const void *codes,
+                           const void *scales, const uint8_t *mask_bytes, const void *bias,
+                           long d_out, long d_in, int n, int m, int bits, int group, void *y,
+                           int dtype, int threads) {
+    if (!format_is_valid(bits, group)) return BAD_FORMAT;
+    threads = usable(threads);
+    mask_t mask = mask_of(mask_bytes, d_out, d_in, n, m);
+    if (tokens == 0) return mask_is_valid(&mask, threads) ? OK : BAD_FORWARD_MASK;
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
+    quantised_t weight = quantised_of(codes, scales, mask, bits, group);
+    adapter_t none = {NULL, NULL, 0};
+    return linear_quantised_streamed(&input, &weight, bias, &none, &output, 1, threads);
+}
+
+/* The product of a frozen weight, whose mask and format were checked when it was made:
+ * y = x W^T + bias + (x A^T) B^T, with a and b as in slope_stream. */
+int slope_stream_quantised(const void *x, long x_stride, long tokens, const void *codes, const void *scales,
+                           const uint8_t *mask_bytes, const void *bias, const void *a, const void *b,
+                           long rank, long d_out, long d_in, int n, int m, int bits, int group, void *y,
+                           int dtype, int threads) {
+    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
+    quantised_t weight = quantised_of(codes, scales, mask_of(mask_bytes, d_out, d_in, n, m), bits, group);
+    adapter_t adapter = {a, b, rank};
+    return linear_quantised_streamed(&input, &weight, bias, &adapter, &output, 0, usable(threads));
+}
+
+/* dense (d_out, d_in) = W^R, with its quantised values. */
+int slope_expand_quantised(const void *codes, const void *scales, const uint8_t *mask_bytes,
+                           long d_out, long d_in, int n, int m, int bits, int group, void *dense,
+                           int dtype, int threads) {
+    if (!format_is_valid(bits, group)) return BAD_FORMAT;
+    threads = usable(threads);
+    mask_t mask = mask_of(mask_bytes, d_out, d_in, n, m);
+    quantised_t weight = quantised_of(codes, scales, mask, bits, group);
+    matrix_t to = {dense, d_out, d_in, d_in, dtype};
+    int valid = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(& : valid)
+    for (long r = 0; r < d_out; r++) {
+        int good = row_is_valid(&mask, r);
+        if (good) expand_row_quantised(&weight, &to, r);
         valid &= good;
     }
     return valid ? OK : BAD_FORWARD_MASK;

@@ -30,6 +30,13 @@ int slope_stream(const void *x, long x_stride, long tokens, const void *values, 
 int slope_panels(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask,
                  const void *bias, long d_out, long d_in, int n, int m, void *y, int dtype,
                  int threads);
+int slope_stream_quantised(const void *x, long x_stride, long tokens, const void *codes,
+                           const void *scales, const uint8_t *mask, const void *bias, const void *a,
+                           const void *b, long rank, long d_out, long d_in, int n, int m, int bits,
+                           int group, void *y, int dtype, int threads);
+int slope_expand_quantised(const void *codes, const void *scales, const uint8_t *mask, long d_out,
+                           long d_in, int n, int m, int bits, int group, void *dense, int dtype,
+                           int threads);
 int slope_expand(const void *values, const uint8_t *mask, long d_out, long d_in, int n, int m,
                  void *dense, int dtype, int threads);
 }
@@ -37,7 +44,7 @@ int slope_expand(const void *values, const uint8_t *mask, long d_out, long d_in,
 namespace {
 
 /* The positions in `form`, as in ops/frozen.py. Pairs (fewest tokens, route) follow. */
-enum { N, M, BITS, GROUP, ROUTES };
+enum { N, M, BITS, GROUP, DTYPE, D_IN, ROUTES };
 enum Route { STREAM, PANELS, DENSE };
 
 int code_of(ScalarType dtype) { /* of vectors.h */
@@ -45,12 +52,13 @@ int code_of(ScalarType dtype) { /* of vectors.h */
     case ScalarType::Float: return 0;
     case ScalarType::BFloat16: return 1;
     case ScalarType::Half: return 2;
-    default: STD_TORCH_CHECK(false, "a frozen linear of slope_fx takes floating-point numbers");
+    default: STD_TORCH_CHECK(false, "a frozen linear of slope_fx takes float32, bfloat16, float16 and float64");
     }
 }
 
 void check(int code, const Form &form) {
     STD_TORCH_CHECK(code != 1, "the CPU engine of slope_fx could not allocate its working memory");
+    STD_TORCH_CHECK(code != 4, "a frozen linear has codes of ", form[BITS], " bits in groups of ", form[GROUP]);
     STD_TORCH_CHECK(code == 0, "a forward mask of a frozen linear is not ", form[N], ":", form[M]);
 }
 
@@ -58,15 +66,17 @@ const void *pointer(const std::optional<Tensor> &tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-Tensor empty(const int64_t *sizes, int64_t dims, const Tensor &like) {
+Tensor empty(const int64_t *sizes, int64_t dims, ScalarType type) {
     int64_t strides[64], step = 1;
     for (int64_t i = dims - 1; i >= 0; i--) {
         strides[i] = step;
         step *= sizes[i];
     }
-    int32_t dtype;
+    int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                    : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                    : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                   : aoti_torch_dtype_float64();
     AtenTensorHandle made;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
     return Tensor(made);
@@ -80,37 +90,34 @@ void product(const Tensor &out, const Tensor &x, const Tensor &w, double beta) {
              : aoti_torch_cpu_mm_out(out.get(), x.get(), transposed.get()));
 }
 
-/* float64 has no kernel in C. It is for checks, not for speed. */
-bool is_double(const Tensor &tensor) { return tensor.scalar_type() == ScalarType::Double; }
-
-int expand_double(const double *values, const uint8_t *mask, int64_t d_out, int64_t d_in, int64_t kept, double *dense) {
-    for (int64_t row = 0; row < d_out; row++) {
-        const uint8_t *bits = mask + row * ((d_in + 7) / 8);
-        int64_t next = 0;
-        for (int64_t c = 0; c < d_in; c++) {
-            bool keep = bits[c / 8] >> c % 8 & 1;
-            if (keep && next == kept) return 2;
-            dense[row * d_in + c] = keep ? values[row * kept + next++] : 0;
-        }
-    }
-    return 0;
+/* For float64 there are no kernels: it is for comparisons, not for speed. */
+void expand_f64(const double *values, const uint8_t *mask, int64_t d_out, int64_t d_in, double *dense) {
+    for (int64_t row = 0; row < d_out; row++, mask += (d_in + 7) / 8)
+        for (int64_t c = 0; c < d_in; c++) *dense++ = mask[c / 8] >> c % 8 & 1 ? *values++ : 0;
 }
 
-/* The dense W^R, and with an adapter W^R + B A. */
-Tensor expand(const Tensor &values, const Tensor &mask, const std::optional<Tensor> &lora_a,
-              const std::optional<Tensor> &lora_b, const Form &form) {
-    int64_t sizes[2] = {values.size(0), values.size(1) * form[M] / form[N]};
-    Tensor dense = empty(sizes, 2, values);
-    auto *bits = (const uint8_t *)mask.const_data_ptr();
-    if (is_double(values))
-        check(expand_double((const double *)values.const_data_ptr(), bits, sizes[0], sizes[1], values.size(1),
-                            (double *)dense.mutable_data_ptr()),
+/* The dense W^R in a dtype; of values that are no codes, in theirs. */
+Tensor expand(const Tensor &values, const Tensor &mask, const std::optional<Tensor> &scales, const Form &form,
+              ScalarType dtype) {
+    int64_t sizes[2] = {values.size(0), form[D_IN]};
+    bool wide = dtype == ScalarType::Double;
+    Tensor dense = empty(sizes, 2, wide && scales ? ScalarType::Float : dtype);
+    const auto *bits = (const uint8_t *)mask.const_data_ptr();
+    int n = form[N], m = form[M], threads = torch::stable::get_num_threads();
+    if (scales) {
+        check(slope_expand_quantised(values.const_data_ptr(), scales->const_data_ptr(), bits, sizes[0], sizes[1], n,
+                                     m, form[BITS], form[GROUP], dense.mutable_data_ptr(),
+                                     wide ? 0 : code_of(dtype), threads),
               form);
+        return wide ? torch::stable::to(dense, ScalarType::Double) : dense;
+    }
+    if (wide)
+        expand_f64((const double *)values.const_data_ptr(), bits, sizes[0], sizes[1],
+                   (double *)dense.mutable_data_ptr());
     else
-        check(slope_expand(values.const_data_ptr(), bits, sizes[0], sizes[1], form[N], form[M],
-                           dense.mutable_data_ptr(), code_of(values.scalar_type()), torch::stable::get_num_threads()),
+        check(slope_expand(values.const_data_ptr(), bits, sizes[0], sizes[1], n, m, dense.mutable_data_ptr(),
+                           code_of(dtype), threads),
               form);
-    if (lora_a) product(dense, *lora_b, torch::stable::transpose(*lora_a, 0, 1), 1);
     return dense;
 }
 
@@ -125,23 +132,32 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
                      std::optional<Tensor> lora_b, Form form) {
     int64_t dims = x.dim(), d_out = values.size(0), d_in = x.size(dims - 1), tokens = 1;
     int64_t sizes[64];
-    STD_TORCH_CHECK(dims <= 64 && values.size(1) * form[M] / form[N] == d_in, "slope_fx::frozen_linear: x has ",
-                    d_in, " features, the weight reads ", values.size(1) * form[M] / form[N]);
-    STD_TORCH_CHECK(x.scalar_type() == values.scalar_type(),
-                    "slope_fx::frozen_linear: x and the weight have different dtypes");
+    STD_TORCH_CHECK(dims <= 64 && form[D_IN] == d_in, "slope_fx::frozen_linear: x has ", d_in,
+                    " features, the weight reads ", form[D_IN]);
+    for (const auto &factor : {scales ? bias : values, lora_a, lora_b})
+        STD_TORCH_CHECK(!factor || factor->scalar_type() == x.scalar_type(),
+                        "slope_fx::frozen_linear: x and the weight have different dtypes");
     for (int64_t i = 0; i < dims - 1; i++) tokens *= sizes[i] = x.size(i);
     sizes[dims - 1] = d_out;
-    Tensor y = empty(sizes, dims, x);
+    Tensor y = empty(sizes, dims, x.scalar_type());
     if (!tokens) return y;
-    int dtype = is_double(x) ? 0 : code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
+    bool wide = x.scalar_type() == ScalarType::Double;
+    int dtype = wide ? 0 : code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     const auto *bits = (const uint8_t *)mask.const_data_ptr();
-    int64_t route = is_double(x) ? DENSE : route_of(form, tokens);
+    int64_t route = wide ? DENSE : route_of(form, tokens);
     if (route == STREAM) {
         /* The rows of B's transpose. A copy is made only of a B that was loaded in another way. */
         if (lora_b && lora_b->stride(0) != 1)
             lora_b = torch::stable::contiguous(torch::stable::transpose(*lora_b, 0, 1));
-        check(slope_stream(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias),
+        if (scales)
+            check(slope_stream_quantised(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(),
+                                         scales->const_data_ptr(), bits, pointer(bias), pointer(lora_a),
+                                         pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
+                                         form[BITS], form[GROUP], y.mutable_data_ptr(), dtype, threads),
+                  form);
+        else
+            check(slope_stream(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias),
                            pointer(lora_a), pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
                            y.mutable_data_ptr(), dtype, threads),
               form);
@@ -155,7 +171,7 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
               form);
     } else {
         /* The adapter stays beside the product: in the weight, it would be rounded with it. */
-        Tensor dense = expand(values, mask, std::nullopt, std::nullopt, form);
+        Tensor dense = expand(values, mask, scales, form, x.scalar_type());
         if (bias) {
             Tensor transposed = torch::stable::transpose(dense, 0, 1);
             STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(flat_y.get(), bias->get(), flat.get(),
@@ -166,7 +182,7 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
     }
     if (lora_a) {
         int64_t narrow[2] = {tokens, lora_a->size(0)};
-        Tensor down = empty(narrow, 2, x);
+        Tensor down = empty(narrow, 2, x.scalar_type());
         product(down, flat, *lora_a, 0);
         product(flat_y, down, *lora_b, 1);
     }
@@ -175,7 +191,11 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
 
 Tensor frozen_expand(Tensor values, Tensor mask, std::optional<Tensor> scales, std::optional<Tensor> lora_a,
                      std::optional<Tensor> lora_b, Form form) {
-    return expand(values, mask, lora_a, lora_b, form);
+    static const ScalarType dtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                                        ScalarType::Double};
+    Tensor dense = expand(values, mask, scales, form, scales ? dtypes[form[DTYPE]] : values.scalar_type());
+    if (lora_a) product(dense, *lora_b, torch::stable::transpose(*lora_a, 0, 1), 1);
+    return dense;
 }
 
 /* An instruction set that engine.c was compiled for and this CPU lacks. build.py lists them in SLOPE_NEEDS, and
@@ -200,11 +220,11 @@ void unusable(StableIValue *, uint64_t, uint64_t) {
 #ifdef SLOPE_DEFINE
 STABLE_TORCH_LIBRARY_FRAGMENT(slope_fx, library) {
     try {
-        library.def("frozen_linear(Tensor x, Tensor values, Tensor mask, Tensor? scales, Tensor? bias, "
+        library.def("frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
                     "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor");
-        library.def("frozen_expand(Tensor values, Tensor mask, Tensor? scales, Tensor? lora_A, "
+        library.def("frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
                     "Tensor? lora_B, int[] form) -> Tensor");
-    } catch (const std::exception &) { /* by slope_fx, or the library of another package: they have kernels too */
+    } catch (const std::exception &) { /* slope_fx or the library of another package has them, with kernels */
         defined_here = false;
     }
 }

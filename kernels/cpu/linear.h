@@ -11,7 +11,7 @@ typedef struct {
     const void *bias; /* NULL or (d_out,), in the dtype of the values */
 } weight_t;
 
-/* A low-rank branch beside the weight, in the dtype of the values. rank 0: there is none. */
+/* A low-rank branch beside the weight, in the dtype of the inputs. rank 0: there is none. */
 typedef struct {
     const void *a; /* (rank, d_in) */
     const void *b; /* (rank, d_out), the transpose of B, with the scale in it */

@@ -96,7 +96,7 @@ INLINE void dots_bf16(const int R, const int B, const weight_t *w, long r, const
             vf v[4];
 #pragma GCC unroll 4
             for (int i = 0; i < R; i++) {
-                v[i] = (vf)_mm512_maskz_expandloadu_epi16((__mmask32)(word[i] >> 32 * k), values[i]);
+                v[i] = (vf)_mm512_mask_expandloadu_epi16((__m512i)fresh_zero(), (__mmask32)(word[i] >> 32 * k), values[i]);
                 values[i] += 2 * 32 * n / m;
             }
 #pragma GCC unroll 8
@@ -147,33 +147,97 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 #undef DOTS
 }
 
-/* One element of x A^T: row `j` of A times a row of x. */
-static float down_one(const matrix_t *x, long token, const weight_t *w, const adapter_t *adapter, long j) {
-    long d_in = x->columns;
-    int dtype = w->values.dtype;
-    const void *row = at(adapter->a, j * d_in, dtype), *from = element(x, token, 0);
-    vf part[4] = {zero(), zero(), zero(), zero()};
-    long i = 0;
-    for (; i + 4 * VL <= d_in; i += 4 * VL)
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++)
-            part[k] += load(at(row, i + k * VL, dtype), dtype) * load(at(from, i + k * VL, x->dtype), x->dtype);
-    for (; i < d_in; i += VL)
-        part[0] += load_part(at(row, i, dtype), d_in - i, dtype) * load_part(at(from, i, x->dtype), d_in - i, x->dtype);
-    vf whole = part[0] + part[1] + (part[2] + part[3]);
-    float sum = 0;
-    for (int i = 0; i < VL; i++) sum += whole[i];
-    return sum;
+/* The two products of an adapter, for B tokens in the layout of the dots functions.
+ *
+ * down: element `j` of x A^T for each token. up: `rows` rows of B (x A^T), from `row` on. */
+INLINE void down(const int B, const int dtype, const adapter_t *adapter, long j, long d_in, const float *x,
+                 float *to) {
+    const char *a = at(adapter->a, j * d_in, dtype);
+    const int pairs = STREAMS_BF16 && dtype == BF16; /* two columns in a lane */
+    const long lanes = pairs ? 2 * VL : VL;
+    vf s[MOST_B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) s[b] = zero();
+    for (long i = 0; i < d_in; i += lanes, x += B * VL) {
+        const void *from = at(a, i, dtype);
+        vf v = pairs ? load_part(from, (d_in - i) / 2, F32) : load_part(from, d_in - i, dtype);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) {
+            vf token = *(const vf *)(x + b * VL);
+#if STREAMS_BF16
+            if (pairs) s[b] = dot_bf16(s[b], v, token);
+            else
+#endif
+                s[b] += v * token;
+        }
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) {
+        float sum = 0;
+        for (int lane = 0; lane < VL; lane++) sum += s[b][lane];
+        to[b * adapter->rank + j] = sum;
+    }
 }
 
-/* Rows of (x A^T) B^T for one token: `rows` of them, from `row` on. */
-INLINE vf up(const weight_t *w, const adapter_t *adapter, long row, long rows, const float *down) {
-    int dtype = w->values.dtype;
-    long d_out = w->mask.rows;
-    vf sum = zero();
-    for (long j = 0; j < adapter->rank; j++)
-        sum += splat(down[j]) * load_part(at(adapter->b, j * d_out + row, dtype), rows, dtype);
-    return sum;
+INLINE void up(const int B, const int dtype, const adapter_t *adapter, long d_out, long row, long rows,
+               const float *from, vf *to) {
+    vf s[MOST_B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) s[b] = zero();
+    for (long j = 0; j < adapter->rank; j++) {
+        vf v = load_part(at(adapter->b, j * d_out + row, dtype), rows, dtype);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) s[b] += splat(from[b * adapter->rank + j]) * v;
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) to[b] = s[b];
+}
+
+typedef struct {
+    void (*down)(const adapter_t *, long, long, const float *, float *);
+    void (*up)(const adapter_t *, long, long, long, const float *, vf *);
+} branch_t;
+
+#define BRANCH_FN(B, DTYPE)                                                                            \
+    static void down_##B##_##DTYPE(const adapter_t *l, long j, long d_in, const float *x, float *to) {   \
+        down(B, DTYPE, l, j, d_in, x, to);                                                               \
+    }                                                                                                    \
+    static void up_##B##_##DTYPE(const adapter_t *l, long d_out, long row, long rows, const float *from, \
+                                 vf *to) {                                                               \
+        up(B, DTYPE, l, d_out, row, rows, from, to);                                                     \
+    }
+#define BRANCH_FNS(B) BRANCH_FN(B, F32) BRANCH_FN(B, BF16) BRANCH_FN(B, F16)
+BRANCH_FNS(1) BRANCH_FNS(2) BRANCH_FNS(4) BRANCH_FNS(6) BRANCH_FNS(8)
+
+static branch_t branch_for(int tokens, int dtype) {
+#define BRANCH(B, DTYPE) (branch_t){down_##B##_##DTYPE, up_##B##_##DTYPE}
+#define BRANCHES(B) (dtype == F32 ? BRANCH(B, F32) : dtype == BF16 ? BRANCH(B, BF16) : BRANCH(B, F16))
+    switch (tokens) {
+    case 1: return BRANCHES(1);
+    case 2: return BRANCHES(2);
+    case 4: return BRANCHES(4);
+    case 6: return BRANCHES(6);
+    default: return BRANCHES(8);
+    }
+#undef BRANCHES
+#undef BRANCH
+}
+
+/* The vectors of a width of tokens in the layout of the dots functions: for all columns, to whole
+ * words of the mask, one vector of each token after the other. Missing tokens are zeros. */
+INLINE long padded_vectors(long d_in, int pairs) { return ceil_div(d_in, 64) * 64 / (pairs ? 2 * VL : VL); }
+static void pad_tokens(const matrix_t *x, long token, long tokens, int width, int pairs, float *padded) {
+    long lanes = pairs ? 2 * VL : VL, count = padded_vectors(x->columns, pairs);
+    for (long i = 0; i < count; i++)
+        for (long b = 0; b < width; b++) {
+            vf v = zero();
+            if (b < tokens && i * lanes < x->columns) {
+                const void *from = element(x, token + b, i * lanes);
+                long left = x->columns - i * lanes;
+                v = pairs ? load_part(from, left / 2, F32) : load_part(from, left, x->dtype);
+            }
+            *(vf *)(padded + (i * width + b) * VL) = v;
+        }
 }
 
 /* The product for at most MOST_B tokens from `token` on. */
@@ -181,28 +245,19 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
                       const matrix_t *y, int threads) {
     int bf16 = STREAMS_BF16 && x->dtype == BF16;
     long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_B, x->rows - token);
-    long lanes = bf16 ? 2 * VL : VL, count = ceil_div(d_in, 64) * 64 / lanes;
+    long count = padded_vectors(d_in, bf16);
     dots_t dots = dots_for(tokens, count * VL * 4, bf16);
     int width = dots.tokens, together = dots.rows;
     long rank = adapter->rank;
-    float *padded = scratch(count * width * VL + MOST_B * rank), *down = padded + count * width * VL;
+    float *padded = scratch(count * width * VL + MOST_B * rank), *narrow = padded + count * width * VL;
+    branch_t branch = branch_for(width, x->dtype);
     if (!padded) return 1;
-    for (long i = 0; i < count; i++)
-        for (long b = 0; b < width; b++) {
-            vf v = zero();
-            if (b < tokens && i * lanes < d_in) {
-                const void *from = element(x, token + b, i * lanes);
-                long left = d_in - i * lanes;
-                v = bf16 ? load_part(from, left / 2, F32) : load_part(from, left, x->dtype);
-            }
-            *(vf *)(padded + (i * width + b) * VL) = v;
-        }
+    pad_tokens(x, token, tokens, width, bf16, padded);
 #pragma omp parallel num_threads(threads)
     {
         if (rank) {
 #pragma omp for schedule(static)
-            for (long j = 0; j < rank; j++)
-                for (long b = 0; b < tokens; b++) down[b * rank + j] = down_one(x, token + b, w, adapter, j);
+            for (long j = 0; j < rank; j++) branch.down(adapter, j, d_in, padded, narrow);
         }
 #pragma omp for schedule(static)
         for (long row = 0; row < d_out; row += VL) {
@@ -217,8 +272,11 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
                         by_token[b][i + j] = row + i + j < d_out ? sum[row + i + j - first][b] : zero();
             }
             vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
+            vf added[MOST_B];
+            if (rank) branch.up(adapter, d_out, row, rows, narrow, added);
             for (long b = 0; b < tokens; b++)
-                store_part((void *)element(y, token + b, row), sums(by_token[b]) + (rank ? bias + up(w, adapter, row, rows, down + b * rank) : bias), rows, y->dtype);
+                store_part((void *)element(y, token + b, row),
+                           sums(by_token[b]) + (rank ? bias + added[b] : bias), rows, y->dtype);
         }
     }
     give_back(padded);

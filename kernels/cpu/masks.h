@@ -38,30 +38,43 @@ INLINE uint64_t mask_bits_anywhere(const mask_t *mask, long row, long column, lo
 INLINE uint64_t in_each_field(uint64_t x, int m) { return ~0ull / low_bits(m) * x; }
 
 /* Each field of m bits holds the number of its set bits. (With m = 16, the counts 0 to 16 take
- * five bits.) */
-INLINE uint64_t field_counts(uint64_t word, int m) {
-    word -= word >> 1 & 0x5555555555555555ull;
-    if (m >= 4) word = (word & 0x3333333333333333ull) + (word >> 2 & 0x3333333333333333ull);
-    if (m >= 8) word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0full;
-    if (m >= 16) word = (word + (word >> 8)) & 0x00ff00ff00ff00ffull;
-    return word;
-}
+ * five bits.) For one word, and for a register of words. */
+#define FIELD_COUNTS(NAME, WORD)                                                                        \
+    INLINE WORD NAME(WORD word, int m) {                                                                \
+        word -= word >> 1 & 0x5555555555555555ull;                                                      \
+        if (m >= 4) word = (word & 0x3333333333333333ull) + (word >> 2 & 0x3333333333333333ull);        \
+        if (m >= 8) word = (word + (word >> 4)) & 0x0f0f0f0f0f0f0f0full;                                \
+        if (m >= 16) word = (word + (word >> 8)) & 0x00ff00ff00ff00ffull;                               \
+        return word;                                                                                    \
+    }
+typedef uint64_t vw __attribute__((vector_size(4 * VL), aligned(1), may_alias));
+FIELD_COUNTS(field_counts, uint64_t)
+FIELD_COUNTS(field_counts_each, vw)
 
-/* Whether each group of a row has exactly n set bits, and the padding has none. All other code
+/* Whether each group of some rows has exactly n set bits, and the padding has none. All other code
  * computes the number of values from the pattern, not from the bits. Without this check, a
  * corrupted mask would lead to accesses out of bounds. */
-INLINE int row_is_valid(const mask_t *mask, long row) {
+INLINE int rows_are_valid(const mask_t *mask, long row, long count) {
     uint64_t wrong = 0, want = in_each_field(mask->n, mask->m);
-    long column = 0;
-    for (; column + 64 <= mask->columns; column += 64)
-        wrong |= field_counts(mask_bits(mask, row, column, 64), mask->m) ^ want;
-    if (column < mask->columns) {
-        long left = mask->columns - column;
-        uint64_t word = mask_bits(mask, row, column, 8 * (mask->stride - column / 8));
-        wrong |= field_counts(word, mask->m) ^ (want & low_bits(left));
+    vw each = {0};
+    for (long end = row + count; row < end; row++) {
+        const uint8_t *bytes = mask->bytes + row * mask->stride;
+        long column = 0;
+        for (; column + 32 * VL <= mask->columns; column += 32 * VL)
+            each |= field_counts_each(*(const vw *)(bytes + column / 8), mask->m) ^ want;
+        for (; column + 64 <= mask->columns; column += 64)
+            wrong |= field_counts(mask_bits(mask, row, column, 64), mask->m) ^ want;
+        if (column < mask->columns) {
+            long left = mask->columns - column;
+            uint64_t word = mask_bits(mask, row, column, 8 * (mask->stride - column / 8));
+            wrong |= field_counts(word, mask->m) ^ (want & low_bits(left));
+        }
     }
+    for (int i = 0; i < VL / 2; i++) wrong |= each[i];
     return !wrong;
 }
+
+INLINE int row_is_valid(const mask_t *mask, long row) { return rows_are_valid(mask, row, 1); }
 
 /* The transpose of an 8x8 matrix of bits: bit i of byte j is bit j of byte i of `x`. */
 INLINE uint64_t transpose_8x8(uint64_t x) {

@@ -14,12 +14,15 @@ STREAM, PANELS, DENSE = 0, 1, 2
 """STREAM reads the weight once for every 8 tokens. PANELS computes with N/M of the dense work.
 DENSE expands the weight, and computes the product with PyTorch's kernels."""
 NAMES = {STREAM: "stream", PANELS: "panels", DENSE: "dense"}
-MOST_STREAMED = 16
-"""The largest number of tokens of STREAM, as in linear_few.c."""
+MOST_STREAMED, MOST_STREAMED_CODES = 16, 32
+"""The largest number of tokens of STREAM, with values and with codes."""
 FEWEST_ROWS = 4
 """The fewest rows of a weight for STREAM, as in linear_few.c."""
-TOKENS = (1, 2, 4, 8, 16, 17, 64, 512)
+TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 512)
 """The numbers of tokens that are measured. A call uses the route of the next smaller one."""
+
+FORM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes in the order of their codes in the argument ``form`` of the ops."""
 
 Run = Callable[[Tensor, list[int]], Any]
 
@@ -49,13 +52,14 @@ class Product:
 
 def form_of(product: Product, routes: tuple[int, ...] = ()) -> list[int]:
     """The argument ``form`` of the ops."""
-    return [product.n, product.m, product.bits, product.group, *(routes or (0, DENSE))]
+    head = [product.n, product.m, product.bits, product.group]
+    return [*head, FORM_DTYPES.index(product.dtype), product.d_in, *(routes or (0, DENSE))]
 
 
 def allowed_routes(product: Product, engines: tuple[str, ...]) -> tuple[int, ...]:
     """The routes that the allowed engines and the size of the product leave."""
-    sparse = [] if product.d_out < FEWEST_ROWS else [STREAM]
-    sparse += [PANELS]
+    sparse = [] if product.d_out < FEWEST_ROWS and not product.bits else [STREAM]
+    sparse += [] if product.bits else [PANELS]
     dense = [DENSE] if {"dense", "cpu-dense"} & set(engines) else []
     return tuple((sparse if "cpu" in engines else []) + dense) or (DENSE,)
 
@@ -73,7 +77,8 @@ def measured_routes(
     pairs: list[int] = []
     run: Run | None = None
     for tokens in TOKENS:
-        open_to = [r for r in allowed if r != STREAM or tokens <= MOST_STREAMED]
+        most = MOST_STREAMED_CODES if product.bits else MOST_STREAMED
+        open_to = [r for r in allowed if r != STREAM or tokens <= most]
         open_to = open_to or [DENSE]
         best = open_to[0]
         if len(open_to) > 1:

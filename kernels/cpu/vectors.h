@@ -119,11 +119,21 @@ INLINE void widen(float *to, const void *from, long count, int dtype) {
 
 /* --- expand and compress ------------------------------------------------------------- */
 
+#if defined(__AVX512F__)
+/* Zeros for an expand to write into. With zeros of its own choice (maskz), the compiler leaves the
+ * last contents of the register there, and some CPUs (Zen 5) wait for them. */
+INLINE vf fresh_zero(void) {
+    vf x = zero();
+    __asm__("" : "+v"(x));
+    return x;
+}
+#endif
+
 /* The next values of a row at the set bits of a VL-bit mask, and zeros elsewhere. Reads no more
  * values than there are set bits. */
 INLINE vf expand_f32(const float *values, uint32_t bits) {
 #if defined(__AVX512F__)
-    return (vf)_mm512_maskz_expandloadu_ps((__mmask16)bits, values);
+    return (vf)_mm512_mask_expandloadu_ps((__m512)fresh_zero(), (__mmask16)bits, values);
 #else
     vf x = zero();
     for (; bits; bits &= bits - 1) x[__builtin_ctz(bits)] = *values++;

@@ -1,6 +1,5 @@
 """Install frozen weights in a model, in place of dense or of sparse weights."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_fx.frozen.weight import FrozenWeight, Kept, forward_linear
+from slope_fx.kernels import quantised
 from slope_fx.kernels.cpu.routes import (
     Product,
     allowed_routes,
@@ -31,14 +31,25 @@ class FrozenParts:
     """The tensors of a frozen weight.
 
     Attributes:
-        values: (stack * d_out, d_in * N / M).
+        values: (stack * d_out, d_in * N / M); or codes, as in ``kernels/quantised.py``.
         forward_bits: uint8 (stack * d_out, ceil(d_in / 8)).
+        dtype: dtype of the dense weight.
         adapter: A (stack * r, d_in), and B with the scale in it (stack * d_out, r); or None.
+        scales: the scales of codes; None for values.
+        group: the number of codes that share a scale; 0 for values.
     """
 
     values: Tensor
     forward_bits: Tensor
+    dtype: torch.dtype
     adapter: tuple[Tensor, Tensor] | None = None
+    scales: Tensor | None = None
+    group: int = 0
+
+    @property
+    def bits(self) -> int:
+        """The bits of a code; 0 for values."""
+        return 0 if self.scales is None else quantised.BITS[quantised.kind_of(self.values)]
 
     @property
     def rank(self) -> int:
@@ -66,7 +77,7 @@ def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: st
         engines: the allowed engines, as in :class:`~slope_fx.backend.Settings`.
     """
     form = _form(plan, parts, engines)
-    weight = FrozenWeight(plan, *places[0], parts.forward_bits, parts.adapter, form)
+    weight = FrozenWeight(plan, *places[0], parts.forward_bits, parts.scales, parts.adapter, form)
     values = Kept(parts.values)
     for module, attribute in places:
         module._parameters.pop(attribute, None)
@@ -89,21 +100,26 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _form(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]:
-    layout, pattern, values = plan.layout, plan.pattern, parts.values
-    product = Product(layout.d_out, layout.d_in, pattern.n, pattern.m, values.dtype, parts.rank)
-    if layout.stack > 1 or values.device.type != "cpu" or why_not_native():
-        return tuple(form_of(product))
-    if values.dtype == torch.float64:
+    layout, pattern = plan.layout, plan.pattern
+    product = Product(
+        layout.d_out, layout.d_in, pattern.n, pattern.m, parts.dtype, parts.rank, parts.bits,
+        parts.group,
+    )  # fmt: skip
+    measurable = parts.values.device.type == "cpu" and parts.dtype != torch.float64
+    if layout.stack > 1 or not measurable or why_not_native():
         return tuple(form_of(product))
     allowed = allowed_routes(product, allowed_engines(engines))
     return tuple(form_of(product, measured_routes(product, allowed, _random_weight)))
 
 
-@functools.lru_cache(maxsize=1)
 def _random_weight(product: Product) -> Callable[[Tensor, list[int]], Tensor]:
     """A function that computes a product of its size with a random weight."""
     width = product.d_in * product.n // product.m
     values = torch.randn(product.d_out, width).to(product.dtype)
+    scales = None
+    if product.bits:
+        kind = next(kind for kind, bits in quantised.BITS.items() if bits == product.bits)
+        values, scales = quantised.quantise(values, kind, product.group)
     mask = random_mask(product.d_out, product.d_in, product.n, product.m)
     a = b = None
     if product.rank:
@@ -112,7 +128,7 @@ def _random_weight(product: Product) -> Callable[[Tensor, list[int]], Tensor]:
 
     def run(x: Tensor, form: list[int]) -> Tensor:
         with torch.inference_mode():
-            y: Tensor = FROZEN_LINEAR(x, values, mask, None, None, a, b, form)
+            y: Tensor = FROZEN_LINEAR(x, values, mask, scales, None, a, b, form)
             return y
 
     return run

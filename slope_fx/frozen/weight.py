@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_fx.errors import StateError, UnsupportedError
+from slope_fx.kernels.cpu.routes import FORM_DTYPES
 from slope_fx.kernels.packing import unpack
 from slope_fx.ops.frozen import FROZEN_EXPAND, FROZEN_LINEAR, FROZEN_LINEAR_WITH_GRAD
 from slope_fx.planning.patterns import Pattern
@@ -63,6 +64,7 @@ class FrozenWeight(nn.Module):
         forward_bits: uint8 (stack * d_out, ceil(d_in / 8)), one bit per element.
         lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None. The scale is in
             ``lora_B``.
+        scales: bf16, the scales of quantised values, or None (``kernels/quantised.py``).
         form: as in ``ops/frozen.py``: a tuple of numbers.
     """
 
@@ -80,6 +82,7 @@ class FrozenWeight(nn.Module):
         owner: nn.Module,
         attribute: str,
         forward_bits: Tensor,
+        scales: Tensor | None,
         adapter: tuple[Tensor, Tensor] | None,
         form: tuple[int, ...],
     ) -> None:
@@ -91,7 +94,7 @@ class FrozenWeight(nn.Module):
         self._owner = (owner,)
         self._values_name = values_name(attribute)
         self.forward_bits = Mask(forward_bits)
-        self.scales = None
+        self.scales = None if scales is None else Kept(scales)
         a, b = (None, None) if adapter is None else adapter
         self.lora_A = None if a is None else Kept(a)
         # The kernel for few tokens reads the columns of B.
@@ -104,7 +107,7 @@ class FrozenWeight(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """The values (stack * d_out, d_in * N / M)."""
+        """The values (stack * d_out, d_in * N / M), or their codes."""
         return self._owner[0]._parameters[self._values_name]  # type: ignore[return-value]
 
     @property
@@ -189,11 +192,19 @@ class FrozenWeight(nn.Module):
         return f"frozen {self.pattern}, d_in={self.d_in}, d_out={self.d_out}{stack}{adapter}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenWeight":
+        scales = None if self.scales is None else self.scales.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in self._parameters.items():
             if type(parameter) is nn.Parameter:  # torch made a plain parameter
                 kind = Mask if name == "forward_bits" else Kept
                 self._parameters[name] = kind(parameter.data)
+        if scales is not None and self.scales is not None:
+            # Scales stay bf16. The cast of an empty tensor shows the new dtype of the model.
+            if self.scales.dtype != scales.dtype:
+                self.scales = Kept(scales.to(self.scales.device))
+            head = list(self.form)
+            head[4] = FORM_DTYPES.index(fn(torch.empty(0, dtype=FORM_DTYPES[head[4]])).dtype)
+            self.form = tuple(head)
         return self
 
 

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import slope_fx
-from pass_graphs import FORMS, M, N, apply, assert_same, capture, counts, inputs, program, run
-from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, SPARSE_LINEAR
+from pass_graphs import D_IN, FORMS, M, N, apply, assert_same, capture, counts, inputs, program, run
+from slope_fx.ops.targets import (
+    ADD_ADAPTER,
+    EXPAND,
+    FROZEN_EXPAND,
+    FROZEN_LINEAR,
+    SPARSE_LINEAR,
+)
 from slope_fx.passes import NAMES, PASSES
 from slope_fx.passes.markers import MARKERS
 from strategies import seeds
@@ -45,6 +51,12 @@ def attention(x, values, forward, backward, bias, a, b):
     return y.squeeze(1) + weights.sum() * F.linear(x, w)
 
 
+def frozen(x, values, forward, backward, bias, a, b):
+    """Two linears: of the whole weight, and of its last rows by ``@``."""
+    w = FROZEN_EXPAND(values, forward, None, a, b, [N, M, 0, 0, 0, D_IN, 0, 1])
+    return F.linear(x, w, bias) + F.pad(x @ w[4:].T, (0, 4))
+
+
 LINEAR, MHA = F.linear, F.multi_head_attention_forward
 CASES = {
     "prune_expands": (twice, {EXPAND: -2}, True),
@@ -57,6 +69,7 @@ CASES = {
     "sparsify_linears": (
         program(FORMS["linear"], False), {EXPAND: -1, LINEAR: -1, SPARSE_LINEAR: 1}, True,
     ),
+    "freeze_linears": (frozen, {FROZEN_EXPAND: -1, LINEAR: -2, FROZEN_LINEAR: 2}, False),
 }  # fmt: skip
 """Of each pass: a program it has work in, what that does to the counts, whether it trains."""
 

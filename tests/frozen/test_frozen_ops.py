@@ -1,0 +1,178 @@
+"""The ops of a frozen model against float64: every route, dtype, pattern and shape."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oracle import assert_within_rounding
+from slope_fx import ops
+from slope_fx.kernels import reference
+from slope_fx.kernels.cpu.routes import DENSE, FEWEST_ROWS, FORM_DTYPES, PANELS, STREAM
+from slope_fx.kernels.quantised import BITS, dequantise, quantise
+from slope_fx.ops import frozen
+from slope_fx.ops.frozen import (
+    FROZEN_EXPAND,
+    FROZEN_LINEAR,
+    FROZEN_LINEAR_WITH_GRAD,
+    why_not_native,
+)
+from strategies import normal, patterns, seeds, sizes, tokens, weights
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+def test_the_library_is_built_here():
+    assert why_not_native() == ""
+
+
+@st.composite
+def products(draw):
+    """The operands of a product, and the routes that can compute it."""
+    pattern, dtype = draw(patterns), draw(DTYPES)
+    d_out, d_in = draw(sizes(pattern))
+    seed, rank = draw(seeds), draw(st.sampled_from([0, 1, 3, 8, 17]))
+    weight = draw(weights((d_out, d_in), torch.float32, special=False)).to(dtype)
+    mask = ops.magnitude_mask(weight, pattern.n, pattern.m)
+    values = ops.compress(weight, mask, pattern.n, pattern.m)
+    x = normal((*draw(tokens), d_in), seed, dtype, contiguous=draw(st.booleans()))
+    a = normal((rank, d_in), seed + 1, dtype) if rank else None
+    b = normal((d_out, rank), seed + 2, dtype) if rank else None
+    if b is not None and draw(st.booleans()):
+        b = b.t().contiguous().t()
+    bias = normal((d_out,), seed + 3, dtype) if draw(st.booleans()) else None
+    routes = [PANELS, DENSE] + ([STREAM] if d_out >= FEWEST_ROWS else [])
+    form = [pattern.n, pattern.m, 0, 0, 0, d_in, 0, draw(st.sampled_from(routes))]
+    return x, values, mask, bias, a, b, form
+
+
+def oracle(x, values, mask, bias, a, b, form):
+    """The product in float64, and the sum of the magnitudes of its terms."""
+    kept = reference.unpack_bits(mask, x.shape[-1])
+    weight = torch.zeros(kept.shape, dtype=torch.float64)
+    weight[kept] = values.double().reshape(-1)
+    x = x.double()
+    y, size = x @ weight.t(), x.abs() @ weight.abs().t()
+    if a is not None:
+        y, size = (
+            y + x @ a.double().t() @ b.double().t(),
+            size + (x.abs() @ a.double().abs().t() @ b.double().abs().t()),
+        )
+    return (y, size) if bias is None else (y + bias, size + bias.abs())
+
+
+@given(products())
+def test_each_route_is_the_product(product):
+    x, values, mask, bias, a, b, form = product
+    y = FROZEN_LINEAR(x, values, mask, None, bias, a, b, form)
+    want, size = oracle(*product)
+    assert_within_rounding(y, want, size, x.dtype)
+
+
+@given(products(), seeds)
+def test_the_gradient_of_the_input_is_that_of_the_whole_weight(product, seed):
+    x, values, mask, bias, a, b, form = product
+    x = x.float().contiguous().requires_grad_()
+    values, *factors = (t if t is None else t.float() for t in (values, bias, a, b))
+    if bias is not None:
+        factors[0] = factors[0].detach().requires_grad_()
+    y = FROZEN_LINEAR_WITH_GRAD(x, values, mask, None, *factors, form)
+    grad = normal(y.shape, seed)
+    leaves = [x] if bias is None else [x, factors[0]]
+    got = torch.autograd.grad(y, leaves, grad)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    factors[0] = None if bias is None else wide[1]
+    y = oracle(wide[0], values, mask, *factors, form)[0]
+    want = torch.autograd.grad(y, wide, grad.double())
+    for mine, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@st.composite
+def quantised_products(draw):
+    x, values, mask, bias, a, b, form = draw(products())
+    kind, group = draw(st.sampled_from(["int8", "int4"])), draw(st.sampled_from([32, 64]))
+    codes, scales = quantise(values.float(), kind, group)
+    code = FORM_DTYPES.index(x.dtype)
+    route = draw(st.sampled_from([STREAM, DENSE]))
+    form = [*form[:2], BITS[kind], group, code, form[5], 0, route]
+    return (x, codes, mask, scales, bias, a, b, form), kind
+
+
+@given(quantised_products())
+def test_quantised_values_are_those_that_the_codes_stand_for(product):
+    (x, codes, mask, scales, bias, a, b, form), kind = product
+    kept = form[5] * form[0] // form[1]
+    values = dequantise(codes, scales, kind, form[3], kept)
+    y = FROZEN_LINEAR(x, codes, mask, scales, bias, a, b, form)
+    want, size = oracle(x, values, mask, bias, a, b, form)
+    inputs = 2**-15 * x.double().abs().max() * values.double().abs().sum(-1) if x.numel() else 0
+    bound = 4 * torch.finfo(x.dtype).eps * size + inputs + 1e-30
+    if x.dtype in (torch.float64, torch.float32):
+        bound = bound + 2**-20 * size
+    assert ((y.double() - want).abs() <= bound).all()
+    dense = FROZEN_EXPAND(codes, mask, scales, None, None, form)
+    assert dense.dtype == x.dtype
+    eye = torch.eye(form[5], dtype=torch.float64)
+    want, size = oracle(eye, values, mask, None, None, None, form)
+    assert ((dense.double() - want.t()).abs() <= torch.finfo(x.dtype).eps * size.t() + 1e-7).all()
+
+
+@given(products())
+def test_the_dense_weight_has_the_adapter(product):
+    _, values, mask, _, a, b, form = product
+    dense = FROZEN_EXPAND(values, mask, None, a, b, form)
+    eye = torch.eye(dense.shape[1], dtype=torch.float64)
+    want, size = oracle(eye, values, mask, None, a, b, form)
+    assert_within_rounding(dense, want.t(), size.t(), values.dtype)
+
+
+def test_more_tokens_take_another_route():
+    """The last pair whose fewest tokens the call has decides."""
+    weight = torch.randn(8, 16)
+    mask = ops.magnitude_mask(weight, 2, 4)
+    values = ops.compress(weight, mask, 2, 4)
+    wrong = [2, 4, 0, 0, 0, 16, 0, DENSE, 3, STREAM, 5, PANELS]
+    for count in range(1, 9):
+        x = torch.randn(count, 16)
+        route = DENSE if count < 3 else STREAM if count < 5 else PANELS
+        same = FROZEN_LINEAR(x, values, mask, None, None, None, None, [*wrong[:6], 0, route])
+        torch.testing.assert_close(
+            FROZEN_LINEAR(x, values, mask, None, None, None, None, wrong), same, rtol=0, atol=0
+        )
+
+
+@pytest.mark.parametrize("change", ["features", "dtype"])
+def test_wrong_operands_are_refused(change):
+    weight = torch.randn(8, 16)
+    mask = ops.magnitude_mask(weight, 2, 4)
+    values = ops.compress(weight, mask, 2, 4)
+    x = torch.randn(3, 12) if change == "features" else torch.randn(3, 16, dtype=torch.float16)
+    said = "12 features, the weight reads 16" if change == "features" else "dtype"
+    with pytest.raises(RuntimeError, match=said):
+        FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
+
+
+def test_autocast_keeps_the_weight_as_it_is():
+    weight = torch.randn(8, 16)
+    mask = ops.magnitude_mask(weight, 2, 4)
+    values = ops.compress(weight, mask, 2, 4)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
+    torch.testing.assert_close(y, x.float() @ ops.expand(values, mask, mask, 2, 4).t())
+
+
+@given(products())
+def test_without_the_library_the_engines_compute_it(product):
+    """As on another device, or without a C++ compiler."""
+    x, values, mask, bias, a, b, form = product
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "_is_native", lambda tensor: False)
+        y = frozen._linear(x, values, mask, None, bias, a, b, form)
+        dense = frozen._expand(values, mask, None, a, b, form)
+    want, size = oracle(*product)
+    assert_within_rounding(y, want, 4 * size, x.dtype)
+    eye = torch.eye(x.shape[-1], dtype=torch.float64)
+    whole, size = oracle(eye, values, mask, None, a, b, form)
+    assert_within_rounding(dense, whole.t(), size.t(), x.dtype)
