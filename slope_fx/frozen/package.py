@@ -231,13 +231,15 @@ def _free(leaf: Any) -> Any:
     return {i: Dim.AUTO for i in range(min(leaf.dim(), 2))} if isinstance(leaf, Tensor) else None
 
 
+def _is_fixed(size: Any) -> bool:
+    return str(size).isdigit()  # torch.export leaves a SymInt of a number
+
+
 def _tell_fixed(given: dict[str, Tensor], first: int) -> None:
     """Warn about batch sizes and lengths that the model, or an example of size 1, has fixed."""
     for name, value in given.items():
         whole = not value.is_floating_point()  # token ids and masks have a length
-        fixed = [
-            i for i in range(first, min(value.dim(), 1 + whole)) if isinstance(value.shape[i], int)
-        ]
+        fixed = [i for i in range(first, min(value.dim(), 1 + whole)) if _is_fixed(value.shape[i])]
         if fixed:
             sizes = " and ".join(f"dimension {i} at {value.shape[i]}" for i in fixed)
             warnings.warn(
@@ -273,7 +275,7 @@ def _described(values: Mapping[str, Any]) -> dict[str, str]:
         sizes = []
         for size in value.shape:
             symbol = str(size)
-            if not isinstance(size, int):
+            if not _is_fixed(size):
                 symbol = letters.setdefault(symbol, chr(ord("a") + len(letters)))
             sizes.append(symbol)
         dtype = str(value.dtype).removeprefix("torch.")
