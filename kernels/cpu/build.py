@@ -105,8 +105,8 @@ def compile_ops(target: Path, *, define: bool = False) -> None:
             _run([c, *compiled, str(SOURCES / "engine.c"), "-o", objects[0]])
             include = f"-I{home / 'include'}"
             needs = f"-DSLOPE_NEEDS={_needs(c)}"
-            _run([cpp, *CPP_FLAGS, *defined, needs, include, "-c", str(SOURCES / "frozen.cpp"), "-o",
-                  objects[1]])  # fmt: skip
+            flags = (*CPP_FLAGS, *defined, needs, include)
+            _run([cpp, *flags, "-c", str(SOURCES / "frozen.cpp"), "-o", objects[1]])
             libraries = (f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-lm")
             _run([cpp, "-shared", *openmp, *objects, *libraries, "-o", partial])
         finally:

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_map
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, UnsupportedError, first_line
 from slope_fx.hub import takes_cache
 from slope_fx.kernels.cpu.build import BuildError, ops_library
-from slope_fx.passes.context import Context
-from slope_fx.passes.freeze_linears import freeze_linears
+from slope_fx.passes import run_passes
 from slope_fx.planning.trace import ExampleInputs, split_inputs, transformers_inputs
 from slope_fx.record import record_of
 
@@ -116,7 +115,7 @@ def package(
     # Only Dynamo sees that a cache is a buffer.
     program = _exported(module, args, kwargs, shapes, strict=cache is not None)
     with torch.no_grad():
-        freeze_linears(program.graph_module, Context.here())  # of code other than nn.Linear's
+        run_passes(program.graph_module)  # for code other than the forward of nn.Linear
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     given = {str(name): values[name] for name in program.graph_signature.user_inputs}
     made = {str(name): values[name] for name in program.graph_signature.user_outputs}
