@@ -11,6 +11,7 @@ from slope_fx.compiler import compile
 from slope_fx.densify import densify
 from slope_fx.frozen.freeze import freeze
 from slope_fx.frozen.package import package
+from slope_fx.frozen.warm import warm_up
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning import SlopeConfig
 from slope_fx.record import sparse_weights
@@ -39,6 +40,7 @@ __all__ = [
     "rewriting_backend",
     "save_pretrained",
     "sparse_weights",
+    "warm_up",
 ]
 
 

@@ -1,6 +1,5 @@
 """Load a compiled model from a checkpoint."""
 
-import importlib
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing_extensions import Unpack
 
 from slope_fx.attach import attach, make_record
 from slope_fx.backend.settings import RunOptions, Settings
+from slope_fx.checkpoints.configured import from_configuration
 from slope_fx.checkpoints.filling import fill_model
 from slope_fx.checkpoints.manifest import (
     Manifest,
@@ -23,7 +23,7 @@ from slope_fx.checkpoints.manifest import (
 )
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
 from slope_fx.checkpoints.tensors import Described
-from slope_fx.checks import check_model, say_without_effect
+from slope_fx.checks import check_model, check_plain, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
 from slope_fx.kernels.packing import packed_width
 from slope_fx.planning.adapters import Adapter
@@ -106,9 +106,10 @@ def load_pretrained(
     say_without_effect(settings)
     given = model is not None
     if model is None:
-        model = _from_configuration(folder, manifest)
+        model = from_configuration(folder, manifest)
     else:
         check_model(model)
+        check_plain(model)
     with _Reader(folder, manifest, device, to) as reader, ExitStack() as undo:
         _keep_parameters(model, undo)
         replaced = _install(model, manifest, reader, settings.on_fallback, undo)
@@ -226,39 +227,6 @@ def read_layers(folder: Path, manifest: Manifest) -> None:
     with _Reader(folder, manifest, torch.device("cpu"), None) as reader:
         for plan in sparse_plans(manifest.plans):
             _read_parts(plan, manifest, reader)
-
-
-def _from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
-    """The transformers model of ``config.json``, with uninitialized weights."""
-    if not manifest.transformers:
-        raise CheckpointError(
-            f"{folder} holds a {manifest.model_class}, which is not a model of transformers: pass "
-            "model=, a new dense one made as for slope_fx.compile."
-        )
-    try:
-        transformers = importlib.import_module("transformers")
-        initialization = importlib.import_module("transformers.initialization")
-    except ImportError as error:
-        raise CheckpointError(f"{folder} needs transformers 5: {error}.") from error
-    kind = getattr(transformers, str(manifest.model_class), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise CheckpointError(
-            f"{folder} holds a {manifest.model_class}, which transformers "
-            f"{transformers.__version__} doesn't have. Install a version that does."
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} can't be read: {first_line(error)}"
-        ) from None
-    # The system maps no memory for the dense weights, because they are replaced before a write.
-    with torch.random.fork_rng(devices=[]), initialization.no_init_weights():
-        model: nn.Module = kind(config)
-    model.tie_weights()  # type: ignore[operator]
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model
 
 
 def _keep_parameters(model: nn.Module, undo: ExitStack) -> None:
