@@ -12,6 +12,7 @@ from slope_fx.densify import densify
 from slope_fx.frozen.freeze import freeze
 from slope_fx.frozen.package import package
 from slope_fx.frozen.warm import warm_up
+from slope_fx.integrations.opening import register_with_transformers
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning import SlopeConfig
 from slope_fx.record import sparse_weights
@@ -42,6 +43,9 @@ __all__ = [
     "sparse_weights",
     "warm_up",
 ]
+
+
+register_with_transformers()
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,8 @@ from slope_fx.record import RECORD, Record, record_of
 from slope_fx.sparse.install import restore, set_kind
 from slope_fx.sparse.optimizers import watch
 from slope_fx.stages import watch_stages
+
+_MODELS = "transformers.modeling_utils"
 
 
 def make_record(
@@ -55,8 +58,17 @@ def attach(model: nn.Module, record: Record, undo: ExitStack) -> None:
     """
     undo.callback(restore, model, type(model), dict(model.__dict__))
     model.__dict__[RECORD] = record
-    set_kind(model, after_copy=_compile)
+    of_transformers = any(c.__module__ == _MODELS for c in type(model).__mro__)
+    save = _save_pretrained if of_transformers else None
+    set_kind(model, after_copy=_compile, save_pretrained=save)
     _compile(model)
+
+
+def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **options: Any) -> None:
+    """As the method of transformers. It writes a checkpoint of slope_fx."""
+    from slope_fx.checkpoints.saving import save_by_transformers  # which imports this module
+
+    save_by_transformers(model, save_directory, *args, **options)
 
 
 def _compile(model: nn.Module) -> None:

@@ -229,7 +229,9 @@ def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         f"Adapters on {report.adapters} layers, taking part in {report.adapters_active}."
         if report.adapters
         else "No adapters.",
-        "With the state of a training run." if report.training else "No training state.",
+        "With the state of a training run."
+        if report.training
+        else ("Frozen, for inference." if report.frozen else "No training state."),
     ]
     return "\n".join(lines), report.to_dict()
 

@@ -14,7 +14,7 @@ from slope_fx.dynamo import compiled_call
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels.packing import unpack
 from slope_fx.passes import PASSES, Context, run_passes
-from slope_fx.record import record_of, sparse_weights
+from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.sparse.weight import SparseWeight
 
 Weights = dict[int, SparseWeight]
@@ -67,11 +67,11 @@ def first_difference(
         The first difference, or None if no pass changes the results.
 
     Raises:
-        StateError: ``model`` is not compiled by slope_fx.
+        StateError: ``model`` is not compiled by slope_fx, or is frozen.
         ArgumentError: ``model`` is compiled with ``backend=None``, Dynamo compiles no graph of it,
             or the tolerance is not positive.
     """
-    record = record_of(model)
+    record = trainable_record_of(model)
     if record.settings.backend is None:
         raise ArgumentError("model was compiled with backend=None, so it has no graphs to look at.")
     if not tolerance > 0:

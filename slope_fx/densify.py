@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slope_fx.attach import detach
 from slope_fx.errors import UnsupportedError, first_line
+from slope_fx.hub import unmark
 from slope_fx.integrations import peft
 from slope_fx.planning.config import check_choice
 from slope_fx.record import record_of
@@ -84,3 +85,4 @@ def _expand(model: nn.Module, *, merge: bool) -> None:
 
     uninstall(model, dense_of)
     detach(model)
+    unmark(getattr(model, "config", None))

@@ -2,12 +2,18 @@
 
 import importlib
 import inspect
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from slope_fx.errors import ArgumentError, first_line
+
+QUANT_METHOD = "slope_fx"
+"""The ``quant_method`` of a checkpoint of slope_fx in its ``config.json``."""
+_WITHOUT_IMPORT = "import_slope_fx_first.safetensors"
 
 
 def transformers() -> Any:
@@ -41,6 +47,30 @@ def config_of(source: str | os.PathLike[str]) -> Any:
             f"source={where!r} is neither a config.json, a folder with one or with a checkpoint of "
             f"slope_fx, nor a model on the hub: {first_line(error)}"
         ) from None
+
+
+def mark_configuration(folder: Path) -> None:
+    """Let the ``config.json`` of a checkpoint say that slope_fx opens it.
+
+    Without slope_fx, transformers would only warn of an unknown ``quant_method``, find the sparse
+    weights missing, and initialize them at random. So the file also names, as the file of the
+    weights, one that does not exist. The quantizer of slope_fx disregards that name.
+    """
+    file = folder / "config.json"
+    data = json.loads(file.read_text())
+    data["quantization_config"] = {"quant_method": QUANT_METHOD}
+    data["transformers_weights"] = _WITHOUT_IMPORT
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def unmark(config: Any) -> None:
+    """Remove from a configuration what :func:`mark_configuration` put into its file."""
+    told = getattr(config, "quantization_config", None)
+    method = told.get("quant_method") if isinstance(told, dict) else None
+    if method == QUANT_METHOD:
+        del config.quantization_config
+    if getattr(config, "transformers_weights", None) == _WITHOUT_IMPORT:
+        del config.transformers_weights
 
 
 def class_of(config: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
 from slope_fx.ops.dispatch import local
-from slope_fx.record import record_of, sparse_weights
+from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.sparse.agreement import check_agreement, groups_of
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.shards import gather, reshard
@@ -72,8 +72,8 @@ class Schedule:
     Raises:
         ArgumentError: ``total_steps``, ``adapter_start`` or ``backward_mask_interval`` is out of
             range.
-        StateError: ``model`` is not the object that ``compile`` returned, or it was compiled on the
-            meta device and a layer is not initialized.
+        StateError: ``model`` is not the object that ``compile`` returned, or is frozen, or it was
+            compiled on the meta device and a layer is not initialized.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Schedule:
         _check_count("total_steps", total_steps)
         if backward_mask_interval is not None:
             _check_count("backward_mask_interval", backward_mask_interval, "; None for never")
+        record = trainable_record_of(model)
         self._model, self._weights = model, list(sparse_weights(model).values())
         self._sharded: list[SparseWeight] = []
         self._agreed = False
@@ -93,10 +94,10 @@ class Schedule:
             settle(weight)
         self._has_adapters = any(weight.rank for weight in self._weights)
         if not self._weights:  # a stage of a pipeline without sparse layers keeps step
-            self._has_adapters = record_of(model).config.adapter_rank is not None
+            self._has_adapters = record.config.adapter_rank is not None
         if adapter_start is None:
             # Adapters that approximate the pruned part belong to the initial model.
-            at_work = record_of(model).config.adapter_init != "zero"
+            at_work = record.config.adapter_init != "zero"
             adapter_start = 0.0 if at_work else _DEFAULT_START
             usual = True
         else:

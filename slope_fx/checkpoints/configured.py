@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_fx.checkpoints.manifest import Manifest
 from slope_fx.errors import CheckpointError, first_line
+from slope_fx.hub import unmark
 
 
 def from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
@@ -38,6 +39,7 @@ def from_configuration(folder: Path, manifest: Manifest) -> nn.Module:
         raise CheckpointError(
             f"{folder / 'config.json'} can't be read: {first_line(error)}"
         ) from None
+    unmark(config)
     with torch.random.fork_rng(devices=[]), initialization.no_init_weights(), _WithoutData():
         model: nn.Module = kind(config)
     model.tie_weights()  # type: ignore[operator]

@@ -29,7 +29,7 @@ from slope_fx.checkpoints.saving import describe_together, named_tensors, write_
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.trees import decode_inline, encode_inline
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
-from slope_fx.record import record_of, sparse_weights
+from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.schedule import Schedule
 
 DCP_MODEL, DCP_OPTIMIZER, DCP_REST = "model", "optimizer", "slope_fx"
@@ -57,7 +57,7 @@ class TrainingState(Stateful):
             If a state differs between ranks, as that of a data loader may, each rank gets its own.
 
     Raises:
-        StateError: ``model`` is not the object that ``compile`` returned.
+        StateError: ``model`` is not the object that ``compile`` returned, or is frozen.
         ArgumentError: another object has no ``state_dict`` or no ``load_state_dict``.
     """
 
@@ -68,7 +68,7 @@ class TrainingState(Stateful):
         schedule: Schedule | None = None,
         **more: Any,
     ) -> None:
-        record_of(model)
+        trainable_record_of(model)
         self._model = model
         self._optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
         self._parts = {**({} if schedule is None else {"schedule": schedule}), **more}

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from slope_fx.checkpoints.dcp import DCP_MODEL, DCP_OPTIMIZER, DCP_REST
 from slope_fx.checkpoints.files import replaced_whole
-from slope_fx.checkpoints.loading import check_names
+from slope_fx.checkpoints.layers import check_names
 from slope_fx.checkpoints.manifest import (
     Manifest,
     check_files,
@@ -29,7 +29,7 @@ from slope_fx.checkpoints.manifest import (
 from slope_fx.checkpoints.tensors import Described, TensorReader, TensorWriter, ordered
 from slope_fx.checkpoints.training import STATES, TREE, read_tree
 from slope_fx.checkpoints.trees import TENSOR, decode, decode_inline, encode_inline
-from slope_fx.checkpoints.writing import STEM, Wanted, plan_files
+from slope_fx.checkpoints.writing import INDEX, STEM, Wanted, plan_files, write_index
 from slope_fx.errors import CheckpointError, first_line
 
 TRAINING = "training"
@@ -61,6 +61,8 @@ def to_checkpoint(source: Path, target: Path, max_shard_size: int | str = "5GB")
             files = plan_files(wanted, [0], max_shard_size, stem)
             where[stem] = {name: file.name for file in files for name in file.tensors}
             part = DCP_MODEL if stem == STEM else DCP_OPTIMIZER
+            if stem == STEM:
+                write_index(folder, files)
             for file in files:
                 writer = TensorWriter(folder / file.name, file.tensors)
                 for tensor in stored.read(part, ordered(file.tensors), described):
@@ -69,7 +71,8 @@ def to_checkpoint(source: Path, target: Path, max_shard_size: int | str = "5GB")
         for name, text in rest["files"].items():
             (folder / name).write_text(text)
         (folder / TREE).write_text(json.dumps({**data, "files": where[STATES]}))
-        others = describe_files(folder, {TREE, *rest["files"]})
+        index = {INDEX} if (folder / INDEX).exists() else set()
+        others = describe_files(folder, {TREE, *rest["files"], *index})
         dataclasses.replace(
             manifest, tensors=where[STEM], aliases=rest["aliases"], files={**written, **others}
         ).write(folder)

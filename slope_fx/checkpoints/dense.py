@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx.errors import ArgumentError, CheckpointError, StateError
 from slope_fx.planning.plan import sparse_name
-from slope_fx.record import record_of
+from slope_fx.record import trainable_record_of
 from slope_fx.sparse.blank import fill
 from slope_fx.sparse.weight import SparseWeight
 
@@ -47,12 +47,13 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
         model: the object that ``compile`` or ``load_pretrained`` returned.
 
     Raises:
-        StateError: ``model`` is not the object that ``compile`` returned, or is on the meta device.
+        StateError: ``model`` is not the object that ``compile`` returned, is frozen, or is on the
+            meta device.
         ArgumentError: the model's masks or adapters need calibration or are made from weights.
         CheckpointError: a file cannot be read; or a tensor is missing, unexpected or of another
             shape. The model is then unchanged.
     """
-    config = record_of(model).config
+    config = trainable_record_of(model).config
     what = config.needs_calibration
     if config.adapter_init != "zero":
         what = f"adapter_init={config.adapter_init!r}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -15,25 +14,25 @@ from slope_fx.attach import attach, make_record
 from slope_fx.backend.settings import RunOptions, Settings
 from slope_fx.checkpoints.configured import from_configuration
 from slope_fx.checkpoints.filling import fill_model
-from slope_fx.checkpoints.manifest import (
-    Manifest,
-    check_files,
-    read_manifest,
-    tensor_names,
+from slope_fx.checkpoints.layers import (
+    Reader,
+    check_names,
+    for_inference,
+    read_frozen,
+    read_parts,
 )
+from slope_fx.checkpoints.manifest import Manifest, check_files, read_manifest
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
-from slope_fx.checkpoints.tensors import Described
 from slope_fx.checks import check_model, check_plain, say_without_effect
-from slope_fx.errors import ArgumentError, CheckpointError, first_line
-from slope_fx.kernels.packing import packed_width
-from slope_fx.planning.adapters import Adapter
+from slope_fx.errors import ArgumentError, CheckpointError, StateError, first_line
+from slope_fx.frozen.freeze import attach_frozen
+from slope_fx.frozen.install import places_of, put_weight
+from slope_fx.frozen.weight import UNFROZEN
 from slope_fx.planning.config import parse_dtype
-from slope_fx.planning.masks import packed_masks_problem
-from slope_fx.planning.plan import SparsePlan, sparse_name, sparse_plans, values_name
-from slope_fx.record import RECORD, Record
-from slope_fx.sparse.blank import Start
+from slope_fx.planning.plan import SparsePlan, sparse_plans
+from slope_fx.record import RECORD, Frozen, Record, trainable_record_of
 from slope_fx.sparse.fallback import OnFallback
-from slope_fx.sparse.install import install, plain_modes
+from slope_fx.sparse.install import install, plain_modes, restore
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.storage import storage_named
@@ -45,6 +44,7 @@ def load_pretrained(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    frozen: bool | None = None,
     verify: bool = True,
     **run: Unpack[RunOptions],
 ) -> nn.Module:
@@ -62,6 +62,11 @@ def load_pretrained(
         fully_shard(model)
         slope_fx.load_pretrained(path, model)  # each rank reads its part
 
+    A frozen model is loaded as :func:`slope_fx.freeze` makes it. Its tensors are views of the
+    files, so the system reads them when they are used, and shares them between processes. What is
+    cast or moved is copied, a layer at a time. Of a checkpoint of a model that trains, the backward
+    masks, the training state and idle adapters are not read.
+
     Args:
         path: folder of the checkpoint.
         model: a new dense model, as before ``compile``. Required if the saved model is not a
@@ -72,6 +77,8 @@ def load_pretrained(
             tensor. A compiled model keeps its devices; only what is on the meta device moves.
         dtype: dtype of the floating-point tensors, such as "bfloat16" or ``torch.bfloat16``.
             None keeps the stored dtypes.
+        frozen: whether the model is for inference, as after :func:`slope_fx.freeze`. None: as it
+            was saved.
         verify: whether to check the hashes of the files before the tensors are read.
         run: fields of :class:`~slope_fx.backend.Settings`, as for :func:`slope_fx.compile`. The
             default of ``region`` is the stored region.
@@ -81,6 +88,8 @@ def load_pretrained(
 
     Raises:
         ArgumentError: an argument has a value that is not allowed.
+        StateError: ``model`` is frozen; or ``frozen=False``, and the checkpoint is of a frozen
+            model.
         CheckpointError: a file or a tensor is missing, unexpected, truncated or changed, has
             another pattern, shape or dtype, or has a newer format version. A given ``model`` is
             then unchanged.
@@ -92,6 +101,7 @@ def load_pretrained(
         device = torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"device={device!r}: {first_line(error)}") from None
+    frozen = _whether_frozen(folder, manifest, frozen, model, device)
     if model is not None and isinstance(getattr(model, "__dict__", {}).get(RECORD), Record):
         _check_without_effect(dtype, run, device)
         check_names(folder, manifest)
@@ -110,18 +120,27 @@ def load_pretrained(
     else:
         check_model(model)
         check_plain(model)
-    with _Reader(folder, manifest, device, to) as reader, ExitStack() as undo:
+    if frozen:
+        manifest = for_inference(manifest)
+    with Reader(folder, manifest, device, to, mapped=frozen) as reader, ExitStack() as undo:
         _keep_parameters(model, undo)
-        replaced = _install(model, manifest, reader, settings.on_fallback, undo)
+        if frozen:
+            replaced = _install_frozen(model, reader, settings.engine, undo)
+        else:
+            replaced = _install(model, reader, settings.on_fallback, undo)
         with plain_modes():
             replaced += _fill(model, manifest, reader)
         record = make_record(
             model, manifest.config, settings, manifest.plans, manifest.untraced_because,
             manifest.graphs,
         )  # fmt: skip
-        attach(model, record, undo)
-        for name in manifest.frozen:
-            model.get_parameter(name).requires_grad_(False)
+        if frozen:
+            attach_frozen(model, record, manifest.inference or Frozen())
+        else:
+            attach(model, record, undo)
+        for name, parameter in model.named_parameters():
+            if frozen or name in manifest.frozen:
+                parameter.requires_grad_(False)
         undo.pop_all()
     # A buffer that is not stored can't be made again, so it keeps its values.
     home = torch.device("cpu") if device.type == "meta" else device
@@ -148,85 +167,36 @@ def _settings(run: RunOptions) -> Settings:
     return Settings.of(**run)
 
 
-class _Reader:
-    """Reads the tensors of a checkpoint by name."""
-
-    def __init__(
-        self, folder: Path, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
-    ) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.device, self.dtype = device, dtype
-        self.unread = set(manifest.tensors)
-        self._open: dict[str, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "_Reader":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-    def read(self, name: str, shape: tuple[int, ...], kind: torch.dtype | None = None) -> Tensor:
-        """The tensor ``name``, on the device and in the dtype of the reader.
-
-        Args:
-            name: name of the tensor, or an alias of it.
-            shape: the expected shape.
-            kind: the expected stored dtype. None: any dtype.
-
-        Raises:
-            CheckpointError: the tensor is missing, or has another shape or dtype.
-        """
-        name = self.manifest.aliases.get(name, name)
-        file = self.manifest.tensors.get(name)
-        if file is None:
-            raise CheckpointError(f"{self.folder} has no tensor {name}, which the model needs.")
-        if file not in self._open:
-            opened = safe_open(str(self.folder / file), "pt", device="cpu")
-            self._open[file] = self._stack.enter_context(opened)
-        tensor: Tensor
-        if self.device.type == "meta":
-            part = self._open[file].get_slice(name)
-            tensor = Described(tuple(part.get_shape()), part.get_dtype()).empty()
-        else:
-            tensor = self._open[file].get_tensor(name)
-        if tuple(tensor.shape) != shape or (kind is not None and tensor.dtype != kind):
-            want = f"{kind} {shape}" if kind is not None else f"{shape}"
-            raise CheckpointError(
-                f"{self.folder}: {name} is {tensor.dtype} {tuple(tensor.shape)}, where the model "
-                f"needs {want}."
+def _whether_frozen(
+    folder: Path,
+    manifest: Manifest,
+    frozen: bool | None,
+    model: nn.Module | None,
+    device: torch.device,
+) -> bool:
+    """Whether to load a frozen model."""
+    if model is not None and isinstance(getattr(model, "__dict__", {}).get(RECORD), Record):
+        trainable_record_of(model)
+        if manifest.inference is not None:
+            raise StateError(
+                f"{folder} holds a frozen model, and model is a {type(model).__name__} that "
+                f"trains. Load the checkpoint without a compiled model. {UNFROZEN}"
             )
-        self.unread.discard(name)
-        if tensor.is_floating_point():
-            tensor = tensor.to(self.dtype or tensor.dtype)
-        # A copy, because the tensor of safetensors may be a view of the file.
-        return tensor.to(self.device, copy=True)
-
-
-def check_names(folder: Path, manifest: Manifest) -> None:
-    """Check that the files contain exactly the tensors that the manifest lists.
-
-    Raises:
-        CheckpointError: a tensor is missing or not listed.
-    """
-    for file in sorted(set(manifest.tensors.values())):
-        listed = {name for name, where in manifest.tensors.items() if where == file}
-        found = tensor_names(folder / file)
-        for name in sorted(listed - found):
-            raise CheckpointError(f"{folder / file} lacks the tensor {name}.")
-        for name in sorted(found - listed):
-            raise CheckpointError(f"{folder / file} has {name}, which the checkpoint doesn't list.")
-
-
-def read_layers(folder: Path, manifest: Manifest) -> None:
-    """Read and check the tensors of each sparse layer.
-
-    Raises:
-        CheckpointError: a tensor has another shape or dtype, or a mask has another pattern.
-    """
-    with _Reader(folder, manifest, torch.device("cpu"), None) as reader:
-        for plan in sparse_plans(manifest.plans):
-            _read_parts(plan, manifest, reader)
+        if frozen is not None:
+            raise ArgumentError(
+                f"frozen={frozen!r} was given with a model that is compiled already. Leave it out, "
+                "and call slope_fx.freeze(model) after loading."
+            )
+        return False
+    if frozen is False and manifest.inference is not None:
+        raise StateError(f"frozen=False, and {folder} holds a frozen model. {UNFROZEN}")
+    frozen = manifest.inference is not None or bool(frozen)
+    if frozen and device.type == "meta":
+        raise ArgumentError(
+            'device="meta" can\'t hold a frozen model, which is not filled later. Give the device '
+            "that it runs on."
+        )
+    return frozen
 
 
 def _keep_parameters(model: nn.Module, undo: ExitStack) -> None:
@@ -236,14 +206,43 @@ def _keep_parameters(model: nn.Module, undo: ExitStack) -> None:
 
 
 def _install(
-    model: nn.Module,
-    manifest: Manifest,
-    reader: _Reader,
-    on_fallback: OnFallback,
-    undo: ExitStack,
+    model: nn.Module, reader: Reader, on_fallback: OnFallback, undo: ExitStack
 ) -> list[tuple[Tensor, Tensor]]:
     """Install the compressed weights in the model."""
-    plans = sparse_plans(manifest.plans)
+    plans = _fitting_plans(model, reader)
+
+    def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
+        return read_parts(plan, reader)
+
+    storage = storage_named(reader.manifest.config.storage)
+    return install(model, plans, make_parts, storage, on_fallback, undo)
+
+
+def _install_frozen(
+    model: nn.Module, reader: Reader, engines: str, undo: ExitStack
+) -> list[tuple[Tensor, Tensor]]:
+    """Install the frozen weights in the model."""
+    plans, places = _fitting_plans(model, reader), places_of(model)
+    replaced: list[tuple[Tensor, Tensor]] = []
+    with plain_modes(), torch.no_grad():
+        for plan in plans:
+            dense = model.get_parameter(plan.parameter_name)
+            for module, _ in places[id(dense)]:
+                undo.callback(restore, module, type(module), dict(module.__dict__))
+                module.__dict__["_parameters"] = dict(module._parameters)
+                module.__dict__["_modules"] = dict(module._modules)
+            weight = put_weight(plan, places[id(dense)], read_frozen(plan, reader), engines)
+            replaced.append((dense, weight.values))
+    return replaced
+
+
+def _fitting_plans(model: nn.Module, reader: Reader) -> list[SparsePlan]:
+    """The plans of the sparse layers, which fit the model.
+
+    Raises:
+        CheckpointError: a layer does not fit.
+    """
+    plans = sparse_plans(reader.manifest.plans)
     parameters = dict(model.named_parameters())
     for plan in plans:
         parameter = parameters.get(plan.parameter_name)
@@ -253,39 +252,7 @@ def _install(
                 f"{reader.folder} holds {plan.parameter_name} of shape {plan.layout.shape}; the "
                 f"model {got}. Make the model with the same configuration."
             )
-
-    def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
-        return _read_parts(plan, manifest, reader)
-
-    return install(
-        model, plans, make_parts, storage_named(manifest.config.storage), on_fallback, undo
-    )
-
-
-def _read_parts(plan: SparsePlan, manifest: Manifest, reader: _Reader) -> Parts:
-    entry, layout, pattern = manifest.sparse[plan.name], plan.layout, plan.pattern
-    path, _, attribute = plan.parameter_name.rpartition(".")
-    prefix = f"{path}." if path else ""
-    beside = f"{prefix}{sparse_name(attribute)}."
-    rows, width = layout.stack * layout.d_out, layout.d_in * pattern.n // pattern.m
-    shape = storage_named(manifest.config.storage).shape(rows, layout.d_in, pattern)
-    kept = reader.read(f"{prefix}{values_name(attribute)}", shape)
-    if not kept.is_floating_point():
-        raise CheckpointError(f"{reader.folder}: the values of {plan.name} are {kept.dtype}.")
-    forward = reader.read(f"{beside}forward_bits", (rows, packed_width(layout.d_in)), torch.uint8)
-    backward = reader.read(f"{beside}backward_bits", (rows, packed_width(width)), torch.uint8)
-    problem = ""
-    if not forward.is_meta:
-        problem = packed_masks_problem(forward, backward, layout.d_in, pattern)
-    if problem:
-        raise CheckpointError(f"{reader.folder}: {plan.name} should be {pattern}, but {problem}.")
-    adapter = None
-    if entry.rank is not None:
-        a = reader.read(f"{beside}lora_A", (layout.stack * entry.rank, layout.d_in))
-        b = reader.read(f"{beside}lora_B", (rows, entry.rank))
-        adapter = Adapter(a, b, entry.scale, entry.adapter_active)
-    start = Start(None) if kept.is_meta else None
-    return Parts(kept, forward, backward, adapter, start)
+    return plans
 
 
 def _move_buffers(
@@ -301,7 +268,7 @@ def _move_buffers(
         owner._buffers[attribute] = buffer.to(device, kind or buffer.dtype)
 
 
-def _fill(model: nn.Module, manifest: Manifest, reader: _Reader) -> list[tuple[Tensor, Tensor]]:
+def _fill(model: nn.Module, manifest: Manifest, reader: Reader) -> list[tuple[Tensor, Tensor]]:
     """Load all other parameters and buffers, and check that every stored tensor was read."""
     named, aliases = named_tensors(model)
     replaced: list[tuple[Tensor, Tensor]] = []

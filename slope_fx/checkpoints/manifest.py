@@ -14,18 +14,23 @@ from safetensors import SafetensorError, safe_open
 
 from slope_fx.checkpoints.files import previous_of, sha256
 from slope_fx.errors import CheckpointError
+from slope_fx.kernels.cpu.routes import FORM_DTYPES
+from slope_fx.kernels.quantised import BITS, GROUPS
 from slope_fx.passes.views import Layout
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.regions import Region
+from slope_fx.record import Frozen
 
 MANIFEST = "slope_fx.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 2 stores the configuration. For version 1 it is derived from the listed linears.
 
-Version 3 stores the training state of several ranks.
+Version 3 stores the training state of several ranks. Version 4 stores a frozen model. Checkpoints
+of models that train are written in version 3, which older versions of slope_fx read.
 """
+_OF_TRAINING = 3
 REPLACED = "its layer was replaced after compile"
 """The reason of a linear that is planned as sparse, but that the saved model does not have."""
 
@@ -38,11 +43,13 @@ class SparseEntry:
         rank: rank of the adapter, or None without an adapter.
         scale: factor of the adapter's product.
         adapter_active: whether the adapter is active.
+        dtype: dtype of the dense weight, if the values are quantised; else None.
     """
 
     rank: int | None
     scale: float
     adapter_active: bool
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Manifest:
         aliases: other name of a shared tensor -> its name in ``tensors``.
         files: file name -> (size in bytes, SHA-256), for all files except the manifest.
         frozen: names of the parameters that do not train, without masks.
+        inference: how the model was frozen; None for a model that trains. The layers of a frozen
+            model have no backward masks, and their values are compressed in each storage.
         buffers: dtypes of the buffers that are not stored. A cast of the model changes them.
     """
 
@@ -77,12 +86,13 @@ class Manifest:
     frozen: tuple[str, ...] = ()
     buffers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    inference: Frozen | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as plain data for JSON."""
         data = {
             "format": "slope_fx",
-            "format_version": FORMAT_VERSION,
+            "format_version": _OF_TRAINING if self.inference is None else FORMAT_VERSION,
             "slope_fx_version": self.version,
             "model": {"class": self.model_class, "transformers": self.transformers},
             "config": self.config.to_dict(),
@@ -96,6 +106,8 @@ class Manifest:
             "buffers": dict(self.buffers),
             "graphs": dict(self.graphs),
         }
+        if self.inference is not None:
+            data["inference"] = dataclasses.asdict(self.inference)
         data["sha256"] = digest_of(data)
         return data
 
@@ -170,6 +182,7 @@ def _parsed(data: Any, file: str) -> Manifest:
             frozen=tuple(data["frozen"]),
             buffers=data["buffers"],
             graphs=data.get("graphs", {}),  # since 0.2
+            inference=_inference_of(data),
         )
         problem = _problem(manifest)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -212,6 +225,12 @@ def _problem(manifest: Manifest) -> str:
         )
         if not good or not isinstance(entry.scale, (int, float)) or not math.isfinite(entry.scale):
             return f"{plan.name} has {entry}"
+        if manifest.inference is not None and entry.rank is not None and entry.scale != 1:
+            return f"{plan.name} is frozen and has scale {entry.scale}"
+        if manifest.inference is not None and manifest.inference.group:
+            kinds = [str(kind).removeprefix("torch.") for kind in FORM_DTYPES]
+            if entry.dtype not in kinds:
+                return f"{plan.name} has quantised values and dtype {entry.dtype}"
         layout = plan.layout
         stack = () if layout.stack == 1 else (layout.stack,)
         if plan.shape != (*stack, layout.d_out, layout.d_in):
@@ -298,13 +317,26 @@ def tensor_names(file: Path) -> set[str]:
         raise CheckpointError(f"{file} can't be read: {error}.") from None
 
 
+def _inference_of(data: dict[str, Any]) -> Frozen | None:
+    told = data.get("inference")
+    if told is None:
+        return None
+    frozen = Frozen(told["values"], told["group"])
+    if frozen == Frozen() or (frozen.values in BITS and frozen.group in GROUPS):
+        return frozen
+    raise ValueError(f"inference={told}")
+
+
 def _linear_to_json(plan: LinearPlan, entry: SparseEntry | None) -> dict[str, Any]:
     data = dataclasses.asdict(plan)
     if not isinstance(plan, SparsePlan):
         return {**data, "pattern": None}
     if entry is None:
         return {**data, "pattern": None, "reason": REPLACED}
-    return {**data, "pattern": str(plan.pattern), **dataclasses.asdict(entry)}
+    told = {key: value for key, value in dataclasses.asdict(entry).items() if key != "dtype"}
+    if entry.dtype is not None:
+        told["dtype"] = entry.dtype
+    return {**data, "pattern": str(plan.pattern), **told}
 
 
 def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | None]:
@@ -323,7 +355,8 @@ def _linear_from_json(data: dict[str, Any]) -> tuple[LinearPlan, SparseEntry | N
         layout=Layout(**{**data["layout"], "shape": tuple(data["layout"]["shape"])}),
         rows=tuple(data["rows"]),
     )
-    return plan, SparseEntry(data["rank"], data["scale"], data["adapter_active"])
+    entry = SparseEntry(data["rank"], data["scale"], data["adapter_active"], data.get("dtype"))
+    return plan, entry
 
 
 def _config_of(data: dict[str, Any]) -> SlopeConfig:

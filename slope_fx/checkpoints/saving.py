@@ -23,11 +23,14 @@ from slope_fx.checkpoints.manifest import (
 )
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
-from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files
-from slope_fx.errors import CheckpointError
+from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files, write_index
+from slope_fx.errors import CheckpointError, UnsupportedError
+from slope_fx.frozen import FrozenWeight
+from slope_fx.hub import mark_configuration
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
-from slope_fx.record import record_of, sparse_weights
+from slope_fx.record import record_of, sparse_weights, trainable_record_of
 from slope_fx.sparse.blank import check_filled
+from slope_fx.sparse.weight import SparseWeight
 from slope_fx.version import __version__
 
 
@@ -45,6 +48,9 @@ def save_pretrained(
     renamed. An interrupted write leaves the earlier checkpoint intact. The checkpoint contains
     the trained tensors (values, packed masks, adapters, all other parameters and buffers) in
     safetensors files, and JSON.
+
+    After ``import slope_fx``, ``from_pretrained`` and ``pipeline`` of transformers open the folder
+    of a transformers model: as a model that trains or a frozen one, as it was saved.
 
     Under ``torch.distributed`` all ranks must call this function, with a ``path`` on a file system
     that they share. They write at the same time, each its own files. A sharded tensor is gathered
@@ -67,13 +73,15 @@ def save_pretrained(
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned, or a layer of it is not
-            initialized.
+            initialized; or ``training`` is given, and the model is frozen.
         CheckpointError: ``path`` contains other files or cannot be written, an object cannot be
             stored without pickle, or ranks hold different contents of a tensor and which is right
             is unknown.
     """
     together, path = Together(), Path(path)
     with together.agreed():
+        if training is not None:
+            trainable_record_of(model)
         for weight in sparse_weights(model).values():
             check_filled(weight)
         if together.rank == 0:
@@ -97,6 +105,7 @@ def save_pretrained(
             written |= write_files(together, folder, states, collected.held)
         if together.rank == 0:
             write_configuration(folder, model, tokenizer)
+            write_index(folder, files)
             if collected is not None:
                 where = {name: file.name for file in states for name in file.tensors}
                 (folder / TREE).write_text(json.dumps({**collected.data, "files": where}))
@@ -124,6 +133,8 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: the folder lacks a tensor of the model, or has another tensor.
     """
     folder = Path(path)
+    if (folder / "config.json").exists():
+        mark_configuration(folder)
     named, aliases = named_tensors(model)
     names_of: dict[str, list[str]] = {name: [name] for name in named}
     for alias, name in aliases.items():
@@ -143,6 +154,32 @@ def describe_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
     files = describe_files(folder, {*tensors.values(), *_configuration_files(folder)})
     manifest = describe_model(model)
     dataclasses.replace(manifest, tensors=tensors, aliases=other_names, files=files).write(folder)
+
+
+def save_by_transformers(
+    model: nn.Module, path: str | os.PathLike[str], *args: Any, **options: Any
+) -> None:
+    """``model.save_pretrained`` of a compiled transformers model, in the format of slope_fx.
+
+    Raises:
+        StateError: a layer is not initialized.
+        UnsupportedError: an option would make a folder that is no checkpoint of slope_fx.
+    """
+    for name in ("push_to_hub", "variant", "distributed_checkpoint"):
+        if options.get(name) or (name == "push_to_hub" and len(args) > 2 and args[2]):
+            raise UnsupportedError(
+                f"save_pretrained({name}={options.get(name, True)!r}) can't write a checkpoint of "
+                "slope_fx. Use slope_fx.save_pretrained(model, path), and upload the folder with "
+                "huggingface_hub.upload_folder."
+            )
+    for weight in sparse_weights(model).values():
+        check_filled(weight)
+    options.setdefault("save_original_format", False)  # the names of the layers are those here
+    base: Any = _class_of(model)
+    base.save_pretrained(model, path, *args, **options)
+    writes = options.get("is_main_process", args[0] if args else True)
+    if writes and not getattr(model, "_hf_peft_config_loaded", False):
+        describe_checkpoint(model, path)
 
 
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -181,12 +218,13 @@ def describe_model(model: nn.Module) -> Manifest:
         config=record.config,
         plans=record.plans,
         sparse={
-            name: SparseEntry(weight.rank, weight.scale, weight.adapter_active)
+            name: SparseEntry(weight.rank, weight.scale, weight.adapter_active, _dtype_of(weight))
             for name, weight in sparse_weights(model).items()
         },
         untraced_because=record.untraced_because,
         region=record.settings.region,
         graphs=record.graphs,
+        inference=record.frozen,
         tensors={},
         aliases={},
         files={},
@@ -194,12 +232,20 @@ def describe_model(model: nn.Module) -> Manifest:
             name
             for name, parameter in model.named_parameters()
             if parameter.is_floating_point() and not parameter.requires_grad
+            if record.frozen is None
         ),
         buffers={
             name: str(buffer.dtype).removeprefix("torch.")
             for name, buffer in unstored_buffers(model).items()
         },
     )
+
+
+def _dtype_of(weight: SparseWeight | FrozenWeight) -> str | None:
+    """The dtype that codes do not show."""
+    if not isinstance(weight, FrozenWeight) or weight.scales is None:
+        return None
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def describe_together(together: Together, model: nn.Module) -> Manifest:
@@ -271,12 +317,13 @@ def write_configuration(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     """Write the configuration of a transformers model, and the tokenizer, into ``folder``."""
     if _is_transformers(model):
         config: Any = model.config
-        before = getattr(config, "architectures", None)
-        config.architectures = [_class_of(model).__name__]
+        before = config.architectures, config.dtype
+        config.architectures, config.dtype = [_class_of(model).__name__], model.dtype
         try:
             config.save_pretrained(folder)
         finally:
-            config.architectures = before
+            config.architectures, config.dtype = before
+        mark_configuration(folder)
         if getattr(model, "generation_config", None) is not None and model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
     if tokenizer is not None:

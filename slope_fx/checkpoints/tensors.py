@@ -93,7 +93,7 @@ class TensorWriter:
                 "data_offsets": (begin, end),
             }
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % 64)  # the data of a mapped file is then aligned
         self._open = file.open("wb")
         self._write(len(text).to_bytes(8, "little") + text)
 

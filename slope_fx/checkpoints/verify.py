@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slope_fx.checkpoints.loading import check_names, read_layers
+from slope_fx.checkpoints.layers import check_names, read_layers
 from slope_fx.checkpoints.manifest import check_files, read_manifest
 from slope_fx.planning.plan import sparse_plans
 
@@ -26,6 +26,8 @@ class CheckpointReport:
         bytes: total size of the files in bytes.
         files: number of files.
         training: whether the checkpoint has a training state.
+        frozen: the format of the values of a frozen model, such as "float"; None for a model that
+            trains.
     """
 
     path: str
@@ -39,6 +41,7 @@ class CheckpointReport:
     bytes: int
     files: int
     training: bool
+    frozen: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -74,4 +77,5 @@ def verify(path: str | os.PathLike[str]) -> CheckpointReport:
         bytes=sum(size for size, _ in manifest.files.values()),
         files=len(manifest.files),
         training="training.json" in manifest.files,
+        frozen=None if manifest.inference is None else manifest.inference.values,
     )

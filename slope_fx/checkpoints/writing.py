@@ -1,5 +1,6 @@
 """Write the tensors of a checkpoint: each file by one rank, all ranks at the same time."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,9 +14,8 @@ from slope_fx.checkpoints.tensors import Described, TensorWriter, ordered
 from slope_fx.checkpoints.together import Together
 from slope_fx.errors import CheckpointError
 
-# Not the file name of transformers: its from_pretrained would read the files, find most of the
-# weights missing, and initialize them at random.
-STEM = "slope_fx"
+STEM = "model"  # as transformers names the files
+INDEX = f"{STEM}.safetensors.index.json"
 _WORTH_A_FILE = 2**26  # bytes. With less in a file, more ranks would not write faster.
 
 
@@ -94,6 +94,15 @@ def plan_files(
         count = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         file.name = f"{stem}{count}.safetensors"
     return files
+
+
+def write_index(folder: Path, files: Sequence[File]) -> None:
+    """Write the index by which transformers finds the tensors, if they are in several files."""
+    if len(files) > 1:
+        of_tensors = {name: file.name for file in files for name in file.tensors}
+        size = sum(kind.nbytes for file in files for kind in file.tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": of_tensors}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
 def _split(

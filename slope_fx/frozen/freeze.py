@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import ExitStack
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def freeze(
     if calibration is not None:
         chosen = [plans[name] for name in weights]
         grams = observe(densify(model), chosen, calibration, grams=True)
-    places = _places(model)
+    places = sparse_places(model)
     detach(model)
     with torch.no_grad(), plain_modes():
         for name in list(weights):
@@ -152,13 +152,13 @@ def _check(weight: SparseWeight, frozen: Frozen) -> None:
         )
 
 
-def _places(model: nn.Module) -> dict[SparseWeight, Places]:
+def sparse_places(model: nn.Module) -> dict[SparseWeight, Places]:
+    """The places of each sparse weight of a model."""
     places: dict[SparseWeight, Places] = {}
     for module in model.modules():
         for attribute in getattr(getattr(type(module), "_slope_kind", None), "attributes", ()):
             weight = module._modules[sparse_name(attribute)]
-            assert isinstance(weight, SparseWeight)
-            places.setdefault(weight, []).append((module, attribute))
+            places.setdefault(cast(SparseWeight, weight), []).append((module, attribute))
     return places
 
 

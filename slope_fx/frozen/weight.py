@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import StateError, UnsupportedError
 from slope_fx.kernels.cpu.routes import FORM_DTYPES
@@ -112,6 +113,11 @@ class FrozenWeight(nn.Module):
         return self._owner[0]._parameters[self._values_name]  # type: ignore[return-value]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense weight."""
+        return self.values.dtype if self.scales is None else FORM_DTYPES[self.form[4]]
+
+    @property
     def rank(self) -> int | None:
         """The rank of the adapter, or None without one."""
         return None if self.lora_B is None else self.lora_B.shape[1]
@@ -196,6 +202,14 @@ class FrozenWeight(nn.Module):
         adapter = f", rank={self.rank}" if self.rank else ""
         stack = f", stack={self.stack}" if self.stack > 1 else ""
         return f"frozen {self.pattern}, d_in={self.d_in}, d_out={self.d_out}{stack}{adapter}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, DTensor):
+            raise StateError(
+                f"{self.name} is of a frozen model, which can't be sharded, as by fully_shard. "
+                f"{UNFROZEN}"
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenWeight":
         scales = None if self.scales is None else self.scales.detach()

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from slope_fx.backend.rewriting import nothing_gains
+from slope_fx.frozen.freeze import sparse_places
 from slope_fx.hub import takes_cache
+from slope_fx.kernels.cpu.routes import NAMES
 from slope_fx.kernels.engines import kept_bytes
 from slope_fx.kernels.packing import packed_width
 from slope_fx.kernels.selection import Choice, Problem, gain
@@ -33,6 +36,8 @@ def explain(model: nn.Module) -> Explanation:
         StateError: ``model`` is not the object that ``compile`` returned.
     """
     record = record_of(model)
+    if record.frozen is not None:
+        return explain_frozen(model, record)
     weights = sparse_weights(model)
     notes = []
     if record.untraced_because:
@@ -55,6 +60,57 @@ def explain(model: nn.Module) -> Explanation:
     reports = [_report(model, plan, weights.get(plan.name)) for plan in record.plans]
     reports += _added(model, record)
     return Explanation(tuple(reports), "\n".join(notes))
+
+
+def explain_frozen(model: nn.Module, record: Record) -> Explanation:
+    """The report on a frozen model."""
+    frozen, weights = record.frozen, sparse_weights(model)
+    assert frozen is not None
+    expanded = _expanded(model)
+    reports = []
+    for plan in record.plans:
+        weight: Any = weights.get(plan.name)
+        if weight is None or not isinstance(plan, SparsePlan):
+            reports.append(report_dense(_as_it_is_now(model, plan)))
+            continue
+        # Beside a dense weight in the dtype of the values; of codes, in 16 bits.
+        size = 2 if frozen.group else weight.values.element_size()
+        tensors = [weight.values, *(p for p in weight.parameters() if p is not None)]
+        before = math.prod(plan.shape) * size
+        after = sum(tensor.nbytes for tensor in tensors)
+        pairs = weight.form[6:]
+        routes = tuple(
+            (tokens, NAMES[route]) for tokens, route in zip(pairs[::2], pairs[1::2], strict=True)
+        )
+        if weight.values.device.type != "cpu":
+            routes = ((0, "engines"),)
+        reports.append(
+            LinearReport(
+                plan.name, "sparse", plan.shape, str(plan.pattern), (), weight.rank,
+                expanded.get(plan.name, ""), before, after, before, after, routes=routes,
+            )
+        )  # fmt: skip
+    group = f", a scale for each {frozen.group}" if frozen.group else ""
+    notes = [f"Frozen, for inference: {frozen.values} values{group}."]
+    if expanded:
+        notes.append(
+            f"{len(expanded)} layers read their dense weight, and make it anew at each call: "
+            f"{', '.join(list(expanded)[:3])}{' and so on' if len(expanded) > 3 else ''}."
+        )
+    return Explanation(tuple(reports), "\n".join(notes))
+
+
+def _expanded(model: nn.Module) -> dict[str, str]:
+    """The frozen layers whose forward reads a dense weight, each with the reason."""
+    found = {}
+    for weight, places in sparse_places(model).items():
+        for module, attribute in places:
+            kind: Any = getattr(type(module), "_slope_kind")  # noqa: B009
+            if kind.forward is None:
+                found[weight.name] = (
+                    f"{kind.base.__name__} reads {attribute}, which is made at each call"
+                )
+    return found
 
 
 def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, Choice]]:

@@ -57,6 +57,9 @@ class LinearReport:
             Adam.
         operand_bytes: size of the operands that an engine made from the weight and keeps until
             the weight changes, in bytes. The other sizes do not include it.
+        routes: of a frozen layer, pairs (fewest tokens, route): how its product is computed from
+            that number of tokens on. "stream" and "panels" read the sparse weight, "dense" expands
+            it at each call, and "engines" is another device, where ``selection`` chooses.
     """
 
     name: str
@@ -71,6 +74,7 @@ class LinearReport:
     state_before: int
     state_after: int
     operand_bytes: int = 0
+    routes: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,11 @@ class Explanation:
     sharding: Sharding | None = None
 
     @property
+    def frozen(self) -> bool:
+        """Whether the model is frozen."""
+        return any(linear.routes for linear in self.linears)
+
+    @property
     def sparse(self) -> tuple[LinearReport, ...]:
         """The sparse linears."""
         return tuple(linear for linear in self.linears if linear.kind == "sparse")
@@ -230,7 +239,9 @@ class Explanation:
         for report in data["linears"]:
             products = tuple(ProductReport(**product) for product in report["products"])
             shape = tuple(report["shape"])
-            linears.append(LinearReport(**{**report, "shape": shape, "products": products}))
+            routes = tuple((tokens, route) for tokens, route in report.get("routes", ()))
+            new = {"shape": shape, "products": products, "routes": routes}
+            linears.append(LinearReport(**{**report, **new}))
         sharding = data.get("sharding")
         if sharding is not None:
             sharding = Sharding.from_dict(sharding)
@@ -246,7 +257,8 @@ class Explanation:
                 _engines(r),
                 _size(r.bytes_before),
                 _size(r.bytes_after) if r.kind == "sparse" else "",
-                ("trains expanded: " if r.kind == "sparse" and r.reason else "") + r.reason,
+                ("trains expanded: " if r.kind == "sparse" and r.reason and not r.routes else "")
+                + r.reason,
             )
             for r in self.linears
         ]
@@ -259,11 +271,11 @@ class Explanation:
         )
         lines = [table, "", f"{len(self.sparse)} of {len(self.linears)} linears are sparse."]
         for title, group in (("Sparse layers", self.sparse), ("All linears", self.linears)):
-            lines.append(
-                f"{title}: weights {_change([(r.bytes_before, r.bytes_after) for r in group])}; "
-                f"with gradients and Adam's moments "
-                f"{_change([(r.state_before, r.state_after) for r in group])}."
-            )
+            line = f"{title}: weights {_change([(r.bytes_before, r.bytes_after) for r in group])}"
+            if not self.frozen:
+                state = _change([(r.state_before, r.state_after) for r in group])
+                line += f"; with gradients and Adam's moments {state}"
+            lines.append(f"{line}.")
         if any(product.speedup is not None for r in self.sparse for product in r.products):
             lines.append(
                 "engine: the engines of the forward product, the input gradient and the weight "
@@ -290,6 +302,9 @@ def _engines(report: LinearReport) -> str:
     """
     if report.kind == "dense":
         return ""
+    if report.routes:
+        routes = [f"{route} from {tokens}" for tokens, route in report.routes[1:]]
+        return ", ".join([report.routes[0][1], *routes])
     if not report.products:
         return "(not run yet)"
     size = report.bytes_before // math.prod(report.shape)

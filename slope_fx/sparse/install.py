@@ -24,12 +24,13 @@ from slope_fx.sparse.weight import SparseWeight
 
 
 class _Kind(NamedTuple):
-    """The base of a generated class, its weight properties, a hook for copies, and its forward."""
+    """The base of a generated class, its weight properties, a hook for copies, and its methods."""
 
     base: type[nn.Module]
     attributes: tuple[str, ...]
     after_copy: Callable[[nn.Module], None] | None
     forward: Callable[..., Any] | None = None
+    save_pretrained: Callable[..., Any] | None = None
 
 
 @functools.cache
@@ -52,6 +53,8 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         body["__setstate__"] = _setstate
     if kind.forward is not None:
         body["forward"] = kind.forward
+    if kind.save_pretrained is not None:
+        body["save_pretrained"] = kind.save_pretrained
     return type(kind.base.__name__, (kind.base,), body)
 
 
@@ -174,6 +177,7 @@ def set_kind(
     attributes: tuple[str, ...] = (),
     after_copy: Callable[[nn.Module], None] | None = None,
     forward: Callable[..., Any] | None = None,
+    save_pretrained: Callable[..., Any] | None = None,
 ) -> None:
     """Replace the class of ``module`` by its generated subclass.
 
@@ -181,7 +185,7 @@ def set_kind(
         module: changed in place.
         attributes: names of weights, added to those of an earlier call.
         after_copy: called on a copy of the module. None keeps the function of an earlier call.
-        forward: replaces the method ``forward``. None keeps the function of an earlier call.
+        forward, save_pretrained: replace methods. None keeps the function of an earlier call.
     """
     kind = getattr(type(module), "_slope_kind", _Kind(type(module), (), None))
     kind = _Kind(
@@ -189,6 +193,7 @@ def set_kind(
         tuple(sorted({*kind.attributes, *attributes})),
         after_copy or kind.after_copy,
         forward or kind.forward,
+        save_pretrained or kind.save_pretrained,
     )
     module.__class__ = _class_of(kind)
 

@@ -44,6 +44,11 @@ def split(
         StateError: the layer is sharded already.
     """
     sparse: SparseWeight = getattr(module, f"{attribute}_sparse")
+    if not isinstance(sparse, SparseWeight):
+        raise StateError(
+            f"{sparse.name} is of a frozen model, which parallelize_module can't split. Split the "
+            "compiled model, before slope_fx.freeze."
+        )
     check_split(sparse, dim, mesh.size())
     across: tuple[Placement, ...] = (Replicate(), Shard(0)) if dim == 0 else (Shard(1), Replicate())
     placements = {

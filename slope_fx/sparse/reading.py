@@ -79,6 +79,11 @@ class DenseWeight(Tensor):
     ) -> Any:
         return _handled(func, args, kwargs or {})
 
+    @property
+    def _is_hf_initialized(self) -> bool:
+        # transformers marks parameters that it loaded, so that it doesn't initialize them.
+        return getattr(self._reading.weight.values, "_is_hf_initialized", False)
+
 
 class ShardedDenseWeight(DTensor):
     """A :class:`DenseWeight` of a sharded weight: a DTensor with the placements of the values."""
