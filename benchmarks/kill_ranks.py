@@ -8,6 +8,7 @@ those of a run without kills, bit for bit. A third run goes on at other world si
 
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import commit
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,7 +314,8 @@ def main() -> None:
         result = measure(folder, args.steps, args.kills, args.seed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    result = {"torch": str(torch.__version__), **result, "other_world_sizes": worlds}
+    about = {"date": datetime.date.today().isoformat(), "commit": commit()}
+    result = {**about, "torch": str(torch.__version__), **result, "other_world_sizes": worlds}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{args.kills} kills of a rank: all is the uninterrupted run's, bit for bit.")
 

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from slope_fx.kernels.engine import Engine
 from slope_fx.kernels.engines import ENGINES, engines_for
+from slope_fx.kernels.errors import UnsupportedError
 from slope_fx.kernels.selection import Request
 
 
@@ -52,3 +53,16 @@ def _hint(size: int | torch.SymInt) -> int:
         return size
     node = size.node
     return int(node.hint) if node.has_hint() else 1024
+
+
+def refuse_onnx() -> None:
+    """Refuse an export to ONNX. All strategies of torch.onnx run the fake kernels.
+
+    Raises:
+        UnsupportedError: a model is exported to ONNX.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise UnsupportedError(
+            "The model has sparse weights, for which ONNX has no op. Export a dense copy: "
+            "slope_fx.densify(model)."
+        )

@@ -29,7 +29,7 @@ from slope_fx.kernels.cpu.routes import FORM_DTYPES
 from slope_fx.kernels.engines import ENGINES
 from slope_fx.kernels.selection import choose
 from slope_fx.ops.autocast import register_autocast
-from slope_fx.ops.dispatch import engine, request_of
+from slope_fx.ops.dispatch import engine, refuse_onnx, request_of
 
 _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
@@ -119,6 +119,7 @@ _LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("slope_fx::frozen_linear")
 def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
+    refuse_onnx()
     form = operands[-1]
     torch._check(
         x.shape[-1] == form[5],
@@ -135,6 +136,7 @@ def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
 
 @torch.library.register_fake("slope_fx::frozen_expand")
 def _(values: Tensor, *operands: Any) -> Tensor:
+    refuse_onnx()
     form = operands[-1]
     return values.new_empty((values.shape[0], form[5]), dtype=dtype_of(values, form))
 

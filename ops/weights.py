@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slope_fx.kernels.errors import UnsupportedError
-from slope_fx.ops.dispatch import engine
+from slope_fx.ops.dispatch import engine, refuse_onnx
 
 
 @torch.library.custom_op("slope_fx::compress", mutates_args=())
@@ -55,12 +54,7 @@ def expand(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, 
 
 @expand.register_fake
 def _(values: Tensor, forward_mask: Tensor, backward_mask: Tensor, n: int, m: int) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
-        # All strategies of torch.onnx to trace a model run this code.
-        raise UnsupportedError(
-            "The model has sparse weights, for which ONNX has no op. Export a dense copy: "
-            "slope_fx.densify(model)."
-        )
+    refuse_onnx()
     return values.new_empty((values.shape[0], values.shape[1] * m // n))
 
 

@@ -10,6 +10,8 @@ from slope_fx.checkpoints import load_pretrained, load_training, save_pretrained
 from slope_fx.compiler import compile
 from slope_fx.densify import densify
 from slope_fx.frozen.freeze import freeze
+from slope_fx.frozen.package import package
+from slope_fx.frozen.warm import warm_up
 from slope_fx.integrations.opening import register_with_transformers
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning import SlopeConfig
@@ -34,10 +36,12 @@ __all__ = [
     "load_pretrained",
     "load_training",
     "ops",
+    "package",
     "preview",
     "rewriting_backend",
     "save_pretrained",
     "sparse_weights",
+    "warm_up",
 ]
 
 

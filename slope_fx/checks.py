@@ -23,6 +23,7 @@ from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity
 from slope_fx.planning.patterns import PatternRules
 from slope_fx.planning.plan import SparsePlan
 from slope_fx.record import sparse_weights_in
+from slope_fx.sparse.sharded_first import members
 
 
 class CompileOptions(ConfigOptions, RunOptions, total=False):
@@ -74,14 +75,6 @@ def check_model(model: nn.Module) -> None:
                 f"model is wrapped in {type(module).__name__}, which goes on synchronising the "
                 "parameters that compile replaces. Call slope_fx.compile first, then wrap."
             )
-        if isinstance(module, FSDPModule):
-            raise ArgumentError(
-                f"{name or 'model'} is sharded by fully_shard already, and FSDP2 can't replace "
-                "parameters. Call slope_fx.compile first, then fully_shard. If the model does not "
-                'fit into memory, make and compile it on the meta device (torch.device("meta")), '
-                "shard it, and then initialise it or load a checkpoint: see slope_fx.compile and "
-                "slope_fx.checkpoints.load_dense."
-            )
         if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
             raise ArgumentError(
                 f"{name or 'model'} is compiled by torch.compile already, with a backend that "
@@ -92,6 +85,44 @@ def check_model(model: nn.Module) -> None:
         if is_lazy(parameter):
             raise ArgumentError(
                 f"{name} is not initialised yet. Run a lazy module once before compile."
+            )
+
+
+def check_sharded(model: nn.Module, config: SlopeConfig) -> None:
+    """Check that a model that fully_shard sharded before ``compile``, if any, can be compiled.
+
+    Raises:
+        UnsupportedError: something else splits a parameter too.
+        ArgumentError: the masks or the adapters need calibration.
+    """
+    sharded = members(model)
+    if sharded and config.needs_calibration:
+        raise ArgumentError(
+            f"{config.needs_calibration} needs a model that is not sharded, and fully_shard "
+            "sharded this one. Call slope_fx.compile first, then fully_shard."
+        )
+    for name, parameter in model.named_parameters() if sharded else ():
+        member = sharded.get(id(parameter))
+        if isinstance(parameter, DTensor) and (member is None or member.param.is_dtensor):
+            raise UnsupportedError(
+                f"{name} is a DTensor on {parameter.device_mesh}, which not only a fully_shard of "
+                "a module in the model made. Call slope_fx.compile first, then "
+                "parallelize_module, then fully_shard."
+            )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Check that a dense model, whose tensors are to be replaced, is not sharded.
+
+    Raises:
+        ArgumentError: it is.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            raise ArgumentError(
+                f"{name or 'model'} is sharded by fully_shard already. Load into a compiled "
+                'model: make it with slope_fx.load_pretrained(path, device="meta"), call '
+                "fully_shard, and then slope_fx.load_pretrained(path, model)."
             )
 
 

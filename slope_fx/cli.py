@@ -1,4 +1,4 @@
-"""The command line ``slope-fx`` with the commands explain, convert and inspect."""
+"""The command line ``slope-fx``: explain, convert, inspect, generate and bench."""
 
 import argparse
 import json
@@ -26,6 +26,15 @@ _CONVERT = """example:
   slope-fx convert my-adapter my-model-2-4 --to sparse                  and back
   slope-fx convert my-dcp my-model-2-4 --to sparse      of torch.distributed.checkpoint
   slope-fx convert my-model-2-4 my-dcp --to dcp                         and back
+  slope-fx convert my-model-2-4 my-frozen --to sparse --freeze --values int8 --dtype bfloat16
+"""
+_GENERATE = """example:
+  slope-fx generate runs/gpt2/checkpoint "To be, or not to be" --tokens 40
+  slope-fx generate runs/gpt2/checkpoint "Enter" --temperature 0.8 --seed 1 --json
+"""
+_BENCH = """example:
+  slope-fx bench my-frozen
+  slope-fx bench my-frozen --batch 4 --length 512 --tokens 64 --json
 """
 _INSPECT = """example:
   slope-fx inspect runs/gpt2/checkpoint
@@ -110,6 +119,34 @@ def _parser() -> argparse.ArgumentParser:
         help="to sparse, with --adapter-rank: what the adapters start from (default: %(default)s)",
     )  # fmt: skip
 
+    convert.add_argument(
+        "--freeze", action="store_true",
+        help="to sparse: for inference, without what training needs",
+    )  # fmt: skip
+    convert.add_argument(
+        "--values", choices=("float", "int8", "int4"), default="float",
+        help="with --freeze: the format of the values (default: %(default)s)",
+    )  # fmt: skip
+    convert.add_argument("--dtype", help="with --freeze: dtype of the parameters")
+
+    generate = command("generate", _generate, "Write text with a checkpoint.", _GENERATE)
+    generate.add_argument("source", metavar="CHECKPOINT", help="a folder with a tokenizer")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text to go on from")
+    _number(generate, "--tokens", 64, "most new tokens")
+    _number(generate, "--temperature", 0.0, "of the sampling; 0: the most likely token")
+    _number(generate, "--seed", 0, "of the sampling")
+    generate.add_argument("--dtype", help="dtype of the model (default: the stored one)")
+
+    bench = command(
+        "bench", _bench, "Time the requests of a frozen checkpoint against the dense model.", _BENCH
+    )
+    bench.add_argument("source", metavar="CHECKPOINT", help="a folder that save_pretrained wrote")
+    _number(bench, "--batch", 1, "prompts of a request")
+    _number(bench, "--length", 128, "tokens of a prompt")
+    _number(bench, "--tokens", 32, "new tokens of a request")
+    bench.add_argument("--dtype", help="dtype of the model (default: the stored one)")
+    bench.add_argument("--no-dense", action="store_true", help="don't measure the dense model")
+
     inspect = command(
         "inspect", _inspect,
         "Verify a sparse checkpoint: hashes, tensors, masks, nothing missing or left over.",
@@ -130,6 +167,12 @@ def _pattern_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _number(parser: argparse.ArgumentParser, name: str, default: int | float, text: str) -> None:
+    parser.add_argument(
+        name, type=type(default), default=default, help=f"{text} (default: {default})"
+    )
+
+
 def _explain(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from slope_fx.report import preview
 
@@ -147,10 +190,31 @@ def _convert(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     written = convert(
         options.source, options.target, options.to, sparsity=_sparsity(options.sparsity),
         adapter_rank=options.adapter_rank, adapter_init=options.adapter_init,
-        adapters=options.adapters,
+        adapters=options.adapters, freeze=options.freeze, values=options.values,
+        dtype=options.dtype,
     )  # fmt: skip
     text = "\n".join(f"{kind}: {folder}" for kind, folder in written.items())
     return text, {kind: str(folder) for kind, folder in written.items()}
+
+
+def _generate(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from slope_fx.frozen.bench import generate_text
+
+    text = generate_text(
+        options.source, options.prompt, tokens=options.tokens, temperature=options.temperature,
+        seed=options.seed, dtype=options.dtype,
+    )  # fmt: skip
+    return text, {"prompt": options.prompt, "text": text}
+
+
+def _bench(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from slope_fx.frozen.bench import bench, bench_text
+
+    report = bench(
+        options.source, batch=options.batch, length=options.length, tokens=options.tokens,
+        dtype=options.dtype, dense=not options.no_dense,
+    )  # fmt: skip
+    return bench_text(report), report
 
 
 def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from slope_fx.checks import (
     CompileOptions,
     check_meta,
     check_model,
+    check_sharded,
     say_untraced,
     say_what_was_ignored,
     split_options,
@@ -22,7 +23,7 @@ from slope_fx.planning.activations import Activations
 from slope_fx.planning.adapters import make_adapter
 from slope_fx.planning.calibration import Calibration, observe
 from slope_fx.planning.config import SlopeConfig, Sparsity
-from slope_fx.planning.masks import Chosen, choose_mask
+from slope_fx.planning.masks import choose_mask
 from slope_fx.planning.patterns import PatternRules
 from slope_fx.planning.plan import (
     SparsePlan,
@@ -33,9 +34,10 @@ from slope_fx.planning.plan import (
 )
 from slope_fx.planning.trace import ExampleInputs, trace
 from slope_fx.sparse.blank import Start
-from slope_fx.sparse.install import install, plain_modes
+from slope_fx.sparse.install import install
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.parts import Parts
+from slope_fx.sparse.sharded_first import as_before
 from slope_fx.sparse.storage import storage_named
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,9 @@ def compile(
     ``fully_shard``. Random masks and adapters depend on the seed of ``torch.manual_seed`` and on
     the name of the layer, so they are those of a model that was compiled with its weights.
 
+    A model that ``fully_shard`` sharded is compiled by all ranks together. Each layer is gathered
+    in turn, to choose its masks, and its parts are sharded by rows.
+
     Args:
         model: any module with fp32, bf16 or fp16 weights, or on the meta device.
         sparsity: an N:M pattern, a mapping from layer names to N:M patterns, as
@@ -89,15 +94,17 @@ def compile(
     """
     config, settings = split_options(sparsity, options)
     check_model(model)
+    check_sharded(model, config)
     if config.needs_calibration and calibration is None:
         raise ArgumentError(
             f"{config.needs_calibration} needs calibration=, a few batches of inputs such as "
             "[ids, ids]."
         )
     storage = storage_named(config.storage)
-    traced = trace(model, example_inputs)
     rules = PatternRules(config.sparsity)
-    plans = plan_linears(model, traced, config, rules)
+    with as_before(model):
+        traced = trace(model, example_inputs)
+        plans = plan_linears(model, traced, config, rules)
     sparse = sparse_plans(plans)
     if not sparse:
         raise NoEligibleLinearError(nothing_to_do(plans, traced.untraced_because))
@@ -106,18 +113,18 @@ def compile(
     inputs: dict[str, Activations] = {}
     if config.needs_calibration:
         inputs = observe(model, sparse, calibration, grams=config.adapter_init == "eora")
-    with plain_modes():
-        masks = _choose_masks(model, sparse, config, inputs)
 
     def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
-        chosen, rank = masks.pop(plan.name), ranks[plan.name]
-        weight = _matrices(plan, dense) if chosen.weight is None else chosen.weight
+        weight, seen, rank = _matrices(plan, dense), inputs.get(plan.name), ranks[plan.name]
+        chosen = choose_mask(config.mask, plan.name, weight, plan.pattern, seen)
+        weight = weight if chosen.weight is None else chosen.weight
         kept = storage.keep(weight.view(-1, plan.shape[-1]), chosen.bits, plan.pattern)
         start = Start(str(config.mask)) if dense.is_meta else None
         if rank is None:
             return Parts(kept, chosen.bits, start=start)
-        mask = unpack(chosen.bits, plan.shape[-1]).view(plan.shape)
-        seen = inputs.get(plan.name)
+        mask = None
+        if config.adapter_init != "zero":
+            mask = unpack(chosen.bits, plan.shape[-1]).view(plan.shape)
         adapter = make_adapter(config.adapter_init, plan.name, weight, mask, rank, seen)
         return Parts(kept, chosen.bits, adapter=adapter, start=start)
 
@@ -131,17 +138,6 @@ def compile(
     say_what_was_ignored(settings, rules, calibration is not None and not inputs)
     log.info("%d of %d linears are sparse", len(sparse), len(plans))
     return model
-
-
-def _choose_masks(
-    model: nn.Module, plans: list[SparsePlan], config: SlopeConfig, inputs: dict[str, Activations]
-) -> dict[str, Chosen]:
-    masks = {}
-    for plan in plans:
-        weight = _matrices(plan, model.get_parameter(plan.parameter_name))
-        seen = inputs.get(plan.name)
-        masks[plan.name] = choose_mask(config.mask, plan.name, weight, plan.pattern, seen)
-    return masks
 
 
 def _matrices(plan: SparsePlan, dense: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from slope_fx.checkpoints.manifest import MANIFEST
 from slope_fx.compiler import compile
 from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError, ArgumentWarning, UnsupportedError, first_line
+from slope_fx.frozen.freeze import Values
+from slope_fx.frozen.freeze import freeze as freeze_
 from slope_fx.hub import class_of, config_of, transformers
 from slope_fx.integrations import peft
 from slope_fx.integrations.peft import export_peft
@@ -31,6 +33,9 @@ def convert(
     adapter_rank: AdapterRank = None,
     adapter_init: str = "zero",
     adapters: Literal["merge", "drop"] = "merge",
+    freeze: bool = False,
+    values: Values = "float",
+    dtype: str | None = None,
 ) -> dict[str, Path]:
     """Convert the model in ``source`` to another kind of checkpoint in ``target``.
 
@@ -46,6 +51,9 @@ def convert(
         sparsity, adapter_rank, adapter_init: as for :func:`slope_fx.compile`, used for "sparse". A
             PEFT adapter keeps its rank, and is active from the first step.
         adapters: for "dense": "merge" adds the adapters to the weights, "drop" omits them.
+        freeze: for "sparse": whether to freeze the model (:func:`slope_fx.freeze`). The source may
+            then be a sparse checkpoint too.
+        values, dtype: with ``freeze``, as for :func:`slope_fx.freeze`.
 
     Returns:
         Kind -> written folder.
@@ -62,8 +70,13 @@ def convert(
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArgumentError(f"target={str(folder)!r} exists and is not an empty folder.")
     kind = _kind_of(source)
-    if kind == to:
+    if kind == to and not freeze:
         raise ArgumentError(f"{source} is {to} already.")
+    if freeze and to != "sparse":
+        raise ArgumentError(f'freeze was given with to={to!r}; it needs to="sparse".')
+    if not freeze and (values != "float" or dtype is not None):
+        given_name = "dtype" if dtype is not None else "values"
+        raise ArgumentError(f"{given_name} was given without freeze, which it belongs to.")
     given = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
              "adapter_init": adapter_init != "zero", "adapters": adapters != "merge"}  # fmt: skip
     used = {"dense": {"adapters"}, "sparse": {"sparsity"}, "peft": set(), "dcp": set()}[to]
@@ -78,6 +91,8 @@ def convert(
             stacklevel=2,
         )
     if "dcp" in (kind, to):
+        if freeze:
+            raise ArgumentError(f"{source} is dcp. Convert it to sparse first, then freeze that.")
         if (kind, to) == ("dcp", "sparse"):
             return {"sparse": dcp_files.to_checkpoint(source, target)}
         if (kind, to) == ("sparse", "dcp"):
@@ -85,7 +100,12 @@ def convert(
         raise ArgumentError(f"there is no way from {kind} to {to}. Convert to sparse first.")
     tokenizer = _tokenizer(source)
     if to == "sparse":
-        model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
+        if kind == "sparse":
+            model = load_pretrained(source, backend=None)
+        else:
+            model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
+        if freeze:
+            freeze_(model, dtype=dtype, values=values)
         return {"sparse": save_pretrained(model, target, tokenizer=tokenizer)}
     if kind != "sparse":
         if to == "dense":

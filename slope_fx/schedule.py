@@ -12,10 +12,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
+from slope_fx.ops.dispatch import local
 from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.sparse.agreement import check_agreement, groups_of
 from slope_fx.sparse.blank import settle
-from slope_fx.sparse.shards import gather, reshard, whole
+from slope_fx.sparse.shards import gather, reshard
 from slope_fx.sparse.weight import SparseWeight
 from slope_fx.sparse.wrappers import check_idle
 
@@ -230,7 +231,9 @@ class Schedule:
 
     def _warn_if_trained(self) -> None:
         if self.phase == "sparse" and any(
-            weight.lora_B is not None and whole(weight.lora_B).any() for weight in self._weights
+            # A rank looks at its shards: nothing is sent for a warning.
+            weight.lora_B is not None and local(weight.lora_B).any()
+            for weight in self._weights
         ):
             warnings.warn(
                 "The model's adapters are trained already, but this Schedule starts at step 0, "

@@ -44,6 +44,20 @@ SIGNATURES = {
 """The arguments of the entry points: p a pointer, l a long, i an int."""
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-w")
 CPP_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-w")
+FEATURES = {
+    "__AVX2__ ": "avx2",
+    "__FMA__ ": "fma",
+    "__BMI2__ ": "bmi2",
+    "__AVX512F__ ": "avx512f",
+    "__AVX512BW__ ": "avx512bw",
+    "__AVX512VL__ ": "avx512vl",
+    "__AVX512DQ__ ": "avx512dq",
+    "__AVX512VBMI__ ": "avx512vbmi",
+    "__AVX512VBMI2__ ": "avx512vbmi2",
+    "__AVX512VNNI__ ": "avx512vnni",
+    "__AVX512BF16__ ": "avx512bf16",
+}
+"""Instruction sets of x86 CPUs: the macro of a C compiler, and the name for the check at load."""
 _MACHINES = {
     "x86_64": "-march=native",
     "amd64": "-march=native",
@@ -90,8 +104,9 @@ def compile_ops(target: Path, *, define: bool = False) -> None:
             compiled = (*FLAGS, _tuning(), *openmp, "-fvisibility=hidden", "-c")
             _run([c, *compiled, str(SOURCES / "engine.c"), "-o", objects[0]])
             include = f"-I{home / 'include'}"
-            _run([cpp, *CPP_FLAGS, *defined, include, "-c", str(SOURCES / "frozen.cpp"), "-o",
-                  objects[1]])  # fmt: skip
+            needs = f"-DSLOPE_NEEDS={_needs(c)}"
+            flags = (*CPP_FLAGS, *defined, needs, include)
+            _run([cpp, *flags, "-c", str(SOURCES / "frozen.cpp"), "-o", objects[1]])
             libraries = (f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-lm")
             _run([cpp, "-shared", *openmp, *objects, *libraries, "-o", partial])
         finally:
@@ -116,13 +131,20 @@ def _written(target: Path, build: Callable[[str, tuple[str, ...]], None]) -> Non
         Path(partial).unlink(missing_ok=True)
 
 
-def _run(command: list[str]) -> None:
+def _needs(compiler: str) -> str:
+    """The instruction sets that the C sources are compiled for, for frozen.cpp."""
+    defined = _run([compiler, _tuning(), "-dM", "-E", "-x", "c", os.devnull])
+    return "".join(f'FEATURE("{name}")' for macro, name in FEATURES.items() if macro in defined)
+
+
+def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 
 def _compiler(*, cpp: bool = False) -> str:

@@ -14,6 +14,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdio>
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -196,19 +198,46 @@ Tensor frozen_expand(Tensor values, Tensor mask, std::optional<Tensor> scales, s
     return dense;
 }
 
+/* An instruction set that engine.c was compiled for and this CPU lacks. build.py lists them in SLOPE_NEEDS, and
+ * compiles this file for any CPU. */
+const char *missing() {
+#define FEATURE(name) \
+    if (!__builtin_cpu_supports(name)) return name;
+    SLOPE_NEEDS
+    return nullptr;
+}
+
+const char *const lacks = missing();
+bool defined_here = true;
+
+void unusable(StableIValue *, uint64_t, uint64_t) {
+    STD_TORCH_CHECK(false, "libslope_fx.so was compiled for a CPU with ", lacks,
+                    ", which this CPU lacks. Package the model on a machine with this CPU.");
+}
+
 }  // namespace
 
 #ifdef SLOPE_DEFINE
 STABLE_TORCH_LIBRARY_FRAGMENT(slope_fx, library) {
-    library.def("frozen_linear(Tensor x, Tensor values, Tensor forward_mask, "
-                "Tensor? scales, Tensor? bias, "
-                "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor");
-    library.def("frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
-                "Tensor? lora_B, int[] form) -> Tensor");
+    try {
+        library.def("frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
+                    "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor");
+        library.def("frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
+                    "Tensor? lora_B, int[] form) -> Tensor");
+    } catch (const std::exception &) { /* slope_fx or the library of another package has them, with kernels */
+        defined_here = false;
+    }
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(slope_fx, CPU, library) {
+    if (!defined_here) return;
+    if (lacks) { /* an error from here would end the process */
+        fprintf(stderr, "libslope_fx.so was compiled for a CPU with %s, which this CPU lacks.\n", lacks);
+        library.impl("frozen_linear", &unusable);
+        library.impl("frozen_expand", &unusable);
+        return;
+    }
     library.impl("frozen_linear", TORCH_BOX(&frozen_linear));
     library.impl("frozen_expand", TORCH_BOX(&frozen_expand));
 }

@@ -23,7 +23,7 @@ from slope_fx.checkpoints.layers import (
 )
 from slope_fx.checkpoints.manifest import Manifest, check_files, read_manifest
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
-from slope_fx.checks import check_model, say_without_effect
+from slope_fx.checks import check_model, check_plain, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, StateError, first_line
 from slope_fx.frozen.freeze import attach_frozen
 from slope_fx.frozen.install import places_of, put_weight
@@ -119,6 +119,7 @@ def load_pretrained(
         model = from_configuration(folder, manifest)
     else:
         check_model(model)
+        check_plain(model)
     if frozen:
         manifest = for_inference(manifest)
     with Reader(folder, manifest, device, to, mapped=frozen) as reader, ExitStack() as undo:

@@ -84,6 +84,7 @@ def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: st
         module._parameters.pop(values_name(attribute), None)
         module._modules.pop(sparse_name(attribute), None)
         module._parameters[values_name(attribute)] = values
+        weight.holders.append((module, values_name(attribute)))
         module._modules[sparse_name(attribute)] = weight
         forward = None
         if plan.layout.stack == 1 and attribute == "weight" and _is_plain(module):

@@ -93,6 +93,7 @@ class FrozenWeight(nn.Module):
         self.stack, self.d_out, self.d_in = plan.layout.stack, plan.layout.d_out, plan.layout.d_in
         # In a tuple, so that the layer does not become a submodule of this module.
         self._owner = (owner,)
+        self.holders: list[tuple[nn.Module, str]] = []
         self._values_name = values_name(attribute)
         self.forward_bits = Mask(forward_bits)
         self.scales = None if scales is None else Kept(scales)
@@ -159,6 +160,11 @@ class FrozenWeight(nn.Module):
     def has_pruned(self, matrix: Tensor) -> bool:
         """As in SparseWeight."""
         return False  # every write is refused by store
+
+    def share(self) -> None:
+        """Let all modules that share the weight have the values of its owner."""
+        for module, name in self.holders:
+            module._parameters[name] = self.values
 
     def product(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """``x W^T + bias`` with the adapter, for a weight that is no stack.

@@ -103,6 +103,12 @@ class SlopeSchedulers(LRSchedulersContainer):  # type: ignore[misc]
         def build(
             self, *, optimizers: OptimizersContainer, training_steps: int
         ) -> "SlopeSchedulers":
+            if len(optimizers.model_parts) != 1:
+                raise UnsupportedError(
+                    f"the model has {len(optimizers.model_parts)} parts on this rank, of pipeline "
+                    "stages, and one Schedule steps one model. Use "
+                    "--parallelism.pipeline_parallel_degree 1."
+                )
             plain = LRSchedulersContainer.Config.build(
                 self, optimizers=optimizers, training_steps=training_steps
             )

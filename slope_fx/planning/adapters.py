@@ -34,7 +34,7 @@ def make_adapter(
     adapter_init: AdapterInit,
     name: str,
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     rank: int,
     activations: Activations | None,
 ) -> Adapter:
@@ -49,7 +49,7 @@ def make_adapter(
             to the pruned weight.
         name: name of the layer.
         weight: the dense weight, (d_out, d_in) or (stack, d_out, d_in).
-        mask: the kept elements, bool, in the shape of ``weight``.
+        mask: the kept elements, bool, in the shape of ``weight``. "zero" needs none.
         rank: rank of the adapter.
         activations: the calibration sums of the layer, for "eora".
 
@@ -64,13 +64,14 @@ def make_adapter(
         )
     d_out, d_in = weight.shape[-2:]
     scale = 1.0 / rank  # alpha / r, with alpha = 1
-    weight, mask = weight.reshape(-1, d_out, d_in), mask.reshape(-1, d_out, d_in)
+    weight = weight.reshape(-1, d_out, d_in)
     stack = len(weight)
     if adapter_init == "zero":
         with own_draws(name, "adapter", weight.device):
             a = weight.new_empty(stack * rank, d_in).normal_()
         return Adapter(a, weight.new_zeros(stack * d_out, rank), scale, False)
-    factors = []
+    assert mask is not None
+    mask, factors = mask.reshape(-1, d_out, d_in), []
     for i in range(stack):
         if callable(adapter_init):
             factors.append(_checked(adapter_init, name, weight[i], mask[i], rank))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.distributed as dist
 from torch import nn
 
 from slope_fx.planning.plan import LinearPlan, SparsePlan
@@ -48,8 +49,9 @@ def choose_regions(
         model: the model.
         region: "model": one graph. "blocks": the repeated blocks are compiled one by one, and
             blocks with equal graphs share code. For a sparse linear outside the blocks, the module
-            that calls it is compiled. "auto": the blocks, if this compiles less code and three
-            quarters of the sparse linears are in blocks; else one graph.
+            that calls it is compiled. "auto": the blocks, if three quarters of the sparse linears
+            are in blocks, and this compiles less code or torch.distributed is initialized; else one
+            graph.
         plans: plans of the linears.
         graphs: module path -> number of its traced graph. Modules that are not in it are compared
             by the types of their submodules and by the shapes and dtypes of their tensors.
@@ -79,12 +81,18 @@ def choose_regions(
     # One module of each kind is compiled. The cost is its number of linears.
     linears = {kind: _linears_in(path, sparse) for path, kind in zip(paths, kinds, strict=True)}
     one_by_one = sum(linears.values()) + GRAPH * len(linears)
-    worse = one_by_one > _linears_in("", sparse) + GRAPH
+    # Around the blocks, wrappers of many ranks run Python code, which one graph can't contain.
+    worse = not on_ranks() and one_by_one > _linears_in("", sparse) + GRAPH
     # Code around a linear that is compiled alone runs in eager mode.
     alone = sum(_linears_in(path, sparse) for path in chosen - blocks)
     if region == "auto" and (worse or 4 * alone > _linears_in("", sparse)):
         return Regions()
     return Regions(tuple(paths), tuple(kinds))
+
+
+def on_ranks() -> bool:
+    """Whether this process is a rank of torch.distributed."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def _linears_in(path: str, plans: list[SparsePlan]) -> int:

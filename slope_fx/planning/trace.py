@@ -54,7 +54,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         ArgumentError: the inputs do not fit the model's forward.
     """
     given = example_inputs is not None
-    inputs = split_inputs(example_inputs) if given else _transformers_inputs(model)
+    inputs = split_inputs(example_inputs) if given else transformers_inputs(model)
     if inputs is None:
         return Trace(_roles_by_type(model), "no example_inputs were given")
     args, kwargs = inputs
@@ -230,14 +230,16 @@ def _quiet_fake_tensors() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Inputs for a transformers model: one short sequence or one image. None for other models."""
+def transformers_inputs(
+    model: nn.Module, rows: int = 1
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Inputs for a transformers model: short sequences or images. None for other models."""
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         return None
     device = next(iter(model.parameters())).device
     accepted = inspect.signature(model.forward).parameters
-    ids = torch.ones((1, 8), dtype=torch.long, device=device)
+    ids = torch.ones((rows, 8), dtype=torch.long, device=device)
     if main == "input_ids":
         kwargs: dict[str, Any] = {"input_ids": ids}
     elif main == "pixel_values":
@@ -247,7 +249,8 @@ def _transformers_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, A
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         channels = getattr(config, "num_channels", 3)
         dtype = next(iter(model.parameters())).dtype
-        kwargs = {"pixel_values": torch.zeros(1, channels, height, width, dtype=dtype).to(device)}
+        images = torch.zeros(rows, channels, height, width, dtype=dtype)
+        kwargs = {"pixel_values": images.to(device)}
     else:
         return None
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx.errors import StateError
-from slope_fx.kernels.packing import unpack
 from slope_fx.ops.targets import EXPAND
 from slope_fx.planning.adapters import make_adapter
 from slope_fx.planning.masks import choose_mask
 from slope_fx.sparse.mask import fingerprint_of
+from slope_fx.sparse.shards import found_anywhere
 
 if TYPE_CHECKING:
     from slope_fx.sparse.weight import SparseWeight
@@ -87,8 +87,7 @@ def fill(weight: "SparseWeight", matrix: Tensor, mask: object = None) -> None:
     sharded = isinstance(weight.forward_bits, DTensor)
     weight.first_fingerprint = 0 if sharded else fingerprint_of(chosen.bits)
     if weight.rank is not None and weight.lora_A is not None and weight.lora_B is not None:
-        kept_elements = unpack(chosen.bits, weight.d_in).view(weight.shape)
-        made = make_adapter("zero", weight.name, dense, kept_elements, weight.rank, None)
+        made = make_adapter("zero", weight.name, dense, None, weight.rank, None)
         put(weight.lora_A, made.lora_A)
         put(weight.lora_B, made.lora_B)
     if start is not None:
@@ -109,9 +108,8 @@ def start_of(weight: Started) -> Start | None:
     if start is None or start.written or weight.forward_bits.is_meta:
         return start
     bits = weight.forward_bits.detach()
-    if isinstance(bits, DTensor):
-        bits = bits.to_local()
-    if bits.any():
+    # A rank without rows can't tell, so it asks the others.
+    if found_anywhere(bits) if isinstance(bits, DTensor) else bits.any():
         # A mask of zeros has no meaning, and emptied() made it zero. So other code has filled the
         # tensors in place, such as a broadcast from rank 0, or torch.distributed.checkpoint.load.
         weight.start = None

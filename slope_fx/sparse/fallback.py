@@ -70,8 +70,9 @@ def tell_of_export() -> None:
     """Warn that an exported program has dense weights."""
     warnings.warn(
         "torch.export of a model with sparse weights: the program rebuilds each dense weight "
-        "at every call, and needs slope_fx to run. For a plain program, export a dense copy: "
-        "slope_fx.densify(model).",
+        "at every call, and needs slope_fx to run. For inference with sparse products, call "
+        "slope_fx.freeze(model) first, then torch.export or slope_fx.package. For a plain "
+        "program, export a dense copy: slope_fx.densify(model).",
         ExpandedWeightWarning,
         stacklevel=3,
     )

@@ -18,6 +18,7 @@ from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
 from slope_fx.sparse.parts import Choices, Parts, Shared
 from slope_fx.sparse.phase import Phase
+from slope_fx.sparse.sharded_first import Member, Places, gathered, members, take_place
 from slope_fx.sparse.storage import Storage
 from slope_fx.sparse.weight import SparseWeight
 
@@ -43,6 +44,7 @@ def _class_of(kind: _Kind) -> type[nn.Module]:
         "__reduce_ex__": _reduce,
         "requires_grad_": _requires_grad,
         "register_parameter": _register_parameter,
+        "_apply": _apply,
         "qconfig": property(_no_qconfig, _refuse_qconfig),
         "_load_from_state_dict": _load_from_state_dict,
         **{attribute: _weight_property(attribute) for attribute in kind.attributes},
@@ -138,6 +140,16 @@ def _load_from_state_dict(
     )  # fmt: skip
 
 
+def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    # torch makes a new parameter in each module, such as in to_empty. A dense model is then tied
+    # again by its own code, which can't reach the values.
+    kind: _Kind = type(module)._slope_kind  # type: ignore[attr-defined]
+    kind.base._apply(module, fn, recurse)
+    for attribute in kind.attributes:
+        getattr(module, sparse_name(attribute)).share()
+    return module
+
+
 def _no_qconfig(module: nn.Module) -> NoReturn:
     raise AttributeError("qconfig")
 
@@ -199,7 +211,8 @@ def install(
     Args:
         model: changed in place.
         plans: plans of the sparse linears.
-        make_parts: maps a plan and its dense parameter to the tensors that replace it.
+        make_parts: maps a plan and its dense parameter, whole if it is sharded, to the tensors that
+            replace it.
         storage: storage of the weights.
         on_fallback: what a layer does when it runs with its dense weight rebuilt.
         undo: receives callbacks that restore the model.
@@ -207,6 +220,7 @@ def install(
     Returns:
         The dense parameters that were replaced, each with its replacement.
     """
+    sharded = members(model)
     locations: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
@@ -218,27 +232,30 @@ def install(
     with plain_modes():
         for plan in plans:
             dense = model.get_parameter(plan.parameter_name)
-            places = locations[id(dense)]
+            places, member = locations[id(dense)], sharded.get(id(dense))
             fallback = Fallback(plan.name, on_fallback)
-            values = _replace(plan, dense, places, make_parts, shared, fallback, undo)
-            replaced.append((dense, values))
+            _replace(plan, dense, member, places, make_parts, shared, fallback, undo)
+            module, name = places[0]
+            replaced.append((dense, module.get_parameter(values_name(name))))
     return replaced
 
 
 def _replace(
     plan: SparsePlan,
     dense: nn.Parameter,
+    member: Member | None,
     places: list[tuple[nn.Module, str]],
     make_parts: Callable[[SparsePlan, Tensor], Parts],
     shared: Shared,
     fallback: Fallback,
     undo: ExitStack,
-) -> nn.Parameter:
+) -> None:
     """Replace a dense parameter in all modules that have it. A shared weight stays shared."""
     with torch.no_grad():
-        parts = make_parts(plan, dense.detach())
+        parts = make_parts(plan, gathered(dense.detach(), member))
     values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
     sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
+    sparse.holders = tuple((module, values_name(name)) for module, name in places)
     for module, name in places:
         undo.callback(restore, module, type(module), dict(module.__dict__))
         module.__dict__["_parameters"] = dict(module._parameters)
@@ -247,7 +264,10 @@ def _replace(
         module.register_parameter(values_name(name), values)
         module.add_module(sparse_name(name), sparse)
         set_kind(module, (name,))
-    return values
+    if member is not None:
+        new: list[Places] = [[(module, values_name(name)) for module, name in places]]
+        new += [[(sparse, name)] for name, part in sparse._parameters.items() if part is not None]
+        take_place(member, new, undo)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def split(
             f"{sparse.name} is of a frozen model, which parallelize_module can't split. Split the "
             "compiled model, before slope_fx.freeze."
         )
-    _check(sparse, dim, mesh.size())
+    check_split(sparse, dim, mesh.size())
     across: tuple[Placement, ...] = (Replicate(), Shard(0)) if dim == 0 else (Shard(1), Replicate())
     placements = {
         "forward_bits": Shard(dim),
@@ -75,7 +75,8 @@ def split(
     watch([pair for pair in replaced if pair[0].requires_grad], by="parallelize_module")
 
 
-def _check(sparse: SparseWeight, dim: int, parts: int) -> None:
+def check_split(sparse: SparseWeight, dim: int, parts: int) -> None:
+    """Check that a layer can be split into a number of parts; errors as of :func:`split`."""
     name, n, m = sparse.name, sparse.n, sparse.m
     if isinstance(sparse.values, DTensor):
         raise StateError(

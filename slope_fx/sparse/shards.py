@@ -23,6 +23,22 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def found_anywhere(bits: DTensor) -> bool:
+    """Whether a sharded tensor has an element that is not zero.
+
+    A rank looks at its own rows. Only if some rank has none, this is a collective.
+    """
+    found, mesh = bits.to_local().any(), bits.device_mesh
+    for dim, placement in enumerate(bits.placements):
+        along, size = getattr(placement, "dim", None), mesh.size(dim)
+        if along is None or -(-bits.shape[along] // size) * (size - 1) < bits.shape[along]:
+            continue
+        number = found.int()
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        found = number.bool()
+    return bool(found)
+
+
 def refresh_sharded(
     values: DTensor, forward_bits: Tensor, backward_bits: Tensor, n: int, m: int, choose: Choose
 ) -> None:
@@ -145,7 +161,7 @@ class _Split:
         whole = torch.cat([got[:before], rows, got[before:]])
         widths = [0, *accumulate(t.shape[1] * t.itemsize for t in tensors)]
         made = [
-            whole[:, a:b].contiguous().view(t.dtype)
+            whole[:, a:b].flatten().view(t.dtype).view(len(whole), t.shape[1])
             for t, a, b in zip(tensors, widths, widths[1:], strict=False)
         ]
         return slice(before, before + len(rows)), made

@@ -59,6 +59,7 @@ class SparseWeight(nn.Module):
         scale: alpha / r, the factor of the adapter's product.
         storage, phase, choices: as in :class:`Shared`.
         fallback: reports that the layer runs with its dense weight rebuilt.
+        holders: the modules that have the values, each with their name there. The first owns them.
         start: the state of a weight without content; None for all other weights.
         parts: the numbers of parts into which tensor parallelism splits d_out and d_in.
     """
@@ -87,6 +88,7 @@ class SparseWeight(nn.Module):
         # In a tuple, so that the layer does not become a submodule of this module.
         self._owner = (owner,)
         self._values_name = values_name(attribute)
+        self.holders: tuple[tuple[nn.Module, str], ...] = ((owner, self._values_name),)
         self.forward_bits = Mask(parts.forward_bits)
         self.first_fingerprint = fingerprint_of(parts.forward_bits)
         backward_bits = parts.backward_bits
@@ -298,6 +300,11 @@ class SparseWeight(nn.Module):
         factors = [factor for factor in (self.lora_A, self.lora_B) if factor is not None]
         reduce_for(wrapper, self, factors)
         return ((name, p) for name, p in named if not any(p is factor for factor in factors))
+
+    def share(self) -> None:
+        """Let all modules that share the weight have the values of its owner."""
+        for module, name in self.holders:
+            module._parameters[name] = self.values
 
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""

@@ -298,14 +298,3 @@ def test_refused(options):
         ArgumentError, match=r"needs the weights, and model.layers.0.* is on the meta"
     ):
         on_meta("llama", **options)
-
-
-def sharded_too_early():
-    model = TRANSFORMERS["llama"]()
-    fully_shard(model.model.layers[1])
-    with pytest.raises(ArgumentError, match=r"model.layers.1 is sharded by fully_shard already"):
-        slope_fx.compile(model)
-
-
-def test_sharded_before_compile(ranks):
-    ranks.run(2, sharded_too_early)

@@ -20,6 +20,7 @@ os.environ.setdefault("SLOPE_FX_ENGINES", "cpu")
 
 import torch
 
+from consistency import digest
 from parallel import STEPS
 from ranks import Ranks
 from ways import reference, train
@@ -43,6 +44,7 @@ CASES = [  # way, model, backend, ranks, micro-batches
     ("FSDP2, no reshard", "gpt2", "aot_eager", 2, 2),
 ]  # fmt: skip
 BOUND = 2e-5
+HELPERS = ("ranks_matrix", "ranks", "parallel", "ways", "models", "../distributed/test_pipeline")
 PIPELINES = [(kind, backend, world) for backend in ("inductor", "aot_eager") for world in (2, 4)
              for kind in ("GPipe", "1F1B")]  # fmt: skip
 
@@ -87,6 +89,14 @@ def pipelines(pool: Ranks, case: Any) -> dict[str, Any]:
     return {**row, "micro": test_pipeline.MICRO, **compared(found, parts, losses, state)}
 
 
+def _done(file: Path | None, sources: str) -> list[dict[str, Any]]:
+    """The rows of a run that was stopped, if the sources are the same."""
+    if file is None or not file.is_file():
+        return []
+    known = json.loads(file.read_text())
+    return known["rows"] if known["sources"] == sources else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="a file for the results")
@@ -94,25 +104,29 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(DISTRIBUTED))
     torch.set_num_threads(1)
-    pool, rows = Ranks(), []
+    pool = Ranks()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True)
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.decode().strip(),
+        "sources": digest(HELPERS),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "steps": STEPS,
+    }
+    rows = _done(args.write, about["sources"])
     todo: list[tuple[Any, Any]] = [(data_and_tensor, c) for c in CASES]
     todo += [(pipelines, (f"{kind}", *rest)) for kind, *rest in PIPELINES]
     for run, case in todo:
         if args.only not in f"{case[0]}":
             continue
         start = time.monotonic()
-        rows.append(run(pool, case))
-        print(f"{time.monotonic() - start:5.0f} s", rows[-1], flush=True)
+        found = next((row for row in rows if row["case"] == list(map(str, case))), None)
+        if found is None:
+            rows.append({"case": list(map(str, case)), **run(pool, case)})
+            if args.write:  # after each case, so that a stopped run goes on from there
+                args.write.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        print(f"{time.monotonic() - start:5.0f} s", found or rows[-1], flush=True)
     pool.close()
-    if args.write:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True)
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit.stdout.decode().strip(),
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-            "steps": STEPS,
-        }
-        args.write.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     wrong = [r for r in rows if r["mask_bytes"] or max(r["loss_sparse"], r["loss_adapter"]) > BOUND]
     sys.exit(f"not as in one process: {wrong}" if wrong else 0)
 
