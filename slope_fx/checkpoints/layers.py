@@ -22,7 +22,7 @@ from slope_fx.sparse.blank import Start
 from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.storage import storage_named
 
-_MOST_COPIED = 2**26  # bytes
+_MOST_COPIED = 2**24  # bytes
 _CHECKED_AT_ONCE = 2**17  # elements
 
 
@@ -67,6 +67,7 @@ class Reader:
         kind: torch.dtype | None = None,
         *,
         cast: bool = True,
+        view: bool = True,
     ) -> Tensor:
         """The tensor ``name``, on the device and in the dtype of the reader.
 
@@ -75,6 +76,7 @@ class Reader:
             shape: the expected shape.
             kind: the expected stored dtype. None: any dtype.
             cast: whether to cast the tensor to the dtype of the reader.
+            view: whether the tensor may be a view of the file.
 
         Raises:
             CheckpointError: the tensor is missing, or has another shape or dtype.
@@ -94,7 +96,8 @@ class Reader:
         to = self.dtype if cast and tensor.is_floating_point() else None
         if self.device.type == "meta":
             return tensor.to(to or tensor.dtype)
-        mapped = self.mapped and self.device.type == "cpu" and to in (None, tensor.dtype)
+        kept = self.device.type == "cpu" and to in (None, tensor.dtype)
+        mapped = self.mapped and view and kept
         tensor = self._file_of(name, mapped).get_tensor(name)
         if mapped:
             return tensor
@@ -268,6 +271,7 @@ def _read_adapter(
     plan: SparsePlan, reader: Reader, rank: int, *, cast: bool = True
 ) -> tuple[Tensor, Tensor]:
     layout, (_, beside) = plan.layout, names_of(plan)
-    a = reader.read(f"{beside}lora_A", (layout.stack * rank, layout.d_in), cast=cast)
-    b = reader.read(f"{beside}lora_B", (layout.stack * layout.d_out, rank), cast=cast)
+    a = reader.read(f"{beside}lora_A", (layout.stack * rank, layout.d_in), cast=cast, view=cast)
+    # A frozen weight copies B, to read it by columns.
+    b = reader.read(f"{beside}lora_B", (layout.stack * layout.d_out, rank), cast=cast, view=False)
     return a, b

@@ -17,6 +17,7 @@ from slope_fx.backend.settings import Settings
 from slope_fx.checkpoints.filling import note_loaded
 from slope_fx.checkpoints.layers import Reader, read_frozen, read_parts
 from slope_fx.checkpoints.manifest import MANIFEST, Manifest, check_hashes, read_manifest
+from slope_fx.checkpoints.tensors import TensorReader
 from slope_fx.errors import ArgumentError, CheckpointError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
 from slope_fx.frozen.freeze import attach_frozen, sparse_places
@@ -94,6 +95,10 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = dtype or model.dtype
         with Reader(folder, manifest, torch.device("meta"), dtype) as reader:
             self._install(model, reader)
+        with TensorReader(folder, manifest.tensors) as stored:
+            kinds = {stored.describe(name).empty().dtype for name in manifest.tensors}
+        # Masks that are views of a file would keep what was read of it in memory.
+        self.copies = not {kind for kind in kinds if kind.is_floating_point} <= {dtype}
         _mark_loaded(model, manifest)
 
     def _install(self, model: nn.Module, reader: Reader) -> None:
@@ -148,9 +153,12 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
         for weight, places in sparse_places(model).items():
             if weight.values.is_meta:
                 raise UnsupportedError(_NO_DISK)
+            forward = weight.forward_bits.data
+            forward = forward.clone() if self.copies else forward
             if not isinstance(weight, FrozenWeight):
-                weight.forward_bits = Mask(weight.forward_bits.data)
-                weight.backward_bits = Mask(weight.backward_bits.data)
+                backward = weight.backward_bits.data
+                weight.forward_bits = Mask(forward)
+                weight.backward_bits = Mask(backward.clone() if self.copies else backward)
                 note_loaded(weight)
                 continue
             adapter = None
@@ -158,7 +166,7 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
                 adapter = weight.lora_A.data, weight.lora_B.data
             scales = None if weight.scales is None else weight.scales.data
             parts = FrozenParts(
-                weight.values.data, weight.forward_bits.data, weight.dtype, adapter, scales,
+                weight.values.data, forward, weight.dtype, adapter, scales,
                 group,
             )  # fmt: skip
             with plain_modes():
