@@ -66,7 +66,7 @@ def explain_frozen(model: nn.Module, record: Record) -> Explanation:
     """The report on a frozen model."""
     frozen, weights = record.frozen, sparse_weights(model)
     assert frozen is not None
-    expanded = _expanded(model)
+    expanded = _expanded(model, compiled=record.settings.backend is not None)
     reports = []
     for plan in record.plans:
         weight: Any = weights.get(plan.name)
@@ -93,23 +93,24 @@ def explain_frozen(model: nn.Module, record: Record) -> Explanation:
     group = f", a scale for each {frozen.group}" if frozen.group else ""
     notes = [f"Frozen, for inference: {frozen.values} values{group}."]
     if expanded:
-        notes.append(
-            f"{len(expanded)} layers read their dense weight, and make it anew at each call: "
-            f"{', '.join(list(expanded)[:3])}{' and so on' if len(expanded) > 3 else ''}."
-        )
+        some = ", ".join(list(expanded)[:3]) + (" and so on" if len(expanded) > 3 else "")
+        what = "layer reads its" if len(expanded) == 1 else "layers read their"
+        notes.append(f"{len(expanded)} {what} dense weight: {some}.")
     return Explanation(tuple(reports), "\n".join(notes))
 
 
-def _expanded(model: nn.Module) -> dict[str, str]:
+def _expanded(model: nn.Module, *, compiled: bool) -> dict[str, str]:
     """The frozen layers whose forward reads a dense weight, each with the reason."""
     found = {}
     for weight, places in sparse_places(model).items():
         for module, attribute in places:
             kind: Any = getattr(type(module), "_slope_kind")  # noqa: B009
-            if kind.forward is None:
-                found[weight.name] = (
-                    f"{kind.base.__name__} reads {attribute}, which is made at each call"
-                )
+            if kind.forward is not None:
+                continue
+            reason = f"{kind.base.__name__} reads {attribute}, which is made at each call"
+            if compiled and weight.stack == 1:  # by the pass freeze_linears
+                reason += ", but in compiled code, where the product is sparse"
+            found[weight.name] = reason
     return found
 
 
