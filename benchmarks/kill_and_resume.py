@@ -145,7 +145,7 @@ def _progress(folder: Path) -> tuple[int, str]:
 def _differences(one: Path, other: Path) -> list[str]:
     """Names of tensors, and files of numbers, that two checkpoints don't share bit for bit."""
     found = []
-    for file in ("slope_fx.safetensors", "training.safetensors"):
+    for file in ("model.safetensors", "training.safetensors"):
         first, second = load_file(one / file), load_file(other / file)
         names = first.keys() | second.keys()
         found += [

@@ -232,7 +232,7 @@ def differing(one: Path, other: Path, steps: int) -> list[str]:
     found += [f"loss of step {line['step']}" for line in lines(other) if line != want[line["step"]]]
     if {line["step"] for line in lines(other)} != set(range(1, steps + 1)):
         found.append("the steps in the log")
-    files = ("model/slope_fx.safetensors", "sample.txt")
+    files = ("model/model.safetensors", "sample.txt")
     return found + [f for f in files if (one / f).read_bytes() != (other / f).read_bytes()]
 
 

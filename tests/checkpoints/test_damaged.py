@@ -24,7 +24,7 @@ def _edit_manifest(path, change):
 
 def _edit_tensors(path, change):
     """Change a file of tensors, and the manifest's hash with it: only the content is wrong."""
-    file = sorted(path.glob("slope_fx*.safetensors"))[0]
+    file = sorted(path.glob("model*.safetensors"))[0]
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -51,7 +51,7 @@ DAMAGE = {
         lambda p: os.truncate(sorted(p.glob("*.safetensors"))[1], 2000), "truncated",
     ),
     "a bit is flipped": (
-        lambda p: _flip(sorted(p.glob("slope_fx*.safetensors"))[0]), "SHA-256",
+        lambda p: _flip(sorted(p.glob("model*.safetensors"))[0]), "SHA-256",
     ),
     "a shard too many": (
         lambda p: save_file({"x": torch.ones(1)}, p / "more.safetensors"), "not listed",
@@ -121,7 +121,7 @@ DAMAGE = {
         lambda p: (
             _edit_tensors(p, lambda t: t.update(more=torch.ones(2))),
             _edit_manifest(p, lambda m: m["tensors"].update(
-                more=sorted(f.name for f in p.glob("slope_fx*.safetensors"))[0])),
+                more=sorted(f.name for f in p.glob("model*.safetensors"))[0])),
         ),
         "no place",
     ),

@@ -117,7 +117,7 @@ def test_experts_come_back(tmp_path):
 
 def test_shards_and_files(saved):
     model, path = saved
-    shards = sorted(path.glob("slope_fx-*.safetensors"))
+    shards = sorted(path.glob("model-*.safetensors"))
     assert len(shards) > 2
     names = {name for shard in shards for name in load_file(shard)}
     assert "lm_head.weight" not in names  # shared with the embedding, stored once
@@ -133,8 +133,8 @@ def test_shards_and_files(saved):
 
 def test_transformers_does_not_take_it_for_a_dense_model(saved):
     """It would find most weights missing, and make them up."""
-    with pytest.raises(OSError, match="no file named"):
-        models.GPT2LMHeadModel.from_pretrained(saved[1], local_files_only=True)
+    opened = models.GPT2LMHeadModel.from_pretrained(saved[1], local_files_only=True)
+    assert_same(opened, saved[0])
 
 
 def test_a_tokenizer_goes_along(tmp_path):

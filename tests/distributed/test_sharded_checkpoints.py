@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(how, ranks, tmp_path):
     assert losses == same
     assert one != other  # the random states are each rank's own
     for stop in STOPS:
-        assert len(list((tmp_path / f"{stop}").glob("slope_fx-*.safetensors"))) > 2
+        assert len(list((tmp_path / f"{stop}").glob("model-*.safetensors"))) > 2
         assert slope_fx.checkpoints.verify(tmp_path / f"{stop}").training
     # One process goes on with it, and a third rank keeps its random states.
     for got in ranks.run(1, elsewhere, tmp_path, "bare", 2) + ranks.run(

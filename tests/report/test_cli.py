@@ -160,7 +160,7 @@ def test_inspect_finds_what_is_wrong(dense, tmp_path, run):
     assert "whole, 3 files" in run("inspect", path).out
     report = json.loads(run("inspect", path, "--json").out)
     assert report["patterns"] == {"2:4": 11}
-    file = path / "slope_fx.safetensors"
+    file = path / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
