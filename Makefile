@@ -29,7 +29,7 @@ test: $(INSTALLED) ## all tests, a worker a core (at most four); each runs on on
 
 test-full: $(INSTALLED) ## those that take long too, and the matrix of consistency: over an hour on two cores
 	$(BIN)/python tests/helpers/full.py --write benchmarks/results/test_full.json
-	$(BIN)/python docs/generate.py consistency
+	$(BIN)/python docs/generate.py consistency scaling
 
 mutants: $(INSTALLED) ## put faults into the sources, one by one: which does the consistency slice catch
 	$(BIN)/python tests/helpers/mutants.py --write benchmarks/results/mutants.json

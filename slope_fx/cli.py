@@ -1,6 +1,7 @@
-"""The command line ``slope-fx``: explain, convert, inspect, generate and bench."""
+"""The command line ``slope-fx``: explain, convert, inspect, generate, bench and package."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import warnings
@@ -35,6 +36,10 @@ _GENERATE = """example:
 _BENCH = """example:
   slope-fx bench my-frozen
   slope-fx bench my-frozen --batch 4 --length 512 --tokens 64 --json
+"""
+_PACKAGE = """example:
+  slope-fx package my-frozen model.pt2
+  slope-fx package my-frozen model.pt2 --cache 1 1024 --dtype bfloat16
 """
 _INSPECT = """example:
   slope-fx inspect runs/gpt2/checkpoint
@@ -147,6 +152,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", help="dtype of the model (default: the stored one)")
     bench.add_argument("--no-dense", action="store_true", help="don't measure the dense model")
 
+    package = command(
+        "package", _package,
+        "Compile a frozen checkpoint to a package that runs without slope_fx.", _PACKAGE,
+    )  # fmt: skip
+    package.add_argument("source", metavar="CHECKPOINT", help="a folder of a transformers model")
+    package.add_argument("target", metavar="FILE", help="the package, which ends in .pt2")
+    package.add_argument(
+        "--cache", nargs=2, type=int, metavar=("BATCH", "LENGTH"),
+        help="hold a static cache, for prefill and decoding",
+    )  # fmt: skip
+    package.add_argument("--dtype", help="dtype of the model (default: the stored one)")
+
     inspect = command(
         "inspect", _inspect,
         "Verify a sparse checkpoint: hashes, tensors, masks, nothing missing or left over.",
@@ -215,6 +232,17 @@ def _bench(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         dtype=options.dtype, dense=not options.no_dense,
     )  # fmt: skip
     return bench_text(report), report
+
+
+def _package(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from slope_fx.checkpoints import load_pretrained
+    from slope_fx.frozen.package import package
+
+    model = load_pretrained(options.source, frozen=True, dtype=options.dtype, backend=None)
+    cache = None if options.cache is None else tuple(options.cache)
+    made = package(model, options.target, cache=cache)
+    data = {**dataclasses.asdict(made), "path": str(made.path), "library": str(made.library)}
+    return str(made), data
 
 
 def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:

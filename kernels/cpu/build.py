@@ -150,7 +150,7 @@ def _run(command: list[str]) -> str:
 def _compiler(*, cpp: bool = False) -> str:
     variable, kind = ("CXX", "C++") if cpp else ("CC", "C")
     known = ("c++", "g++", "clang++") if cpp else ("cc", "gcc", "clang")
-    named = os.environ.get(variable)
+    named = os.environ.get("CXX") if cpp else os.environ.get("CC")
     for name in (named,) if named else known:
         if found := shutil.which(name):
             return found

@@ -1,5 +1,11 @@
 """Loading a model never takes the memory of the dense model."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -53,3 +59,56 @@ def test_peak(build, tmp_path):
     slope_fx.load_pretrained(tmp_path, blank)
     with torch.no_grad():
         assert torch.equal(blank(ids).logits, expected)
+
+
+RESIDENT = Path(__file__).parents[1] / "helpers" / "resident.py"
+
+
+def measured(road, folder, dtype=None):
+    """Bytes in a process of its own, after a first load of the same model."""
+    done = subprocess.run(
+        [sys.executable, RESIDENT, road, folder, *([] if dtype is None else [dtype])],
+        capture_output=True, text=True, check=False, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=6, num_attention_heads=12,
+        num_key_value_heads=12, vocab_size=4096,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "dense")
+    model = slope_fx.compile(model, adapter_rank=12, backend=None)
+    slope_fx.Schedule(model, 10, 0.0)
+    slope_fx.save_pretrained(model, folder / "training")
+    slope_fx.save_pretrained(slope_fx.freeze(model), folder / "frozen")
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("road", ["frozen", "opened"])
+@pytest.mark.parametrize("kind", ["frozen", "training"])
+def test_resident_memory(kind, road, dtype, large):
+    """Of a file of 261 MiB, it was 342 MiB against 14 after loading, and 603 while loading; after
+    generating 478 against 433. With dtype="bfloat16" it was 463 and 724 for 139 MiB of parameters.
+    """
+    ours, dense = measured(road, large / kind, dtype), measured("dense", large / "dense", dtype)
+    layer = 4 * 768 * 3072  # the largest, dense
+    assert ours["generated"] < dense["generated"]
+    if dtype is None:
+        assert ours["resident"] < 0.2 * ours["model"]
+        assert ours["peak"] < ours["model"]
+    elif road == "frozen":
+        assert ours["resident"] < 1.05 * ours["model"]
+        # The interpreter's and the allocator's own memory is within a few layers.
+        assert ours["peak"] < ours["model"] + 4 * layer
+    else:  # transformers casts by several threads, and unmaps the file at the end
+        assert ours["resident"] < 1.2 * ours["model"]
+        assert ours["peak"] < dense["peak"]

@@ -131,6 +131,12 @@ def test_shards_and_files(saved):
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
 
 
+def test_transformers_does_not_take_it_for_a_dense_model(saved):
+    """It would find most weights missing, and make them up."""
+    opened = models.GPT2LMHeadModel.from_pretrained(saved[1], local_files_only=True)
+    assert_same(opened, saved[0])
+
+
 def test_a_tokenizer_goes_along(tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

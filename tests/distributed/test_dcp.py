@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from transformers import AutoModelForCausalLM
 
 import slope_fx
 from sharded_runs import STEPS, Run, differences, received, sent
@@ -174,5 +176,35 @@ def safetensors(path):
 
 
 def test_safetensors_of_dcp(ranks, tmp_path):
-    """Not consolidated: torch 2.13 consolidates floating-point tensors only, unlike masks."""
     ranks.run(2, safetensors, tmp_path / "c")
+
+
+def test_consolidated_safetensors(ranks, tmp_path):
+    """By ``slope-fx convert``, for torch's consolidation takes no masks, as the page says."""
+    ranks.run(2, saved_once, tmp_path / "dcp")
+    for source, target, to in (("dcp", "sparse", "sparse"), ("sparse", "dense", "dense")):
+        assert (
+            cli.main(["convert", f"{tmp_path}/{source}", f"{tmp_path}/{target}", "--to", to]) == 0
+        )
+    run = Run("bare")
+    run.train(0, 8)
+    loaded = slope_fx.load_pretrained(tmp_path / "sparse", backend="eager", on_fallback="error")
+    for name, tensor in run.tensors().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-4, rtol=1e-4)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    want = slope_fx.densify(run.model).state_dict()
+    for name, tensor in dense.state_dict().items():
+        torch.testing.assert_close(tensor, want[name], atol=1e-4, rtol=1e-4)
+
+    writer = HuggingFaceStorageWriter(
+        f"{tmp_path}/torch", save_distributed=True, enable_consolidation=True
+    )
+    state = {n: t.clone() for n, t in run.tensors().items()}
+    with pytest.raises(CheckpointException, match="requires a floating point input type"):
+        dcp.save(state, storage_writer=writer, no_dist=True)
+
+
+def saved_once(path):
+    run = Run("fsdp")
+    run.train(0, 8)
+    dcp.save(state_of(run), checkpoint_id=path)

@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         "a checkpoint is loaded with its adapters asleep",
-        "slope_fx/checkpoints/loading.py",
+        "slope_fx/checkpoints/layers.py",
         "Adapter(a, b, entry.scale, entry.adapter_active)",
         "Adapter(a, b, entry.scale, False)",
     ),

@@ -44,6 +44,8 @@ CASES = [  # way, model, backend, ranks, micro-batches
     ("FSDP2, no reshard", "gpt2", "aot_eager", 2, 2),
 ]  # fmt: skip
 BOUND = 2e-5
+PIPELINE_WEIGHTS = 5e-4
+"""One process with Inductor is 2e-4 from one with aot_eager, with AdamW's default eps."""
 HELPERS = ("ranks_matrix", "ranks", "parallel", "ways", "models", "../distributed/test_pipeline")
 PIPELINES = [(kind, backend, world) for backend in ("inductor", "aot_eager") for world in (2, 4)
              for kind in ("GPipe", "1F1B")]  # fmt: skip
@@ -61,6 +63,13 @@ def compared(losses: list[float], state: Any, want: list[float], wanted: Any) ->
         "weights": max((state[n] - wanted[n]).abs().max().item() for n in weights),
         "mask_bytes": bits,
     }
+
+
+def wrong(row: dict[str, Any]) -> bool:
+    """Whether a row is further from one process than rounding takes it."""
+    weights = PIPELINE_WEIGHTS if row["way"].startswith("PP") else BOUND
+    bounds = {"loss_sparse": BOUND, "loss_adapter": BOUND, "weights": weights, "mask_bytes": 0}
+    return not all(row[key] <= bound for key, bound in bounds.items())
 
 
 def data_and_tensor(pool: Ranks, case: Any) -> dict[str, Any]:
@@ -127,8 +136,8 @@ def main() -> None:
                 args.write.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         print(f"{time.monotonic() - start:5.0f} s", found or rows[-1], flush=True)
     pool.close()
-    wrong = [r for r in rows if r["mask_bytes"] or max(r["loss_sparse"], r["loss_adapter"]) > BOUND]
-    sys.exit(f"not as in one process: {wrong}" if wrong else 0)
+    bad = [row for row in rows if wrong(row)]
+    sys.exit(f"not as in one process: {bad}" if bad else 0)
 
 
 if __name__ == "__main__":

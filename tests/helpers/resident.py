@@ -1,8 +1,8 @@
 """Resident memory of loading, measured in a process of its own.
 
-``python resident.py ROAD PATH [DTYPE]`` loads the model in PATH and prints a line of JSON: bytes that
-became resident by loading, the most while loading, and the bytes of the model. ROAD is "dense" and
-"opened", from_pretrained of transformers, or "training" and "frozen", ``load_pretrained``.
+``python resident.py ROAD PATH [DTYPE]`` loads the model in PATH and prints a line of JSON: bytes
+that became resident by loading, the most while loading, and the bytes of the model. ROAD is "dense"
+and "opened", from_pretrained of transformers, or "training" and "frozen", ``load_pretrained``.
 """
 
 import ctypes
