@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slope_fx.checkpoints import dcp_files, load_pretrained, save_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST
+from slope_fx.checkpoints.pair import sparse_of_pair
 from slope_fx.compiler import compile
 from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError, ArgumentWarning, UnsupportedError, first_line
@@ -49,7 +50,8 @@ def convert(
             TrainingState, for ``load({"training": TrainingState(...)})``; its source is a sparse
             checkpoint. Between "sparse" and "dcp" the training state is kept.
         sparsity, adapter_rank, adapter_init: as for :func:`slope_fx.compile`, used for "sparse". A
-            PEFT adapter keeps its rank, and is active from the first step.
+            PEFT adapter keeps its rank, and is active from the first step. One that
+            :func:`slope_fx.export_peft` wrote becomes the model that it is of, bit for bit.
         adapters: for "dense": "merge" adds the adapters to the weights, "drop" omits them.
         freeze: for "sparse": whether to freeze the model (:func:`slope_fx.freeze`). The source may
             then be a sparse checkpoint too.
@@ -82,7 +84,8 @@ def convert(
     used = {"dense": {"adapters"}, "sparse": {"sparsity"}, "peft": set(), "dcp": set()}[to]
     if kind == "dense":
         used = used | {"adapter_rank", "adapter_init"}
-    if (kind, to) in (("peft", "dense"), ("dcp", "sparse")):
+    exported = kind == "peft" and (source / MANIFEST).is_file()
+    if exported or (kind, to) in (("peft", "dense"), ("dcp", "sparse")):
         used = set()
     for argument in (name for name, is_given in given.items() if is_given and name not in used):
         warnings.warn(
@@ -102,6 +105,8 @@ def convert(
     if to == "sparse":
         if kind == "sparse":
             model = load_pretrained(source, backend=None)
+        elif exported:
+            model = sparse_of_pair(_dense(_base_of(source)), source)
         else:
             model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
         if freeze:
@@ -122,11 +127,11 @@ def convert(
 
 
 def _kind_of(source: Path) -> Kind:
+    if (source / "adapter_config.json").is_file():
+        return "peft"  # also with a manifest beside it
     if (source / MANIFEST).is_file():
         return "sparse"
-    if dcp_files.is_dcp(source):
-        return "dcp"
-    return "peft" if (source / "adapter_config.json").is_file() else "dense"
+    return "dcp" if dcp_files.is_dcp(source) else "dense"
 
 
 def _compiled(
@@ -199,8 +204,8 @@ def _factors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _adapted(source: Path) -> Any:
-    library = peft.library()
+def _base_of(source: Path) -> str:
+    """The name of the base model of an adapter."""
     try:
         told = json.loads((source / "adapter_config.json").read_text())
     except ValueError as error:
@@ -212,7 +217,12 @@ def _adapted(source: Path) -> Any:
             f"(base_model_name_or_path); it has peft_type={told.get('peft_type')!r} and "
             f"base_model_name_or_path={base!r}."
         )
-    base_model = _dense(base)
+    return str(base)
+
+
+def _adapted(source: Path) -> Any:
+    library = peft.library()
+    base_model = _dense(_base_of(source))
     try:
         return library.PeftModel.from_pretrained(base_model, source)
     except Exception as error:

@@ -144,7 +144,7 @@ def load_pretrained(
         undo.pop_all()
     # A buffer that is not stored can't be made again, so it keeps its values.
     home = torch.device("cpu") if device.type == "meta" else device
-    _move_buffers(model, manifest, home, to)
+    move_buffers(model, manifest, home, to)
     if not given:
         return model.eval()
     watch(replaced, by="slope_fx.load_pretrained")
@@ -255,7 +255,7 @@ def _fitting_plans(model: nn.Module, reader: Reader) -> list[SparsePlan]:
     return plans
 
 
-def _move_buffers(
+def move_buffers(
     model: nn.Module, manifest: Manifest, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Move the buffers that are not stored to the device, and restore their dtypes."""

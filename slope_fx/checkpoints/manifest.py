@@ -31,6 +31,9 @@ Version 3 stores the training state of several ranks. Version 4 stores a frozen 
 of models that train are written in version 3, which older versions of slope_fx read.
 """
 _OF_TRAINING = 3
+BESIDE_PEFT = "slope_fx.peft"
+"""The format of a manifest beside an adapter of PEFT (``pair.py``)."""
+_FORMAT = "slope_fx"
 REPLACED = "its layer was replaced after compile"
 """The reason of a linear that is planned as sparse, but that the saved model does not have."""
 
@@ -88,10 +91,10 @@ class Manifest:
     graphs: Mapping[str, int] = dataclasses.field(default_factory=dict)
     inference: Frozen | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, format: str = _FORMAT) -> dict[str, Any]:
         """The manifest as plain data for JSON."""
         data = {
-            "format": "slope_fx",
+            "format": format,
             "format_version": _OF_TRAINING if self.inference is None else FORMAT_VERSION,
             "slope_fx_version": self.version,
             "model": {"class": self.model_class, "transformers": self.transformers},
@@ -124,15 +127,19 @@ class Manifest:
         """
         return _parsed(data, source)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, format: str = _FORMAT) -> None:
         """Write the manifest into ``folder`` atomically."""
         partial = folder / f".{MANIFEST}.partial"
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        partial.write_text(json.dumps(self.to_dict(format), indent=1) + "\n")
         os.replace(partial, folder / MANIFEST)
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+def read_manifest(path: str | os.PathLike[str], format: str = _FORMAT) -> Manifest:
     """Returns the manifest of the checkpoint in the folder ``path``.
+
+    Args:
+        path: the folder.
+        format: the expected format.
 
     Raises:
         CheckpointError: the manifest is missing or damaged, or has a newer format version.
@@ -145,15 +152,17 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         data = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
-    return _parsed(data, str(file))
+    return _parsed(data, str(file), format)
 
 
-def _parsed(data: Any, file: str) -> Manifest:
+def _parsed(data: Any, file: str, format: str = _FORMAT) -> Manifest:
     try:
         found = data["format"], data["format_version"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a manifest of slope_fx: {error!r:.200}.") from None
-    if found[0] != "slope_fx" or type(found[1]) is not int or found[1] < 1:
+    if found[0] == BESIDE_PEFT != format:
+        raise CheckpointError(f"{file} is not of a checkpoint. {_CONVERT}")
+    if found[0] != format or type(found[1]) is not int or found[1] < 1:
         raise CheckpointError(f"{file} has format {found[0]!r}, version {found[1]!r}; not ours.")
     if found[1] > FORMAT_VERSION:
         raise CheckpointError(
@@ -238,6 +247,9 @@ def _problem(manifest: Manifest) -> str:
     return ""
 
 
+_CONVERT = "The folder holds a PEFT adapter: `slope-fx convert` makes a sparse checkpoint of it."
+
+
 def _why_none(folder: Path) -> str:
     if not folder.is_dir():
         old = previous_of(folder.absolute())
@@ -245,7 +257,7 @@ def _why_none(folder: Path) -> str:
         return f"path={str(folder)!r} is not a folder.{kept}"
     hint = "Write checkpoints with slope_fx.save_pretrained."
     if (folder / "adapter_config.json").exists():
-        hint = "It holds a PEFT adapter: `slope-fx convert` makes a sparse checkpoint of it."
+        hint = _CONVERT
     elif (folder / "config.json").exists():
         hint = (
             "It holds a model of transformers: if that is dense, load it with from_pretrained and "

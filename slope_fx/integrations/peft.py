@@ -22,7 +22,9 @@ def export_peft(
     """Write the adapters of ``model`` as a PEFT LoRA adapter.
 
     ``peft.PeftModel.from_pretrained(dense, path)`` then has the same outputs as ``model``, where
-    ``dense`` is ``densify(model, "drop")`` or a checkpoint of it.
+    ``dense`` is ``densify(model, "drop")`` or a checkpoint of it. ``slope_fx.json`` and the masks
+    are written beside the adapter, so that ``slope-fx convert`` makes the sparse model of the two
+    again, bit for bit.
 
     Args:
         model: the object that ``compile`` or ``load_pretrained`` returned, with active adapters.
@@ -64,10 +66,13 @@ def export_peft(
             tensors[f"base_model.model.{name}.{part}.weight"] = stored
     from safetensors.torch import save_file
 
+    from slope_fx.checkpoints.pair import describe_pair  # which imports this module
+
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
+    describe_pair(model, folder)
     return folder
 
 

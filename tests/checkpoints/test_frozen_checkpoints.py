@@ -97,7 +97,8 @@ def test_quantised_values(values, tmp_path):
     assert slope_fx.record.record_of(loaded).frozen == slope_fx.record.record_of(want).frozen
     assert torch.equal(logits_of(loaded), logits_of(want))
     wide = slope_fx.load_pretrained(tmp_path, dtype="float32", backend=None)
-    assert gap(logits_of(wide), logits_of(slope_fx.densify(wide))) < 1e-5
+    # The product rounds its inputs to 16-bit integers.
+    assert gap(logits_of(wide), logits_of(slope_fx.densify(wide))) < 2e-4
     assert gap(logits_of(wide), logits_of(slope_fx.densify(want))) < 0.05  # it is bfloat16
     assert verify(tmp_path).frozen == values
 

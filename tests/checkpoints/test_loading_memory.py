@@ -1,5 +1,6 @@
 """Loading a model never takes the memory of the dense model."""
 
+import functools
 import json
 import os
 import subprocess
@@ -64,6 +65,7 @@ def test_peak(build, tmp_path):
 RESIDENT = Path(__file__).parents[1] / "helpers" / "resident.py"
 
 
+@functools.cache
 def measured(road, folder, dtype=None):
     """Bytes in a process of its own, after a first load of the same model."""
     done = subprocess.run(
