@@ -152,7 +152,7 @@ def with_lora(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("error::slope_fx.errors.ExpandedWeightWarning")
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("freeze", [False, True])
 def test_lora_of_peft_trains_on_top(freeze, rank, tmp_path):
     """PEFT calls the model's forward, past its compiled call: the blocks are compiled."""
@@ -193,7 +193,7 @@ def test_lora_of_peft_trains_on_top(freeze, rank, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::slope_fx.errors.ExpandedWeightWarning")
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("freeze", [False, True])
 def test_lora_of_peft_is_not_merged(freeze, rank, safe):
     model = frozen(rank=rank) if freeze else awake(rank)
