@@ -31,7 +31,8 @@ _CHUNK = 1 << 22
 def quantise(values: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     """The codes and scales of kept values.
 
-    Of some scales for each group, rounded to bf16, the one with the least squared error is taken.
+    For each group, several scales are tried, rounded to bf16. The scale with the smallest squared
+    error is kept.
 
     Args:
         values: floating ``(d_out, kept)``, finite.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slope_fx.kernels.cpu.build import BuildError, ops_library
 from slope_fx.kernels.cpu.routes import FORM_DTYPES
-from slope_fx.kernels.engines import ENGINES
+from slope_fx.kernels.engines import ENGINES, say_once
 from slope_fx.kernels.selection import choose
 from slope_fx.ops.autocast import register_autocast
 from slope_fx.ops.dispatch import engine, refuse_onnx, request_of
@@ -58,6 +58,10 @@ def why_not_native() -> str:
     try:
         torch.ops.load_library(str(ops_library()))
     except (BuildError, OSError) as error:
+        say_once(
+            "slope_fx computes frozen models by the engines, which is slower for few tokens, "
+            f"because the ops in C++ cannot be built: {error}."
+        )
         return str(error)
     return ""
 

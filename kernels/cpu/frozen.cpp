@@ -5,7 +5,7 @@
  * the same schemas, and describes the arguments.
  *
  * The time of a small product is that of its call: a call from Python to an op in Python costs some
- * 30 us, to this one 4 us. */
+ * 17 us, to this one 4 us. */
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>

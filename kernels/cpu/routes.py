@@ -1,5 +1,6 @@
 """The routes of the product of a frozen weight, and the choice among them by measurement."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ def measured_routes(
         prepare: makes a random weight, and returns a function that runs the op with it.
     """
     pairs: list[int] = []
-    run: Run | None = None
+    # Made in a race, where the random state of the user is kept.
+    run = functools.cache(lambda: prepare(product))
     for tokens in TOKENS:
         most = MOST_STREAMED_CODES if product.bits else MOST_STREAMED
         open_to = [r for r in allowed if r != STREAM or tokens <= most]
@@ -87,7 +89,6 @@ def measured_routes(
             device = torch.device("cpu")
             result = racing.recall(entry, names, device)
             if result is None:
-                run = run or prepare(product)
                 result = racing.run(entry, _runs(product, run, tokens, open_to), names, device)
             best = next(r for r in open_to if NAMES[r] == result.winner)
         if not pairs or pairs[-1] != best:
@@ -96,14 +97,14 @@ def measured_routes(
 
 
 def _runs(
-    product: Product, run: Run, tokens: int, routes: list[int]
+    product: Product, run: Callable[[], Run], tokens: int, routes: list[int]
 ) -> Callable[[], Mapping[str, Callable[[], Any]]]:
     def prepare() -> Mapping[str, Callable[[], Any]]:
         x = torch.randn(tokens, product.d_in).to(product.dtype)
 
         def runner(route: int) -> Callable[[], Any]:
             form = form_of(product, (0, route))
-            return lambda: run(x, form)
+            return lambda: run()(x, form)
 
         return {NAMES[route]: runner(route) for route in routes}
 

@@ -26,13 +26,13 @@ from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
 from slope_fx.checks import check_model, check_plain, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, StateError, first_line
 from slope_fx.frozen.freeze import attach_frozen
-from slope_fx.frozen.install import places_of, put_weight
+from slope_fx.frozen.install import put_weight
 from slope_fx.frozen.weight import UNFROZEN
 from slope_fx.planning.config import parse_dtype
 from slope_fx.planning.plan import SparsePlan, sparse_plans
 from slope_fx.record import RECORD, Frozen, Record, trainable_record_of
 from slope_fx.sparse.fallback import OnFallback
-from slope_fx.sparse.install import install, plain_modes, restore
+from slope_fx.sparse.install import install, places_of, plain_modes, restore
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.storage import storage_named

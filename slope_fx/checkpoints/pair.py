@@ -114,7 +114,7 @@ def sparse_of_pair(dense: nn.Module, folder: Path) -> nn.Module:
 
 _NOT_THE_PAIR = (
     "The dense model and the adapter are not the pair that was exported. Remove slope_fx.json "
-    "beside the adapter to prune the dense model anew."
+    "beside the adapter to prune the dense model again."
 )
 
 

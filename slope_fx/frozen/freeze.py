@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from slope_fx.attach import attach, detach
 from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError, UnsupportedError
-from slope_fx.frozen.install import FrozenParts, Places, put_weight
+from slope_fx.frozen.install import FrozenParts, put_weight
 from slope_fx.frozen.weight import Kept
 from slope_fx.kernels import quantised
 from slope_fx.ops import expand
@@ -24,6 +24,7 @@ from slope_fx.planning.regions import Regions
 from slope_fx.record import Frozen, Record, sparse_weights, trainable_record_of
 from slope_fx.sparse.blank import check_filled
 from slope_fx.sparse.install import plain_modes
+from slope_fx.sparse.sharded_first import Places
 from slope_fx.sparse.weight import SparseWeight
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,8 +48,8 @@ def freeze(
     0.2 with int4 values. Each product measures its routes on this machine: where the sparse product
     is slower for a number of tokens, the weight is expanded, and the product is dense.
 
-    With quantised values, the adapters are made anew: the best approximation B A of what the values
-    and the adapters were before, less the quantised values (EoRA, arXiv 2410.21271).
+    With quantised values, new adapters replace the old ones. Their product B A is the best
+    approximation of W + B A before, minus the quantised W (EoRA, arXiv 2410.21271).
 
     The model can be saved with :func:`slope_fx.save_pretrained` and exported with
     ``torch.export``. It is compiled as one graph.

@@ -21,9 +21,7 @@ from slope_fx.ops.frozen import FROZEN_LINEAR, why_not_native
 from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.planning.trace import linear_classes
 from slope_fx.sparse.install import set_kind
-
-Places = list[tuple[nn.Module, str]]
-"""The modules that have a weight, and its attribute in each."""
+from slope_fx.sparse.sharded_first import Places
 
 
 @dataclass(frozen=True)
@@ -55,16 +53,6 @@ class FrozenParts:
     def rank(self) -> int:
         """The rank of the adapter; 0 without one."""
         return 0 if self.adapter is None else self.adapter[1].shape[1]
-
-
-def places_of(model: nn.Module) -> dict[int, Places]:
-    """The places of each parameter of a model, by its id."""
-    places: dict[int, Places] = {}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, attribute))
-    return places
 
 
 def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: str) -> FrozenWeight:

@@ -21,10 +21,10 @@ from slope_fx.checkpoints.tensors import TensorReader
 from slope_fx.errors import ArgumentError, CheckpointError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
 from slope_fx.frozen.freeze import attach_frozen, sparse_places
-from slope_fx.frozen.install import FrozenParts, places_of, put_weight
+from slope_fx.frozen.install import FrozenParts, put_weight
 from slope_fx.hub import QUANT_METHOD, unmark
 from slope_fx.planning.plan import LinearPlan, SparsePlan, sparse_plans
-from slope_fx.sparse.install import install, plain_modes
+from slope_fx.sparse.install import install, places_of, plain_modes
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.storage import storage_named
@@ -40,7 +40,7 @@ class SlopeFxConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
     """Opens a checkpoint as it was saved: a compiled model that trains, or a frozen one.
 
-    The model that ``from_pretrained`` returns is the one that ``slope_fx.load_pretrained`` returns.
+    ``from_pretrained`` returns the same model as ``slope_fx.load_pretrained``.
     The layers get their sparse weights on the meta device, and transformers loads the tensors.
     """
 

@@ -14,6 +14,7 @@ from slope_fx.kernels.engines import kept_bytes
 from slope_fx.kernels.packing import packed_width
 from slope_fx.kernels.selection import Choice, Problem, gain
 from slope_fx.ops.dispatch import local
+from slope_fx.ops.frozen import why_not_native
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
 from slope_fx.planning.trace import linear_modules
 from slope_fx.record import Record, record_of, sparse_weights
@@ -82,7 +83,7 @@ def explain_frozen(model: nn.Module, record: Record) -> Explanation:
         routes = tuple(
             (tokens, NAMES[route]) for tokens, route in zip(pairs[::2], pairs[1::2], strict=True)
         )
-        if weight.values.device.type != "cpu":
+        if weight.values.device.type != "cpu" or why_not_native():
             routes = ((0, "engines"),)
         reports.append(
             LinearReport(

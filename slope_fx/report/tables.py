@@ -59,7 +59,8 @@ class LinearReport:
             the weight changes, in bytes. The other sizes do not include it.
         routes: of a frozen layer, pairs (fewest tokens, route): how its product is computed from
             that number of tokens on. "stream" and "panels" read the sparse weight, "dense" expands
-            it at each call, and "engines" is another device, where ``selection`` chooses.
+            it at each call. "engines": on another device, or without a C++ compiler, ``selection``
+            chooses.
     """
 
     name: str

@@ -198,6 +198,16 @@ def set_kind(
     module.__class__ = _class_of(kind)
 
 
+def places_of(model: nn.Module) -> dict[int, Places]:
+    """The places of each parameter of a model, by its id."""
+    places: dict[int, Places] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, attribute))
+    return places
+
+
 def install(
     model: nn.Module,
     plans: Sequence[SparsePlan],
@@ -220,13 +230,7 @@ def install(
     Returns:
         The dense parameters that were replaced, each with its replacement.
     """
-    sharded = members(model)
-    locations: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                locations.setdefault(id(parameter), []).append((module, attribute))
-
+    sharded, locations = members(model), places_of(model)
     shared = Shared(storage, Phase(), Choices())
     replaced: list[tuple[Tensor, Tensor]] = []
     with plain_modes():
@@ -244,7 +248,7 @@ def _replace(
     plan: SparsePlan,
     dense: nn.Parameter,
     member: Member | None,
-    places: list[tuple[nn.Module, str]],
+    places: Places,
     make_parts: Callable[[SparsePlan, Tensor], Parts],
     shared: Shared,
     fallback: Fallback,

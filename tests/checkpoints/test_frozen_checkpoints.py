@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import models
 import slope_fx
 from models import batch, gpt2, llama
 from slope_fx.checkpoints import TrainingState, load_dense, manifest, read_manifest, verify
@@ -22,15 +23,8 @@ from slope_fx.planning.plan import sparse_plans
 SHARDS = {"one file": "5GB", "many files": "20KB"}
 
 
-def awake(make=llama, rank=4, scale=0.5, **more) -> nn.Module:
-    """A compiled model whose adapters are active and large, with a scale that is not 1."""
-    model = slope_fx.compile(make().eval(), adapter_rank=rank, backend=None, **more)
-    slope_fx.Schedule(model, 10, 0.0)
-    with torch.no_grad():
-        for weight in slope_fx.sparse_weights(model).values():
-            weight.lora_B.normal_(0, 0.1)
-            weight.scale = scale
-    return model
+def awake(make=llama) -> nn.Module:
+    return models.awake(make(), scale=0.5, backend=None)
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""``fully_shard`` before ``compile``: the same masks, losses and weights as the other order."""
+"""``fully_shard`` before ``compile`` gives the masks, losses and weights of the other order."""
 
 import warnings
 from functools import partial
@@ -192,7 +192,7 @@ def memory():
 
 
 def test_memory(ranks):
-    """A rank holds what it keeps and some copies of one layer, of which there are 14."""
+    """A rank holds its shards and some copies of one of the 14 layers."""
     for peak, made, largest in ranks.run(2, memory):
         assert made <= peak < made + 8 * largest
 

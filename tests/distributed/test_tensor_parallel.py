@@ -250,5 +250,6 @@ def with_fsdp():
     assert_alike(((total / 4).tolist(), gradients, weights), want)
 
 
+@pytest.mark.full  # ranks_matrix.py has it too
 def test_two_dimensions_with_fsdp(ranks):
     ranks.run(4, with_fsdp)

@@ -10,22 +10,11 @@ from torch import nn
 
 import slope_fx
 from architectures import ARCHITECTURES, inputs_of, logits_of, made, shaken
-from models import batch, gpt2, llama
+from models import awake, batch, gpt2, llama
 from slope_fx.errors import ArgumentError, StateError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
+from slope_fx.kernels import racing
 from slope_fx.ops.frozen import FROZEN_LINEAR
-
-
-def awake(model: nn.Module, sparsity="2:4", rank: int | None = 4, **more) -> nn.Module:
-    """A compiled model whose adapters are active and large."""
-    torch.manual_seed(0)
-    model = slope_fx.compile(model.eval(), sparsity, adapter_rank=rank, **more)
-    if rank:
-        slope_fx.Schedule(model, 10, 0.0)
-        with torch.no_grad():
-            for weight in slope_fx.sparse_weights(model).values():
-                weight.lora_B.normal_(0, 0.1)
-    return model
 
 
 def size_of(model: nn.Module) -> int:
@@ -74,6 +63,20 @@ def test_what_training_needs_is_gone():
     assert not any(p.requires_grad for p in frozen.parameters())
     weights = slope_fx.sparse_weights(frozen).values()
     assert all(isinstance(weight, FrozenWeight) for weight in weights)
+
+
+def test_the_random_state_of_the_user_stays(monkeypatch, tmp_path):
+    """Also if the routes are measured, which draws inputs and weights."""
+    monkeypatch.setenv("SLOPE_FX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SLOPE_FX_ENGINES", "cpu,dense")
+    measured = []
+    run = racing.run
+    monkeypatch.setattr(racing, "run", lambda *args: measured.append(args) or run(*args))
+    model = awake(gpt2())
+    before = torch.get_rng_state()
+    slope_fx.freeze(model)
+    assert measured
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_inactive_adapters_are_dropped():

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from oracle import assert_within_rounding
 from slope_fx import ops
 from slope_fx.kernels import reference
+from slope_fx.kernels.cpu.build import BuildError
 from slope_fx.kernels.cpu.routes import DENSE, FEWEST_ROWS, FORM_DTYPES, PANELS, STREAM
+from slope_fx.kernels.errors import EngineWarning
 from slope_fx.kernels.quantised import BITS, dequantise, quantise
 from slope_fx.ops import frozen
 from slope_fx.ops.frozen import (
@@ -161,6 +163,16 @@ def test_autocast_keeps_the_weight_as_it_is():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
     torch.testing.assert_close(y, x.float() @ ops.expand(values, mask, mask, 2, 4).t())
+
+
+def test_a_library_that_cannot_be_built_is_told(monkeypatch):
+    def fail():
+        raise BuildError("there is no C++ compiler")
+
+    monkeypatch.setattr(frozen, "ops_library", fail)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    with pytest.warns(EngineWarning, match=r"frozen models by the engines.*no C\+\+ compiler"):
+        assert frozen.why_not_native.__wrapped__() == "there is no C++ compiler"
 
 
 @given(products())

@@ -20,16 +20,6 @@ ROOT = Path(__file__).parents[2]
 SHAPES = [(2, 16), (1, 16), (1, 1), (3, 5), (2, 1)]
 
 
-def awake(model: nn.Module, **more) -> nn.Module:
-    """A compiled model whose adapters are active and large."""
-    model = slope_fx.compile(model.eval(), adapter_rank=4, **more)
-    slope_fx.Schedule(model, 10, adapter_start=0.0)
-    with torch.no_grad():
-        for weight in slope_fx.sparse_weights(model).values():
-            weight.lora_B.normal_(0, 0.1)
-    return model
-
-
 def batches():
     return [models.batch(i, *shape) for i, shape in enumerate(SHAPES)]
 
@@ -63,7 +53,7 @@ def packaged(tmp_path_factory):
     """A folder with the package of a Llama, inputs in x.pt, and the oracle's logits."""
     folder = tmp_path_factory.mktemp("package")
     torch.manual_seed(0)
-    model = awake(models.llama())
+    model = models.awake(models.llama())
     want = oracle(model, batches())
     slope_fx.freeze(model)
     made = slope_fx.package(model, folder / "model.pt2")
@@ -120,10 +110,11 @@ def test_a_program_in_cpp_runs_the_package(packaged, tmp_path):
         close([logits.view(1, *want[i].shape[1:])], [want[i]])
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 def test_a_package_with_a_cache(tmp_path):
     """It decodes, and begins again from a position."""
-    model = awake(models.gpt2())
+    model = models.awake(models.gpt2())
     ids = models.batch(5, 2, 12)
     (want,) = oracle(model, [ids])
     slope_fx.freeze(model)
@@ -147,7 +138,7 @@ torch.save([logits(*part) for part in parts], "y.pt")
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_saved_export_runs_without_slope_fx(strict, tmp_path):
-    model = awake(models.gpt2())
+    model = models.awake(models.gpt2())
     want = oracle(model, batches())
     slope_fx.freeze(model)
     free = torch.export.Dim.DYNAMIC
@@ -184,7 +175,7 @@ torch.save([model(input_ids=ids, use_cache=False) for ids in torch.load("x.pt")]
 def test_any_model_with_parameters_of_its_own(tmp_path):
     """Positional inputs, weights that no nn.Linear holds, and a batch that an example fixes."""
     x = torch.randn(2, 8)
-    model = awake(models.Plain(), example_inputs=x, skip_head=False)
+    model = models.awake(models.Plain(), example_inputs=x, skip_head=False)
     inputs = [x, torch.randn(5, 8), torch.randn(1, 8)]
     want = [slope_fx.densify(model).double()(x.double()).detach() for x in inputs]
     slope_fx.freeze(model)
@@ -207,7 +198,7 @@ def test_any_model_with_parameters_of_its_own(tmp_path):
 
 def test_what_cannot_be_packaged_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "model.pt2"
-    model = awake(models.llama(), backend="aot_eager")
+    model = models.awake(models.llama(), backend="aot_eager")
     with pytest.raises(StateError, match=r"isn't frozen.*slope_fx\.freeze\(model\) first"):
         slope_fx.package(model, path)
     with pytest.raises(StateError, match="compile has not been called"):
@@ -226,7 +217,7 @@ def test_what_cannot_be_packaged_is_refused_and_leaves_nothing(tmp_path, monkeyp
         slope_fx.package(model, path, cache=(1, 8), example_inputs=models.batch())
     with pytest.raises(UnsupportedError, match=r"torch\.export can't follow"):
         slope_fx.package(model, path, example_inputs=torch.full((2, 3), 0.5))
-    plain = awake(models.Plain(), example_inputs=torch.randn(2, 8), backend="aot_eager")
+    plain = models.awake(models.Plain(), example_inputs=torch.randn(2, 8), backend="aot_eager")
     with pytest.raises(ArgumentError, match="cache is for causal language models"):
         slope_fx.package(slope_fx.freeze(plain), path, cache=(1, 8))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -238,7 +229,7 @@ def test_what_cannot_be_packaged_is_refused_and_leaves_nothing(tmp_path, monkeyp
 
 
 def test_a_failed_compilation_keeps_the_package_that_was_there(tmp_path, monkeypatch):
-    model = slope_fx.freeze(awake(models.llama(), backend="aot_eager"))
+    model = slope_fx.freeze(models.awake(models.llama(), backend="aot_eager"))
     (tmp_path / "model.pt2").write_text("before")
 
     def fails(*args, **kwargs):
@@ -272,6 +263,6 @@ except RuntimeError as error:
 
 def test_a_model_that_trains_is_told_to_be_frozen_for_an_export():
     x = torch.randn(2, 8)
-    model = awake(models.Plain(), example_inputs=x, backend="aot_eager")
+    model = models.awake(models.Plain(), example_inputs=x, backend="aot_eager")
     with pytest.warns(slope_fx.errors.ExpandedWeightWarning, match=r"slope_fx\.freeze\(model\)"):
         torch.export.export(model, (x,))

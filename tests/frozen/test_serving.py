@@ -15,13 +15,7 @@ from slope_fx.errors import SlopeError, UnsupportedError
 
 def awake(rank=4, backend="aot_eager", make=models.llama) -> nn.Module:
     torch.manual_seed(0)
-    model = slope_fx.compile(make().eval(), adapter_rank=rank, backend=backend)
-    if rank:
-        slope_fx.Schedule(model, 10, adapter_start=0.0)
-        with torch.no_grad():
-            for weight in slope_fx.sparse_weights(model).values():
-                weight.lora_B.normal_(0, 0.1)
-    return model
+    return models.awake(make(), rank, backend=backend)
 
 
 def frozen(**more) -> nn.Module:
@@ -62,11 +56,6 @@ def test_threads_share_a_model():
     assert not failures
 
 
-def _answer(queue, model, ids):
-    with torch.inference_mode():
-        queue.put(model(ids).logits.tolist())
-
-
 @pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
 def test_processes(how):
     """A fork after a call on several threads hangs in OpenMP, as with dense models."""
@@ -75,7 +64,7 @@ def test_processes(how):
     model(ids)
     context = multiprocessing.get_context(how)
     queue = context.Queue()
-    process = context.Process(target=_answer, args=(queue, model, ids))
+    process = context.Process(target=models.answer, args=(queue, model, ids))
     process.start()
     try:
         got = torch.tensor(queue.get(timeout=120), dtype=torch.float64)

@@ -1,5 +1,7 @@
 """Small models: those of transformers that users train, and plain PyTorch ones."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,8 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+
+import slope_fx
 
 VOCABULARY = 64
 
@@ -34,6 +38,30 @@ def llama(layers: int = 2) -> nn.Module:
             num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=32,
         )
     )  # fmt: skip
+
+
+def awake(
+    model: nn.Module, rank: int | None = 4, scale: float | None = None, **options: Any
+) -> nn.Module:
+    """The model compiled, with adapters that are active and large.
+
+    ``scale`` replaces the scale of the adapters, so that a lost one shows.
+    """
+    model = slope_fx.compile(model.eval(), adapter_rank=rank, **options)
+    if rank is None:
+        return model
+    slope_fx.Schedule(model, 10, adapter_start=0.0)
+    with torch.no_grad():
+        for weight in slope_fx.sparse_weights(model).values():
+            weight.lora_B.normal_(0, 0.1)
+            weight.scale = weight.scale if scale is None else scale
+    return model
+
+
+def answer(queue: Any, model: nn.Module, ids: torch.Tensor) -> None:
+    """Put the logits of a model into a queue. A spawned process can import this module."""
+    with torch.inference_mode():
+        queue.put(model(ids).logits.tolist())
 
 
 def bert(layers: int = 2) -> nn.Module:

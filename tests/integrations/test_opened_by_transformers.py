@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+import models
 import slope_fx
 from models import batch, gpt2, llama
 from slope_fx.checkpoints import read_manifest
@@ -26,15 +27,8 @@ from slope_fx.sparse.weight import SparseWeight
 MAKE = {"gpt2": gpt2, "llama": llama}  # gpt2: tied embeddings, Conv1D
 
 
-def awake(make, rank=4, **more) -> nn.Module:
-    """A compiled model whose adapters are active and large, with a scale that is not 1."""
-    model = slope_fx.compile(make().eval(), adapter_rank=rank, backend=None, **more)
-    slope_fx.Schedule(model, 10, 0.0)
-    with torch.no_grad():
-        for weight in slope_fx.sparse_weights(model).values():
-            weight.lora_B.normal_(0, 0.1)
-            weight.scale = 0.5
-    return model
+def awake(make) -> nn.Module:
+    return models.awake(make(), scale=0.5, backend=None)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +108,7 @@ def test_quantised_values(tmp_path):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("kind", ["training", "frozen"])
+@pytest.mark.parametrize("kind", [pytest.param("training", marks=pytest.mark.full), "frozen"])
 def test_a_pipeline_writes_what_the_dense_model_writes(kind, saved):
     folder, _ = saved
     path = folder / f"llama-{kind}-many"

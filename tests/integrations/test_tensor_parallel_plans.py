@@ -105,6 +105,7 @@ def tied():
     assert_same(train(model), want)
 
 
+@pytest.mark.full
 def test_shared_weights_stay_whole(ranks):
     ranks.run(2, tied)
 

@@ -96,6 +96,7 @@ def run(model, x, dense=None):
     return backend.graphs - before
 
 
+@pytest.mark.full
 def test_many_linears_beside_two_blocks():
     """One code object served all of them: eight of 42 layers ran into its limit, expanded."""
     dense, x = Wide(), torch.randn(2, 8)
