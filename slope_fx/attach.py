@@ -1,5 +1,6 @@
 """Attach the record and the compiled regions to a model with sparse weights, and detach them."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,7 @@ from slope_fx.frozen.calls import guard_calls
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.plan import LinearPlan
 from slope_fx.planning.regions import Regions, choose_regions
-from slope_fx.record import RECORD, Record, record_of
+from slope_fx.record import RECORD, Frozen, Record, record_of
 from slope_fx.sparse.install import restore, set_kind
 from slope_fx.sparse.optimizers import watch
 from slope_fx.stages import watch_stages
@@ -62,6 +63,14 @@ def attach(model: nn.Module, record: Record, undo: ExitStack) -> None:
     save = _save_pretrained if of_transformers else None
     set_kind(model, after_copy=_compile, save_pretrained=save)
     _compile(model)
+
+
+def attach_frozen(model: nn.Module, record: Record, frozen: Frozen) -> None:
+    """Attach the record of a frozen model, and compile the model."""
+    regions = record.regions if record.settings.region == "blocks" else Regions()
+    with ExitStack() as undo:
+        attach(model, dataclasses.replace(record, regions=regions, frozen=frozen), undo)
+        undo.pop_all()
 
 
 def _save_pretrained(model: nn.Module, save_directory: Any, *args: Any, **options: Any) -> None:

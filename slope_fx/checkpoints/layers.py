@@ -12,8 +12,7 @@ from torch import Tensor
 from slope_fx.checkpoints.manifest import Manifest, tensor_names
 from slope_fx.checkpoints.tensors import Described
 from slope_fx.errors import CheckpointError
-from slope_fx.frozen.freeze import folded
-from slope_fx.frozen.install import FrozenParts
+from slope_fx.frozen.install import FrozenParts, folded
 from slope_fx.kernels.packing import packed_width
 from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.masks import packed_masks_problem

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from slope_fx.attach import attach, make_record
+from slope_fx.attach import attach, attach_frozen, make_record
 from slope_fx.backend.settings import RunOptions, Settings
 from slope_fx.checkpoints.configured import from_configuration
 from slope_fx.checkpoints.filling import fill_model
@@ -25,7 +25,6 @@ from slope_fx.checkpoints.manifest import Manifest, check_files, read_manifest
 from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
 from slope_fx.checks import check_model, check_plain, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, StateError, first_line
-from slope_fx.frozen.freeze import attach_frozen
 from slope_fx.frozen.install import put_weight
 from slope_fx.frozen.weight import UNFROZEN
 from slope_fx.planning.config import parse_dtype

@@ -1,17 +1,16 @@
 """``freeze``: turns a compiled model into one for inference, in place."""
 
 import dataclasses
-from contextlib import ExitStack
-from typing import Literal, TypeVar, cast, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from slope_fx.attach import attach, detach
+from slope_fx.attach import attach_frozen, detach
 from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError, UnsupportedError
-from slope_fx.frozen.install import FrozenParts, put_weight
+from slope_fx.frozen.install import FrozenParts, folded, put_weight, sparse_places
 from slope_fx.frozen.weight import Kept
 from slope_fx.kernels import quantised
 from slope_fx.ops import expand
@@ -19,12 +18,10 @@ from slope_fx.planning.activations import Activations
 from slope_fx.planning.adapters import low_rank
 from slope_fx.planning.calibration import Calibration, observe
 from slope_fx.planning.config import AdapterRank, check_choice, parse_dtype
-from slope_fx.planning.plan import SparsePlan, layer_rank, sparse_name
-from slope_fx.planning.regions import Regions
-from slope_fx.record import Frozen, Record, sparse_weights, trainable_record_of
+from slope_fx.planning.plan import SparsePlan, layer_rank
+from slope_fx.record import Frozen, sparse_weights, trainable_record_of
 from slope_fx.sparse.blank import check_filled
 from slope_fx.sparse.install import plain_modes
-from slope_fx.sparse.sharded_first import Places
 from slope_fx.sparse.weight import SparseWeight
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -126,14 +123,6 @@ def _described(
     return Frozen()
 
 
-def attach_frozen(model: nn.Module, record: Record, frozen: Frozen) -> None:
-    """Attach the record of a frozen model, and compile the model."""
-    regions = record.regions if record.settings.region == "blocks" else Regions()
-    with ExitStack() as undo:
-        attach(model, dataclasses.replace(record, regions=regions, frozen=frozen), undo)
-        undo.pop_all()
-
-
 def _check(weight: SparseWeight, frozen: Frozen) -> None:
     """Check that a weight can be frozen."""
     check_filled(weight)
@@ -151,16 +140,6 @@ def _check(weight: SparseWeight, frozen: Frozen) -> None:
         raise UnsupportedError(
             f"{weight.name} has NaN or infinity, which has no code in {frozen.values}."
         )
-
-
-def sparse_places(model: nn.Module) -> dict[SparseWeight, Places]:
-    """The places of each sparse weight of a model."""
-    places: dict[SparseWeight, Places] = {}
-    for module in model.modules():
-        for attribute in getattr(getattr(type(module), "_slope_kind", None), "attributes", ()):
-            weight = module._modules[sparse_name(attribute)]
-            places.setdefault(cast(SparseWeight, weight), []).append((module, attribute))
-    return places
 
 
 def parts_of(weight: SparseWeight, dtype: torch.dtype | None) -> FrozenParts:
@@ -211,16 +190,6 @@ def quantised_parts(
     return dataclasses.replace(
         parts, values=codes, scales=scales, group=frozen.group, adapter=(a, b)
     )
-
-
-def folded(
-    a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """A and ``scale * B``. The scale is applied before a cast."""
-    assert a is not None
-    assert b is not None
-    a, b = a.detach(), b.detach()
-    return a.to(dtype or a.dtype, copy=True), (b * scale).to(dtype or b.dtype)
 
 
 def _finish(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.planning.trace import linear_classes
 from slope_fx.sparse.install import set_kind
 from slope_fx.sparse.sharded_first import Places
+from slope_fx.sparse.weight import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,26 @@ class FrozenParts:
     def rank(self) -> int:
         """The rank of the adapter; 0 without one."""
         return 0 if self.adapter is None else self.adapter[1].shape[1]
+
+
+def sparse_places(model: nn.Module) -> dict[SparseWeight, Places]:
+    """The places of each sparse weight of a model."""
+    places: dict[SparseWeight, Places] = {}
+    for module in model.modules():
+        for attribute in getattr(getattr(type(module), "_slope_kind", None), "attributes", ()):
+            weight = module._modules[sparse_name(attribute)]
+            places.setdefault(cast(SparseWeight, weight), []).append((module, attribute))
+    return places
+
+
+def folded(
+    a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """A and ``scale * B``. The scale is applied before a cast."""
+    assert a is not None
+    assert b is not None
+    a, b = a.detach(), b.detach()
+    return a.to(dtype or a.dtype, copy=True), (b * scale).to(dtype or b.dtype)
 
 
 def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: str) -> FrozenWeight:

@@ -12,7 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slope_fx.attach import attach, make_record
+from slope_fx.attach import attach, attach_frozen, make_record
 from slope_fx.backend.settings import Settings
 from slope_fx.checkpoints.filling import note_loaded
 from slope_fx.checkpoints.layers import Reader, read_frozen, read_parts
@@ -20,8 +20,7 @@ from slope_fx.checkpoints.manifest import MANIFEST, Manifest, check_hashes, read
 from slope_fx.checkpoints.tensors import TensorReader
 from slope_fx.errors import ArgumentError, CheckpointError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
-from slope_fx.frozen.freeze import attach_frozen, sparse_places
-from slope_fx.frozen.install import FrozenParts, put_weight
+from slope_fx.frozen.install import FrozenParts, put_weight, sparse_places
 from slope_fx.hub import QUANT_METHOD, unmark
 from slope_fx.planning.plan import LinearPlan, SparsePlan, sparse_plans
 from slope_fx.sparse.install import install, places_of, plain_modes

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from slope_fx.backend.rewriting import nothing_gains
-from slope_fx.frozen.freeze import sparse_places
+from slope_fx.frozen.install import sparse_places
 from slope_fx.hub import takes_cache
 from slope_fx.kernels.cpu.routes import NAMES
 from slope_fx.kernels.engines import kept_bytes
