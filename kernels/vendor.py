@@ -48,5 +48,18 @@ class VendorProducts(Engine):
     ) -> Tensor:
         return self.around.expand_twice_pruned(values, forward_mask, backward_mask, n, m)
 
+    def expand_quantised(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        forward_mask: Tensor,
+        n: int,
+        m: int,
+        group: int,
+        d_in: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return self.around.expand_quantised(codes, scales, forward_mask, n, m, group, d_in, dtype)
+
     def compress(self, dense: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
         return self.around.compress(dense, forward_mask, n, m)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from slope_fx.kernels.engine import Engine
+from slope_fx.kernels.triton.configs import FEW
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)
@@ -91,6 +92,36 @@ class Triton(Engine):
         training: bool = False,
     ) -> Tensor:
         return self._launch.sparse_linear(x, values, forward_mask, bias, n, m)
+
+    def expand_quantised(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        forward_mask: Tensor,
+        n: int,
+        m: int,
+        group: int,
+        d_in: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return self._launch.expand_quantised(codes, scales, forward_mask, n, m, group, d_in, dtype)
+
+    def quantised_linear(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        forward_mask: Tensor,
+        bias: Tensor | None,
+        n: int,
+        m: int,
+        group: int,
+    ) -> Tensor:
+        """As :meth:`Engine.quantised_linear`. More than 64 tokens are a dense product."""
+        weight = (codes, scales, forward_mask, bias, n, m, group)
+        if x.numel() > FEW * x.shape[-1]:
+            return super().quantised_linear(x, *weight)
+        return self._launch.quantised_linear(x, *weight)
 
     def sparse_input_grad(
         self,

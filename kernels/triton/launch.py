@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slope_fx.kernels import racing
+from slope_fx.kernels import quantised, racing
 from slope_fx.kernels.packing import packed_width
 from slope_fx.kernels.triton import configs, linear, masks, reduce, tuning, weight_grad, weights
 from slope_fx.kernels.triton.configs import Config
@@ -69,23 +69,52 @@ def expand_twice_pruned(
     return _expand(values, forward_mask, backward_mask, n, m)
 
 
+def expand_quantised(
+    codes: Tensor,
+    scales: Tensor,
+    forward_mask: Tensor,
+    n: int,
+    m: int,
+    group: int,
+    d_in: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dense ``W^R`` (d_out, d_in) of quantised values, rounded to ``dtype``."""
+    dense = scales.new_empty(codes.shape[0], d_in, dtype=dtype)
+    return _expand_into(dense, codes, scales, forward_mask, None, n, m, group)
+
+
 def _expand(
     values: Tensor, forward_mask: Tensor, backward_mask: Tensor | None, n: int, m: int
 ) -> Tensor:
+    dense = values.new_empty(_dense_shape(values, n, m))
+    return _expand_into(dense, values, None, forward_mask, backward_mask, n, m, 0)
+
+
+def _expand_into(
+    dense: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    forward_mask: Tensor,
+    backward_mask: Tensor | None,
+    n: int,
+    m: int,
+    group: int,
+) -> Tensor:
     values, forward_mask = values.contiguous(), forward_mask.contiguous()
     twice = forward_mask if backward_mask is None else backward_mask.contiguous()
-    d_out, d_in = _dense_shape(values, n, m)
-    dense = values.new_empty(d_out, d_in)
-
-    tensors = (values, forward_mask, twice, dense)
+    d_out, d_in = dense.shape
+    tensors = (values, _or_dummy(scales, values), forward_mask, twice, dense)
     sizes = (d_out, d_in, forward_mask.stride(0), twice.stride(0))
+    constants = {"N": n, "M": m, "TWICE": backward_mask is not None}
+    constants |= {"BITS": _bits(values, scales), "GROUP": group}
 
     def launch(config: Config) -> None:
         weights.expand[_tiles(config, d_out, d_in, m)](
-            *tensors, *sizes, N=n, M=m, TWICE=backward_mask is not None, **config.arguments()
+            *tensors, *sizes, **constants, **config.arguments()
         )
 
-    key = (d_out, d_in, n, m, values.dtype, backward_mask is not None)
+    key = (d_out, d_in, n, m, dense.dtype, values.dtype, group, backward_mask is not None)
     _run("expand", key, configs.copy_configs(m), launch, values)
     return dense
 
@@ -120,15 +149,43 @@ def sparse_linear(
     m: int,
 ) -> Tensor:
     """``Y = X (W^R)^T + b``."""
+    return _linear(x, values, None, forward_mask, bias, n, m, 0)
+
+
+def quantised_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    forward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    group: int,
+) -> Tensor:
+    """``Y = X (W^R)^T + b`` with quantised values, which are rounded to the dtype of ``x``."""
+    return _linear(x, codes, scales, forward_mask, bias, n, m, group)
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor | None,
+    forward_mask: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    group: int,
+) -> Tensor:
     d_out, d_in = values.shape[0], x.shape[-1]
     y = x.new_empty((*x.shape[:-1], d_out))
     x, values, forward_mask = _rows(x), values.contiguous(), forward_mask.contiguous()
     tokens = x.shape[0]
     if not tokens:
         return y
-    inputs = (x, values, forward_mask, x if bias is None else bias.contiguous())
+    inputs = (x, values, _or_dummy(scales, values), forward_mask, _or_dummy(bias, x))
     sizes = (tokens, d_out, d_in, forward_mask.stride(0), x.stride(0))
     constants = {"N": n, "M": m, "BIAS": bias is not None, "PRECISION": _precision(x)}
+    constants |= {"BITS": _bits(values, scales), "GROUP": group}
 
     def launch(config: Config) -> None:
         tiles = _cdiv(d_out, config["BLOCK_OUT"]) * _cdiv(tokens, config["BLOCK_TOKENS"])
@@ -137,7 +194,8 @@ def sparse_linear(
                 *inputs, split.target, *sizes, split.count, **constants, **config.arguments()
             )
 
-    key = (racing.bucket(tokens), d_out, d_in, n, m, x.dtype, values.dtype, bias is not None)
+    kinds = (x.dtype, values.dtype, group, bias is not None)
+    key = (racing.bucket(tokens), d_out, d_in, n, m, *kinds)
     space = configs.linear_configs(m, tokens, x.element_size())
     _run("linear", key, space, launch, x)
     return y
@@ -264,6 +322,16 @@ def _tiles(config: Config, d_out: int, d_in: int, m: int) -> tuple[int]:
 
 def _dense_shape(values: Tensor, n: int, m: int) -> tuple[int, int]:
     return values.shape[0], values.shape[1] * m // n
+
+
+def _or_dummy(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """The tensor for a kernel; ``other``, which the kernel does not read, in place of None."""
+    return other if tensor is None else tensor.contiguous()
+
+
+def _bits(values: Tensor, scales: Tensor | None) -> int:
+    """The bits of a code; 0 for values."""
+    return 0 if scales is None else quantised.BITS[quantised.kind_of(values)]
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -13,19 +13,21 @@ from slope_fx.kernels.triton.tiles import dot, load_tile
 
 @triton.jit
 def linear(
-    x, values, forward, bias, y,
+    x, values, scales, forward, bias, y,
     tokens, d_out, d_in, forward_stride, x_stride, parts,
-    N: tl.constexpr, M: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_TOKENS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """``Y = X (W^R)^T + b``.
 
-    With several parts, ``y`` is fp32 (parts, tokens, d_out), the partial sums.
+    With several parts, ``y`` is fp32 (parts, tokens, d_out), the partial sums. With ``BITS``,
+    ``values`` are codes, GROUP of which share a scale.
 
-    Oracle: ``reference.sparse_linear``.
+    Oracle: ``reference.sparse_linear``; with codes, of the values of ``quantised.dequantise``.
 
     Traffic with one tile of tokens, per weight of s bytes: reads s * N / M and 1/8, at 2:4 in
-    16 bits 9/16 of the dense bytes.
+    16 bits 9/16 of the dense bytes; with codes (BITS / 8 + 2 / GROUP) * N / M and 1/8.
     """
     token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
     tile = tl.program_id(0)
@@ -46,7 +48,7 @@ def linear(
     for block in range(part * each, min(blocks, (part + 1) * each)):
         weight = load_tile(
             values, forward, forward, forward_stride, 0, row, block * GROUPS, rows_within, d_in,
-            N, M, False, GROUPS,
+            N, M, False, GROUPS, scales, BITS, GROUP, x.dtype.element_ty,
         )  # fmt: skip
         column = block * BLOCK_IN + tl.arange(0, BLOCK_IN)[:, None]
         inputs = tl.load(

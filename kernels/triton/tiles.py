@@ -315,14 +315,104 @@ def _masked(parts, code):
 def load_tile(
     values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr, GROUPS: tl.constexpr,
+    scales=None, BITS: tl.constexpr = 0, GROUP: tl.constexpr = 0, DTYPE: tl.constexpr = None,
 ):  # fmt: skip
-    """The dense tile (rows, GROUPS * M) of a compressed weight, expanded in registers."""
-    kept, code, within = load_groups(
-        values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
-        N, M, TWICE, GROUPS,
-    )  # fmt: skip
+    """The dense tile (rows, GROUPS * M) of a compressed weight, expanded in registers.
+
+    Args, besides those of :func:`load_groups`:
+        scales: pointer to the scales of quantised values.
+        BITS, GROUP: of quantised values, whose codes are in ``values``; BITS is 0 without codes.
+        DTYPE: dtype of the tile of quantised values.
+    """
+    if BITS == 0:
+        kept, code, within = load_groups(
+            values, forward, backward, forward_stride, backward_stride, row, first, rows_within,
+            d_in, N, M, TWICE, GROUPS,
+        )  # fmt: skip
+    else:
+        groups = d_in // M
+        within = rows_within & (first + tl.arange(0, GROUPS)[None, :] < groups)
+        code = load_codes(forward, forward_stride, row, first, rows_within, groups, M, GROUPS)
+        kept = load_quantised(
+            values, scales, row, first, rows_within, groups * N, N, BITS, GROUP, GROUPS, DTYPE
+        )
     columns = expand_planes(kept, code, N, M)
     return tile_of(nan_where_bad(columns, code, within, N, M))
+
+
+@triton.jit
+def load_quantised(
+    codes, scales, row, first, rows_within, kept,
+    N: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The N planes (rows, G) of quantised values, in a dtype (``kernels/quantised.py``).
+
+    Args:
+        codes, scales: pointers to a quantised weight.
+        row: (rows, 1): number of each row.
+        first: number of the first group, a multiple of G.
+        rows_within: (rows, 1): which rows exist.
+        kept: values of a row.
+        N, G: values of a group, and groups in a row of the tile.
+        BITS, GROUP: bits of a code, and codes that share a scale.
+        DTYPE: of the result.
+    """
+    if BITS == 8:
+        parts = load_planes(codes, row * kept, first * N, rows_within, kept, 1, N, G)
+    else:
+        parts = _halves(codes, row, first, rows_within, kept, N, G)
+    result = ()
+    if (N & (N - 1)) == 0:
+        scale = _scales(scales, row, first, rows_within, kept, N, GROUP, G)
+        for i in tl.static_range(N):
+            result = result + ((parts[i].to(tl.float32) * scale).to(DTYPE),)
+    else:  # a group of a row may have values with two scales
+        each = tl.cdiv(kept, GROUP)
+        for i in tl.static_range(N):
+            column = first * N + tl.arange(0, G)[None, :] * N + i
+            within = rows_within & (column < kept)
+            scale = tl.load(scales + row * each + column // GROUP, mask=within, other=0)
+            result = result + ((parts[i].to(tl.float32) * scale.to(tl.float32)).to(DTYPE),)
+    return result
+
+
+@triton.jit
+def _halves(codes, row, first, rows_within, kept, N: tl.constexpr, G: tl.constexpr):
+    """The N planes of codes of 4 bits, of which a byte has two."""
+    length = (kept + 1) // 2
+    result = ()
+    if (N & (N - 1)) == 0 and N > 1:
+        of_bytes = load_planes(
+            codes, row * length, first * (N // 2), rows_within, length, 1, N // 2, G
+        )
+        for i in tl.static_range(N // 2):
+            byte = of_bytes[i].to(tl.int32)
+            result = result + (((byte & 15) ^ 8) - 8, ((byte >> 4) ^ 8) - 8)
+    else:
+        for i in tl.static_range(N):
+            column = first * N + tl.arange(0, G)[None, :] * N + i
+            within = rows_within & (column < kept)
+            byte = tl.load(codes + row * length + column // 2, mask=within, other=0).to(tl.int32)
+            result = result + ((((byte >> (4 * (column & 1))) & 15) ^ 8) - 8,)
+    return result
+
+
+@triton.jit
+def _scales(
+    scales, row, first, rows_within, kept, N: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """The scales of the G groups of each row, fp32 (rows, G) or (rows, 1); N a power of two."""
+    CODES: tl.constexpr = G * N
+    each = tl.cdiv(kept, GROUP)
+    if CODES > GROUP:
+        column = first * N // GROUP + tl.arange(0, CODES // GROUP)[None, :]
+        few = tl.load(scales + row * each + column, mask=rows_within & (column < each), other=0)
+        wide = tl.broadcast_to(few[:, :, None], (row.shape[0], CODES // GROUP, GROUP // N))
+        return tl.reshape(wide, (row.shape[0], G)).to(tl.float32)
+    else:
+        one = tl.load(scales + row * each + first * N // GROUP, mask=rows_within, other=0)
+        return one.to(tl.float32)
 
 
 @triton.jit

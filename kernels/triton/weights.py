@@ -16,24 +16,27 @@ from slope_fx.kernels.triton.tiles import (
 
 @triton.jit
 def expand(
-    values, forward, backward, dense,
+    values, scales, forward, backward, dense,
     d_out, d_in, forward_stride, backward_stride,
     N: tl.constexpr, M: tl.constexpr, TWICE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_OUT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The dense ``W^R``, or with ``TWICE`` the dense ``W^{R,C}``.
 
-    Oracle: ``reference.expand``.
+    With ``BITS``, ``values`` are codes, GROUP of which share a scale.
+
+    Oracle: ``reference.expand``; with codes, of the values of ``quantised.dequantise``.
 
     Traffic per weight of s bytes: reads s * N / M and 1/8, and N / M / 8 with ``TWICE``;
-    writes s.
+    with codes (BITS / 8 + 2 / GROUP) * N / M and 1/8. Writes s.
     """
     out_block, first = place(d_in // M, GROUPS)
     row = out_block.to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)[:, None]
     rows_within = row < d_out
     tile = load_tile(
         values, forward, backward, forward_stride, backward_stride, row, first, rows_within, d_in,
-        N, M, TWICE, GROUPS,
+        N, M, TWICE, GROUPS, scales, BITS, GROUP, dense.dtype.element_ty,
     )  # fmt: skip
     column = first * M + tl.arange(0, GROUPS * M)[None, :]
     tl.store(dense + row * d_in + column, tile, mask=rows_within & (column < d_in))

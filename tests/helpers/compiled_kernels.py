@@ -29,12 +29,17 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 FLAGS = {
-    "expand": [{"TWICE": False}, {"TWICE": True}],
-    "linear": [{"BIAS": True}, {"BIAS": False, "ones": True}, {"BIAS": True, "wide": True}],
+    "expand": [
+        {"TWICE": False}, {"TWICE": True}, {"BITS": 8, "GROUP": 64}, {"BITS": 4, "GROUP": 32},
+    ],
+    "linear": [
+        {"BIAS": True}, {"BIAS": False, "ones": True}, {"BIAS": True, "wide": True},
+        {"BIAS": True, "BITS": 8, "GROUP": 64}, {"BIAS": True, "BITS": 4, "GROUP": 32},
+    ],
     "input_grad": [{}, {"ones": True}, {"wide": True}],
     "weight_grad": [{}, {"ones": True}],
     "add_up": [{}, {"ones": True}],
-}
+}  # fmt: skip
 """The options of each kernel besides its pattern, the usual first. "ones": Triton makes a constant
 of an argument that is 1, so that one token or one part is other code. "wide": fp32 values with
 16-bit inputs, as under autocast."""
@@ -42,9 +47,11 @@ ONES = ("tokens", "parts", "length")
 
 DOTS = ("linear", "input_grad", "weight_grad")
 BYTES = ("bits", "forward", "backward")
+CODES = {0: None, 4: "u8", 8: "i8"}
 FLOATS = ("partial",)
 POINTERS = (
-    *BYTES, *FLOATS, "weight", "values", "dense", "x", "y", "grad", "dx", "dw", "bias", "result",
+    *BYTES, *FLOATS, "weight", "values", "scales", "dense", "x", "y", "grad", "dx", "dw", "bias",
+    "result",
 )  # fmt: skip
 
 
@@ -55,13 +62,15 @@ class Variant(NamedTuple):
     dtype: str
     n: int
     m: int
-    flags: tuple[tuple[str, bool], ...]
+    flags: tuple[tuple[str, int], ...]
     config: Config
     arch: int
 
     @property
     def row(self) -> str:
-        flags = "".join(f" {name.lower()}" for name, on in self.flags if on)
+        flags = "".join(
+            f" {name.lower()}{'' if on is True else on}" for name, on in self.flags if on
+        )
         return (
             f"{self.kernel} {self.dtype} {self.n}:{self.m}{flags} [{self.config.name}] "
             f"sm_{self.arch}"
@@ -120,7 +129,7 @@ def variants() -> Iterator[Variant]:
 def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
     """A row of the table: registers, bytes of stack (spills) and of shared memory, instruction."""
     kernel = KERNELS[variant.kernel]
-    constants: dict[str, Any] = {"column_stride": 1}
+    constants: dict[str, Any] = {"column_stride": 1, "TWICE": False, "BITS": 0, "GROUP": 0}
     constants |= {"N": variant.n, "M": variant.m, **dict(variant.flags)}
     wide = constants.pop("wide", False)
     if constants.pop("ones", False):
@@ -136,6 +145,10 @@ def compiled(variant: Variant) -> tuple[str, dict[str, Any]]:
             kind = "u8" if name in BYTES else "fp32" if name in FLOATS else variant.dtype
             if wide and name == "values":
                 kind = "fp32"
+            if name == "values":
+                kind = CODES[constants.get("BITS", 0)] or kind
+            if name == "scales":
+                kind = "bf16"
             signature[name] = f"*{kind}" if name in POINTERS else "i32"
             if name not in ("tokens", "parts"):  # as sizes of layers are
                 attributes[(index,)] = [["tt.divisibility", 16]]

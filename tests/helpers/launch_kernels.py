@@ -9,6 +9,7 @@ import argparse
 
 import torch
 
+from slope_fx.kernels.quantised import DEFAULT_GROUP, quantise
 from slope_fx.kernels.triton import Triton, tuning
 
 triton = Triton()
@@ -39,11 +40,19 @@ def launch_all(
             backward = triton.backward_mask(values, forward, n, m)
             triton.expand(values, forward, n, m)
             triton.expand_twice_pruned(values, forward, backward, n, m)
+            quantised = [
+                (*quantise(values, kind, group), forward, group)
+                for kind, group in DEFAULT_GROUP.items()
+            ]
+            for codes, scales, mask, group in quantised:
+                triton.expand_quantised(codes, scales, mask, n, m, group, d_in, torch.bfloat16)
             for count in tokens:
                 x = torch.randn(count, d_in, device=device, dtype=torch.bfloat16)
                 grad = torch.randn(count, d_out, device=device, dtype=torch.bfloat16)
                 bias = torch.randn(d_out, device=device, dtype=torch.bfloat16)
                 triton.sparse_linear(x, values, forward, bias, n, m)
+                for codes, scales, mask, group in quantised:
+                    triton.quantised_linear(x, codes, scales, mask, bias, n, m, group)
                 triton.sparse_input_grad(grad, values, forward, backward, n, m)
                 triton.sparse_weight_grad(grad, x, forward, n, m)
     finally:

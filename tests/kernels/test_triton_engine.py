@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from oracle import DenseOracle, assert_same, assert_within_rounding
-from slope_fx.kernels import ENGINES, reference
+from slope_fx.kernels import ENGINES, quantised, reference
 from slope_fx.kernels.triton import launch
 from strategies import normal, seeds, weights
 from triton_cases import (
@@ -33,6 +33,7 @@ from triton_cases import (
 )
 
 pytestmark = pytest.mark.skipif(bool(why_not), reason=why_not or "-")
+kinds, groups = st.sampled_from(list(quantised.BITS)), st.sampled_from(quantised.GROUPS)
 
 
 @settings(max_examples=20)
@@ -94,6 +95,44 @@ def test_fp32_values_with_16_bit_inputs(layer, count, number, dtype, seed):
     assert_within_rounding(y, *oracle.forward(x), dtype)
     assert_within_rounding(dx, *oracle.input_grad(grad), dtype)
     assert_within_rounding(dw, *oracle.weight_grad(grad, x), torch.float32)
+
+
+@settings(max_examples=30)
+@given(layers(), tokens, numbers, st.booleans(), kinds, groups, seeds)
+def test_quantised_values(layer, count, number, has_bias, kind, group, seed):
+    n, m, values, forward, backward = layer
+    d_out, d_in, dtype = values.shape[0], values.shape[1] * m // n, values.dtype
+    codes, scales = quantised.quantise(values, kind, group)
+    decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1]).to(dtype)
+    oracle = DenseOracle.of(decoded, forward, backward, n, m)
+    x = normal((count, d_in), seed, dtype).to(DEVICE)
+    bias = normal((d_out,), seed + 2, dtype).to(DEVICE) if has_bias else None
+    weight = (codes, scales, forward)
+    with configuration(number):
+        y = triton.quantised_linear(x, *weight, bias, n, m, group)
+        dense = triton.expand_quantised(*weight, n, m, group, d_in, dtype)
+    assert_within_rounding(y, *oracle.forward(x, bias), dtype)
+    assert_same(dense.double(), oracle.weight)
+
+
+@pytest.mark.parametrize("kind", list(quantised.BITS))
+@pytest.mark.parametrize(("n", "group"), [(2, 32), (2, 128), (1, 64), (3, 32)])
+def test_quantised_values_across_the_edges_of_every_tile(kind, n, group):
+    """Groups of scales that are longer and shorter than the tiles, in every configuration."""
+    m, d_out, d_in, dtype = 4, 132, 648, torch.bfloat16
+    weight = normal((d_out, d_in), 0, dtype).to(DEVICE)
+    x = normal((3, d_in), 1, dtype).to(DEVICE)
+    for number in range(4):
+        with configuration(number):
+            values, forward = pruned(weight, n, m)
+            codes, scales = quantised.quantise(values, kind, group)
+            decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1]).to(dtype)
+            backward = triton.backward_mask(values, forward, n, m)
+            oracle = DenseOracle.of(decoded, forward, backward, n, m)
+            y = triton.quantised_linear(x, codes, scales, forward, None, n, m, group)
+            dense = triton.expand_quantised(codes, scales, forward, n, m, group, d_in, dtype)
+        assert_within_rounding(y, *oracle.forward(x), dtype)
+        assert_same(dense, triton.expand(decoded, forward, n, m))
 
 
 @pytest.mark.parametrize(

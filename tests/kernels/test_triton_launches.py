@@ -14,6 +14,7 @@ from oracle import assert_within_rounding
 from slope_fx import ops
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels import ENGINES, reference
+from slope_fx.kernels.quantised import DEFAULT_GROUP, quantise
 from slope_fx.kernels.triton import configs, tuning
 from slope_fx.planning.patterns import Pattern
 from strategies import normal
@@ -56,6 +57,9 @@ def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
     values, forward = pruned(weight, n, m)
     backward = triton.backward_mask(values, forward, n, m)
     x, grad = normal((1, d_in), 1, dtype), normal((1, d_out), 2, dtype)
+    quantised_weights = {
+        kind: (*quantise(values, kind, group), forward) for kind, group in DEFAULT_GROUP.items()
+    }
     calls = {
         "magnitude_mask": (triton.magnitude_mask, weight, n, m),
         "backward_mask": (triton.backward_mask, values, forward, n, m),
@@ -66,6 +70,10 @@ def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
         "input_grad": (triton.sparse_input_grad, grad, values, forward, backward, n, m),
         "weight_grad": (triton.sparse_weight_grad, grad, x, forward, n, m),
     }
+    for kind, weight in quantised_weights.items():
+        more = (n, m, DEFAULT_GROUP[kind])
+        calls[f"expand_{kind}"] = (triton.expand_quantised, *weight, *more, d_in, dtype)
+        calls[f"linear_{kind}"] = (triton.quantised_linear, x, *weight, None, *more)
     # One program for the products, so that no input is read twice and no sum is split.
     whole = configs.Config((("BLOCK_OUT", d_out), ("BLOCK_TOKENS", 16), ("GROUPS", d_in // m)), 4)
 
@@ -76,7 +84,8 @@ def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
 
     monkeypatch.setattr(tuning, "best", best)
     besides = {  # inputs read, outputs written
-        "linear": (x, grad), "input_grad": (grad, x), "weight_grad": ((x, grad), ()),
+        **dict.fromkeys(("linear", "linear_int8", "linear_int4"), (x, grad)),
+        "input_grad": (grad, x), "weight_grad": ((x, grad), ()),
     }  # fmt: skip
     for kernel, (operation, *arguments) in calls.items():
         counted[:] = 0, 0
