@@ -47,6 +47,10 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; three
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/frozen.py
+	$(BIN)/python benchmarks/frozen_start.py
+	$(BIN)/python benchmarks/quantised.py
+	$(BIN)/python benchmarks/package.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/state.py
 	$(BIN)/python benchmarks/paper.py --dry-run

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pages import compiling, consistency, gpu, measured, scaling
+from pages import compiling, consistency, gpu, inference, measured, scaling
 from pages.common import DOCS, RESULTS, ROOT
 
 RUNS = {"gpt2": "train_sparse", "gpt2-dense": "train_dense"}
@@ -50,6 +50,7 @@ PAGES = {
     "consistency": Page(DOCS / "consistency.md", consistency.consistency),
     "checkpoints": Page(DOCS / "checkpoints.md", compiling.checkpoints),
     "pretrained": Page(DOCS / "pretrained.md", compiling.pretrained),
+    "inference": Page(DOCS / "inference.md", inference.inference),
     "scaling": Page(DOCS / "scaling.md", scaling.scaling),
 }  # fmt: skip
 

@@ -11,13 +11,15 @@ Arguments of the ops:
 - ``forward_mask``: packed, uint8 (d_out, ceil(d_in / 8)). It was checked when the model was frozen.
 - ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None. The
   columns of ``lora_B`` should be contiguous, or few tokens make a copy.
+- ``groups``, ``offsets``: of ``frozen_grouped_linear``, as in ``ops/groups.py``. The weights of a
+  stack, such as the experts of a mixture, are stacked along the rows of each tensor.
 - ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,
   and pairs (fewest tokens, route). Of the pairs with at most the tokens of the call, the last one
   is used (``kernels/cpu/routes.py``).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from slope_fx.kernels.engines import ENGINES, say_once
 from slope_fx.kernels.selection import choose
 from slope_fx.ops.autocast import register_autocast
 from slope_fx.ops.dispatch import engine, refuse_onnx, request_of
+from slope_fx.ops.groups import map_rows
 
 _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
@@ -38,10 +41,15 @@ if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may h
         "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor"
     )
     _LIBRARY.define(
+        "frozen_grouped_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, "
+        "Tensor? lora_A, Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor"
+    )
+    _LIBRARY.define(
         "frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
         "Tensor? lora_B, int[] form) -> Tensor"
     )
 FROZEN_LINEAR = torch.ops.slope_fx.frozen_linear.default
+FROZEN_GROUPED_LINEAR = torch.ops.slope_fx.frozen_grouped_linear.default
 FROZEN_EXPAND = torch.ops.slope_fx.frozen_expand.default
 
 
@@ -103,7 +111,7 @@ def _expand(
     lora_b: Tensor | None,
     form: list[int],
 ) -> Tensor:
-    """The dense ``W^R + B A``."""
+    """The dense ``W^R + B A``, of each weight of a stack."""
     if _is_native(values):
         dense: Tensor = FROZEN_EXPAND(values, forward_mask, scales, lora_a, lora_b, form)
         return dense
@@ -113,18 +121,59 @@ def _expand(
     else:
         format = (n, m, group, form[5], dtype_of(values, form))
         dense = engine(scales).expand_quantised(values, scales, forward_mask, *format)
-    return dense if lora_a is None or lora_b is None else torch.addmm(dense, lora_b, lora_a)
+    if lora_a is None or lora_b is None:
+        return dense
+    groups = lora_a.shape[0] // lora_b.shape[1]
+    factors = (t.unflatten(0, (groups, -1)) for t in (lora_b, lora_a))
+    return torch.baddbmm(dense.unflatten(0, (groups, -1)), *factors).flatten(0, 1)
+
+
+def _grouped_linear(
+    x: Tensor,
+    values: Tensor,
+    forward_mask: Tensor,
+    scales: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    offsets: Tensor | None,
+    groups: int,
+    form: list[int],
+) -> Tensor:
+    """The product of each weight of a stack with its rows of ``x``, by the engines."""
+    stack = values, forward_mask, scales, None, lora_a, lora_b
+    if _is_native(x):
+        y: Tensor = FROZEN_GROUPED_LINEAR(
+            x, values, forward_mask, scales, lora_a, lora_b, offsets, groups, form
+        )
+        return y
+
+    def product(rows: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+        y: Tensor = FROZEN_LINEAR(rows, *(t if t is None else part(t) for t in stack), form)
+        return y
+
+    return map_rows(product, x, values.shape[0] // groups, groups, offsets)
 
 
 # CompositeExplicitAutograd is what a device without a kernel of its own runs.
 _LIBRARY.impl("frozen_linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("frozen_grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("slope_fx::frozen_linear")
 def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
+    _check_input(x, values, operands[-1])
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+@torch.library.register_fake("slope_fx::frozen_grouped_linear")
+def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
+    _check_input(x, values, operands[-1])
+    return x.new_empty((*x.shape[:-1], values.shape[0] // operands[-2]))
+
+
+def _check_input(x: Tensor, values: Tensor, form: Sequence[int]) -> None:
     refuse_onnx()
-    form = operands[-1]
     torch._check(
         x.shape[-1] == form[5],
         lambda: (
@@ -135,7 +184,6 @@ def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
         x.dtype == dtype_of(values, form),
         lambda: f"slope_fx::frozen_linear: x is {x.dtype}, the weight {dtype_of(values, form)}",
     )
-    return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
 @torch.library.register_fake("slope_fx::frozen_expand")
@@ -196,4 +244,5 @@ def _autocast(dtype: torch.dtype, x: Tensor, values: Tensor, *operands: Any) -> 
 
 
 register_autocast(FROZEN_LINEAR, _autocast)
+register_autocast(FROZEN_GROUPED_LINEAR, _autocast)
 register_autocast(FROZEN_LINEAR_WITH_GRAD, _autocast)

@@ -13,4 +13,5 @@ ADD_ADAPTER = torch.ops.slope_fx.add_adapter.default
 SPARSE_LINEAR = torch.ops.slope_fx.sparse_linear.default
 FROZEN_EXPAND = frozen.FROZEN_EXPAND
 FROZEN_LINEAR = frozen.FROZEN_LINEAR
+FROZEN_GROUPED_LINEAR = frozen.FROZEN_GROUPED_LINEAR
 FROZEN_LINEAR_WITH_GRAD = frozen.FROZEN_LINEAR_WITH_GRAD

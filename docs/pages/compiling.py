@@ -59,15 +59,21 @@ def coverage_section(result: Result) -> str:
         sparse = str(entry["sparse"]) + (f" ({entry['matrices']} matrices)" if stacked else "")
         rows.append((
             entry["architecture"], entry["linears"], sparse, dense,
-            f"{entry['output_error']:.0e}", f"{entry['gradient_error']:.0e}",
+            *(f"{entry[name]:.0e}" if name in entry else entry["not_exported"]
+              for name in ("output_error", "gradient_error", "frozen_error", "exported_error")),
         ))  # fmt: skip
-    headers = ("architecture", "linears", "sparse", "dense, and why", "output", "gradients")
+    headers = (
+        "architecture", "linears", "sparse", "dense, and why", "output", "gradients", "frozen",
+        "exported",
+    )  # fmt: skip
     return section(
         "Which linears become sparse",
         "Small models of each architecture, compiled with the default arguments and with active "
         "adapters. A stack of experts counts as one linear and has a mask for each matrix. The "
-        "last two columns are errors in fp32, relative to the largest entry. They compare outputs "
-        "and gradients with the method's formulas in float64 on an eager dense model. "
+        "last columns are errors in fp32, relative to the largest entry. They compare outputs "
+        "and gradients with the method's formulas in float64 on an eager dense model, and the "
+        "outputs of the frozen model and of its exported program, saved and loaded, with the "
+        "dense copy in float64. "
         f"{taken(result)}",
         table(rows, headers),
         FORMS,

@@ -127,28 +127,19 @@ int64_t route_of(const Form &form, int64_t tokens) {
     return route;
 }
 
-Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
-                     std::optional<Tensor> bias, std::optional<Tensor> lora_a,
-                     std::optional<Tensor> lora_b, Form form) {
-    int64_t dims = x.dim(), d_out = values.size(0), d_in = x.size(dims - 1), tokens = 1;
-    int64_t sizes[64];
-    STD_TORCH_CHECK(dims <= 64 && form[D_IN] == d_in, "slope_fx::frozen_linear: x has ", d_in,
-                    " features, the weight reads ", form[D_IN]);
-    for (const auto &factor : {scales ? bias : values, lora_a, lora_b})
-        STD_TORCH_CHECK(!factor || factor->scalar_type() == x.scalar_type(),
-                        "slope_fx::frozen_linear: x and the weight have different dtypes");
-    for (int64_t i = 0; i < dims - 1; i++) tokens *= sizes[i] = x.size(i);
-    sizes[dims - 1] = d_out;
-    Tensor y = empty(sizes, dims, x.scalar_type());
-    if (!tokens) return y;
+/* Rows of y, in one block of memory. */
+void linear(Tensor y, Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
+            std::optional<Tensor> bias, std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
+            const Form &form, int64_t tokens) {
+    int64_t d_out = values.size(0), d_in = form[D_IN];
     bool wide = x.scalar_type() == ScalarType::Double;
     int dtype = wide ? 0 : code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     const auto *bits = (const uint8_t *)mask.const_data_ptr();
     int64_t route = wide ? DENSE : route_of(form, tokens);
     if (route == STREAM) {
-        /* The rows of B's transpose. A copy is made only of a B that was loaded in another way. */
-        if (lora_b && lora_b->stride(0) != 1)
+        /* The rows of B's transpose. A copy is made of a B that was loaded in another way, or is a part of one. */
+        if (lora_b && (lora_b->stride(0) != 1 || lora_b->stride(1) != d_out))
             lora_b = torch::stable::contiguous(torch::stable::transpose(*lora_b, 0, 1));
         if (scales)
             check(slope_stream_quantised(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(),
@@ -161,7 +152,7 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
                            pointer(lora_a), pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
                            y.mutable_data_ptr(), dtype, threads),
               form);
-        return y;
+        return;
     }
     int64_t rows[2] = {tokens, d_in}, outputs[2] = {tokens, d_out};
     Tensor flat = torch::stable::view(x, {rows, 2}), flat_y = torch::stable::view(y, {outputs, 2});
@@ -186,6 +177,85 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
         product(down, flat, *lora_a, 0);
         product(flat_y, down, *lora_b, 1);
     }
+}
+
+/* The output of a product; checks the operands. */
+Tensor output(const Tensor &x, int64_t d_out, const std::optional<Tensor> &values,
+              const std::optional<Tensor> &lora_a, const std::optional<Tensor> &lora_b, const Form &form) {
+    int64_t dims = x.dim(), d_in = x.size(dims - 1), sizes[64];
+    STD_TORCH_CHECK(dims <= 64 && form[D_IN] == d_in, "slope_fx::frozen_linear: x has ", d_in,
+                    " features, the weight reads ", form[D_IN]);
+    for (const auto &factor : {values, lora_a, lora_b})
+        STD_TORCH_CHECK(!factor || factor->scalar_type() == x.scalar_type(),
+                        "slope_fx::frozen_linear: x and the weight have different dtypes");
+    for (int64_t i = 0; i < dims - 1; i++) sizes[i] = x.size(i);
+    sizes[dims - 1] = d_out;
+    return empty(sizes, dims, x.scalar_type());
+}
+
+int64_t tokens_of(const Tensor &x) {
+    int64_t tokens = 1;
+    for (int64_t i = 0; i < x.dim() - 1; i++) tokens *= x.size(i);
+    return tokens;
+}
+
+Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
+                     std::optional<Tensor> bias, std::optional<Tensor> lora_a,
+                     std::optional<Tensor> lora_b, Form form) {
+    Tensor y = output(x, values.size(0), scales ? bias : values, lora_a, lora_b, form);
+    if (int64_t tokens = tokens_of(x))
+        linear(y, x, values, mask, scales, bias, lora_a, lora_b, form, tokens);
+    return y;
+}
+
+/* The rows of one weight in a tensor of a stack. */
+Tensor part(Tensor stacked, int64_t group, int64_t groups) {
+    int64_t rows = stacked.size(0) / groups;
+    return torch::stable::narrow(stacked, 0, group * rows, rows);
+}
+
+std::optional<Tensor> part(const std::optional<Tensor> &stacked, int64_t group, int64_t groups) {
+    return stacked ? std::optional<Tensor>(part(*stacked, group, groups)) : std::nullopt;
+}
+
+/* Each weight of a stack with its rows of x: those up to its offset, or x[group]. */
+Tensor frozen_grouped_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
+                             std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
+                             std::optional<Tensor> offsets, int64_t groups, Form form) {
+    std::optional<Tensor> typed;
+    if (!scales) typed = values;
+    Tensor y = output(x, values.size(0) / groups, typed, lora_a, lora_b, form);
+    if (!tokens_of(x)) return y;
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    bool wide = offsets && offsets->scalar_type() == ScalarType::Long;
+    if (offsets && !offsets->is_contiguous()) offsets = torch::stable::contiguous(*offsets);
+    int64_t start = 0;
+    for (int64_t group = 0; group < groups; group++) {
+        Tensor inputs = x, outputs = y;
+        int64_t rows;
+        if (offsets) {
+            const void *ends = offsets->const_data_ptr();
+            int64_t end = wide ? ((const int64_t *)ends)[group] : ((const int32_t *)ends)[group];
+            STD_TORCH_CHECK(end <= x.size(0), "slope_fx::frozen_grouped_linear: group ", group, " ends at row ",
+                            end, " of ", x.size(0));
+            rows = end - start;
+            if (rows <= 0) continue;
+            inputs = torch::stable::narrow(x, 0, start, rows);
+            outputs = torch::stable::narrow(y, 0, start, rows);
+            start = end;
+        } else {
+            rows = x.size(1);
+            inputs = torch::stable::select(x, 0, group);
+            outputs = torch::stable::select(y, 0, group);
+        }
+        linear(outputs, inputs, part(values, group, groups), part(mask, group, groups),
+               part(scales, group, groups), std::nullopt, part(lora_a, group, groups),
+               part(lora_b, group, groups), form, rows);
+    }
+    if (offsets && start < x.size(0)) { /* rows of no group */
+        Tensor rest = torch::stable::narrow(y, 0, start, x.size(0) - start);
+        torch::stable::zero_(rest);
+    }
     return y;
 }
 
@@ -194,7 +264,11 @@ Tensor frozen_expand(Tensor values, Tensor mask, std::optional<Tensor> scales, s
     static const ScalarType dtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
                                         ScalarType::Double};
     Tensor dense = expand(values, mask, scales, form, scales ? dtypes[form[DTYPE]] : values.scalar_type());
-    if (lora_a) product(dense, *lora_b, torch::stable::transpose(*lora_a, 0, 1), 1);
+    if (!lora_a) return dense;
+    int64_t groups = lora_a->size(0) / lora_b->size(1);
+    for (int64_t group = 0; group < groups; group++)
+        product(part(dense, group, groups), part(*lora_b, group, groups),
+                torch::stable::transpose(part(*lora_a, group, groups), 0, 1), 1);
     return dense;
 }
 
@@ -222,6 +296,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slope_fx, library) {
     try {
         library.def("frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
                     "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor");
+        library.def("frozen_grouped_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, "
+                    "Tensor? lora_A, Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor");
         library.def("frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
                     "Tensor? lora_B, int[] form) -> Tensor");
     } catch (const std::exception &) { /* slope_fx or the library of another package has them, with kernels */
@@ -235,9 +311,11 @@ STABLE_TORCH_LIBRARY_IMPL(slope_fx, CPU, library) {
     if (lacks) { /* an error from here would end the process */
         fprintf(stderr, "libslope_fx.so was compiled for a CPU with %s, which this CPU lacks.\n", lacks);
         library.impl("frozen_linear", &unusable);
+        library.impl("frozen_grouped_linear", &unusable);
         library.impl("frozen_expand", &unusable);
         return;
     }
     library.impl("frozen_linear", TORCH_BOX(&frozen_linear));
+    library.impl("frozen_grouped_linear", TORCH_BOX(&frozen_grouped_linear));
     library.impl("frozen_expand", TORCH_BOX(&frozen_expand));
 }

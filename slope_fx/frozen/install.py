@@ -116,7 +116,7 @@ def _form(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]
         parts.group,
     )  # fmt: skip
     measurable = parts.values.device.type == "cpu" and parts.dtype != torch.float64
-    if layout.stack > 1 or not measurable or why_not_native():
+    if not measurable or why_not_native():
         return tuple(form_of(product))
     allowed = allowed_routes(product, allowed_engines(engines))
     return tuple(form_of(product, measured_routes(product, allowed, _random_weight)))

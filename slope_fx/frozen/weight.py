@@ -191,12 +191,8 @@ class FrozenWeight(nn.Module):
 
     def _dense(self, kept: Tensor, *, adapter: bool) -> Tensor:
         a, b = (self.lora_A, self.lora_B) if adapter else (None, None)
-        if a is None or b is None or self.stack == 1:
-            dense: Tensor = FROZEN_EXPAND(kept, self.forward_bits, self.scales, a, b, self.form)
-            return dense
-        plain = FROZEN_EXPAND(kept, self.forward_bits, self.scales, None, None, self.form)
-        products = b.unflatten(0, (self.stack, -1)) @ a.unflatten(0, (self.stack, -1))
-        return plain + products.flatten(0, 1)
+        dense: Tensor = FROZEN_EXPAND(kept, self.forward_bits, self.scales, a, b, self.form)
+        return dense
 
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""

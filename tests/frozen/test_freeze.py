@@ -234,6 +234,26 @@ def test_every_architecture(name):
         assert gap(logits_of(frozen, inputs), want) < 1e-4
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+@pytest.mark.parametrize("values", ["float", "int8"])
+def test_experts_are_not_expanded(name, values):
+    """An expert that has no token costs nothing: to expand all would cost more than dense."""
+    torch.manual_seed(0)
+    model = shaken(made(name)).eval()
+    inputs = inputs_of(model)
+    model = slope_fx.freeze(awake(model, example_inputs=inputs), values=values)
+    dense = slope_fx.densify(model)
+    with torch.no_grad():
+        got, want = logits_of(model, inputs), logits_of(dense, inputs)
+        assert gap(got, want) < (1e-4 if values == "float" else 0.02)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            logits_of(model, inputs)
+    called = {event.key for event in profile.key_averages()}
+    assert "slope_fx::frozen_grouped_linear" in called
+    assert "slope_fx::frozen_expand" not in called
+
+
 def test_gradients_are_refused():
     frozen = slope_fx.freeze(awake(gpt2()))
     weight = next(iter(slope_fx.sparse_weights(frozen).values()))

@@ -15,6 +15,7 @@ from slope_fx.kernels.quantised import BITS, dequantise, quantise
 from slope_fx.ops import frozen
 from slope_fx.ops.frozen import (
     FROZEN_EXPAND,
+    FROZEN_GROUPED_LINEAR,
     FROZEN_LINEAR,
     FROZEN_LINEAR_WITH_GRAD,
     why_not_native,
@@ -127,6 +128,87 @@ def test_the_dense_weight_has_the_adapter(product):
     eye = torch.eye(dense.shape[1], dtype=torch.float64)
     want, size = oracle(eye, values, mask, None, a, b, form)
     assert_within_rounding(dense, want.t(), size.t(), values.dtype)
+
+
+@given(products(), seeds)
+def test_rows_of_an_adapter(product, seed):
+    """A product reads some rows of a weight, and the same rows of B, whose columns are stored."""
+    x, values, mask, bias, _, _, form = product
+    d_out, rank = values.shape[0], 3
+    a, whole = normal((rank, form[5]), seed, x.dtype), normal((rank, 2 * d_out), seed + 1, x.dtype)
+    for start in (0, d_out):
+        b = whole.t()[start : start + d_out]
+        y = FROZEN_LINEAR(x, values, mask, None, bias, a, b, form)
+        want, size = oracle(x, values, mask, bias, a, b, form)
+        assert_within_rounding(y, want, size, x.dtype)
+
+
+@st.composite
+def stacks(draw):
+    """The operands of a grouped product: experts with many, few and no rows, with codes or not."""
+    pattern, dtype, seed = draw(patterns), draw(DTYPES), draw(seeds)
+    (d_out, d_in), groups = draw(sizes(pattern)), draw(st.integers(1, 5))
+    rank, kind = draw(st.sampled_from([0, 2, 8])), draw(st.sampled_from([None, "int8", "int4"]))
+    weight = normal((groups * d_out, d_in), seed, dtype)
+    mask = ops.magnitude_mask(weight, pattern.n, pattern.m)
+    values, scales = ops.compress(weight, mask, pattern.n, pattern.m), None
+    decoded, route, group = values, draw(st.sampled_from([PANELS, DENSE])), 0
+    if kind is not None:
+        group, route = 32, DENSE
+        values, scales = quantise(values.float(), kind, group)
+        decoded = dequantise(values, scales, kind, group, decoded.shape[1])
+    if d_out >= FEWEST_ROWS and draw(st.booleans()):
+        route = STREAM
+    a = normal((groups * rank, d_in), seed + 1, dtype) if rank else None
+    b = normal((rank, groups * d_out), seed + 2, dtype).t() if rank else None
+    rows = draw(st.lists(st.sampled_from([0, 0, 1, 2, 17]), min_size=groups, max_size=groups))
+    offsets = torch.tensor(rows).cumsum(0).to(draw(st.sampled_from([torch.int32, torch.int64])))
+    x = normal((sum(rows) + draw(st.sampled_from([0, 3])), d_in), seed + 3, dtype)
+    if draw(st.booleans()):
+        offsets, x = None, normal((groups, draw(st.integers(0, 4)), d_in), seed + 3, dtype)
+    code, bits = FORM_DTYPES.index(dtype), 0 if kind is None else BITS[kind]
+    form = [pattern.n, pattern.m, bits, group, code, d_in, 0, route]
+    return (x, values, mask, scales, a, b, offsets, groups, form), decoded
+
+
+@given(stacks())
+def test_each_weight_of_a_stack_has_its_own_rows(stack):
+    (x, values, mask, scales, a, b, offsets, groups, form), decoded = stack
+    y = FROZEN_GROUPED_LINEAR(x, values, mask, scales, a, b, offsets, groups, form)
+    d_out, rank = values.shape[0] // groups, 0 if b is None else b.shape[1]
+    assert y.shape == (*x.shape[:-1], d_out)
+    ends = [] if offsets is None else [0, *offsets.tolist()]
+    for group in range(groups):
+        rows = slice(ends[group], ends[group + 1]) if ends else group
+        part = slice(group * d_out, (group + 1) * d_out)
+        factors = (a[group * rank : (group + 1) * rank], b[part]) if rank else (None, None)
+        want, size = oracle(x[rows], decoded[part], mask[part], None, *factors, form)
+        inputs = 0.0
+        if scales is not None and x[rows].numel():
+            inputs = 2**-15 * x[rows].double().abs().max() * decoded[part].double().abs().sum(-1)
+        bound = 4 * torch.finfo(x.dtype).eps * size + inputs + 1e-30
+        if scales is not None:
+            bound = bound + 2**-20 * size
+        assert ((y[rows].double() - want).abs() <= bound).all()
+    if ends:
+        assert not y[ends[-1] :].any()
+    dense = FROZEN_EXPAND(values, mask, scales, a, b, form)
+    for group in range(groups):
+        part = slice(group * d_out, (group + 1) * d_out)
+        factors = (a[group * rank : (group + 1) * rank], b[part]) if rank else (None, None)
+        eye = torch.eye(form[5], dtype=torch.float64)
+        want, size = oracle(eye, decoded[part], mask[part], None, *factors, form)
+        bound = 4 * torch.finfo(dense.dtype).eps * size.t() + 1e-7
+        assert ((dense[part].double() - want.t()).abs() <= bound).all()
+
+
+def test_rows_past_the_end_are_refused():
+    weight = torch.randn(16, 16)
+    mask = ops.magnitude_mask(weight, 2, 4)
+    values, offsets = ops.compress(weight, mask, 2, 4), torch.tensor([1, 4])
+    form = [2, 4, 0, 0, 0, 16, 0, STREAM]
+    with pytest.raises(RuntimeError, match="group 1 ends at row 4 of 3"):
+        FROZEN_GROUPED_LINEAR(torch.randn(3, 16), values, mask, None, None, None, offsets, 2, form)
 
 
 def test_more_tokens_take_another_route():

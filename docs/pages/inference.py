@@ -1,0 +1,105 @@
+"""The figures of docs/inference.md."""
+
+from .common import DOCS, RESULTS, Result, filled, mib, read, speedup, table, taken
+
+BLOCKS = {
+    "speed": "frozen", "start": "frozen_start", "quality": "frozen_quality", "peer": "llama_cpp"
+}  # fmt: skip
+
+
+def inference() -> str | None:
+    if not all((RESULTS / f"{name}.json").exists() for name in BLOCKS.values()):
+        return None
+    makers = {"speed": speed, "start": start, "quality": quality, "peer": peer}
+    blocks = {block: makers[block](read(name)) for block, name in BLOCKS.items()}
+    return filled((DOCS / "inference.md").read_text(), blocks)
+
+
+def speed(result: Result) -> str:
+    """Decoding by batch and prefill, and the bytes of the pruned layers."""
+    parts = []
+    for found in result["frozen"]:
+        sides = list(found["cases"][0]["sides"])
+        rows = [
+            (f"{case['what']} {case['size']:,}", case["best"],
+             *(speedup(case["sides"][side]) for side in sides))
+            for case in found["cases"]
+        ]  # fmt: skip
+        bytes_row = ("bytes", "", *(f"{found['bytes'][s]:.3f}" if s in found["bytes"] else ""
+                                    for s in sides))  # fmt: skip
+        about = f"{found['model']}, {found['parameters'] / 1e6:.0f} M parameters, {found['dtype']}"
+        headers = ("", "faster dense side", *sides)
+        parts.append(f"**{about}**\n\n{table([*rows, bytes_row], headers)}")
+    costs = [
+        case["adapters_cost"] for found in result["frozen"] for case in found["cases"]
+        if case["what"] == "decode" and case["size"] == 1
+    ]  # fmt: skip
+    return (
+        "How many times faster than dense, with the middle half of the pairs. A decoding step has "
+        "one token for each sequence and a static cache of 256 positions; a prefill is one "
+        "sequence. Both sides are `torch.compile`d as one graph. The dense side is the faster of "
+        "two: as it is, and with the weights packed for oneDNN (`freezing`). "
+        "`dense int8` is PyTorch's own int8 product in the same layers. Adapters have rank "
+        "d_in / 64. The last row has the bytes of the pruned layers, of those of the dense "
+        f"ones in the same dtype (`benchmarks/frozen.py`, {_at(result)}).\n\n"
+        + "\n\n".join(parts)
+        + f"\n\nAdapters cost {100 * (min(costs) - 1):.0f} to {100 * (max(costs) - 1):.0f}% of a "
+XX
+
+def start(result: Result) -> str:
+    rows = [
+        (row["model"], row["side"], row["start"], f"{row['load_seconds']:.2f}",
+         mib(row["load_peak"]), mib(row["resident_loaded"]), f"{row['first_token_seconds']:.1f}",
+         f"{row['request_seconds']:.1f}", f"{1000 * row['steady_request_seconds']:.0f}",
+         mib(row["resident_after"]), mib(row["bytes"]))
+        for row in result["rows"]
+    ]  # fmt: skip
+    headers = (
+        "model", "side", "start", "load, s", "peak while loading, MiB", "resident then",
+        "first token, s", "first request, s", "a later request, ms", "resident after", "weights",
+    )  # fmt: skip
+    return (
+        "A process of its own loads a bf16 model and answers a request of 64 tokens with 16 new "
+        "ones. A cold start finds no compiled code on the disk, a warm one finds that of the cold "
+        "start. Memory is what came on top of the imported libraries "
+        f"(`benchmarks/frozen_start.py`, {_at(result)}).\n\n"
+        f"{table(rows, headers)}"
+    )
+
+
+def quality(result: Result) -> str:
+    rows = []
+    for row in result["rows"]:
+        adapters = {None: "", False: "none", True: "EoRA"}[row.get("adapters")]
+        size = f"{row['bytes_an_element'] / 2:.3f}" if "bytes_an_element" in row else ""
+        rows.append((row["values"], adapters, f"{row['perplexity']:.2f}", size))
+    arguments = result["arguments"]
+    return (
+        f"Perplexity of SmolLM2-135M on {arguments['rows']} held-out rows of "
+        f"{arguments['context']} tokens, pruned once to 2:4 by Wanda and not trained; adapters of "
+        f"rank {arguments['rank']} (`benchmarks/frozen_quality.py`, {result['date']}, at "
+        f"{result['commit']}). Values that are not quantised are in fp32 here, and their bytes are "
+        "given of fp32; those of codes are of 16 bits.\n\n"
+        + table(rows, ("values", "adapters", "perplexity", "bytes an element / 2"))
+    )
+
+
+def peer(result: Result) -> str:
+    rows = []
+    for side in result["sides"]:
+        low, high = side["quartiles"]
+        rows.append((
+            side["side"], f"**{side['tokens_per_second']:.1f}** ({low:.1f} to {high:.1f})",
+            f"{side['megabytes']:.0f}",
+        ))  # fmt: skip
+    return (
+        "Decoding of one sequence by SmolLM2-135M, tokens per second, in turns in one process, "
+        f"with llama.cpp (llama-cpp-python {result['llama_cpp']}; its output head is quantised "
+        "too, ours is bf16) "
+        f"(`benchmarks/llama_cpp.py`, {_at(result)}).\n\n"
+        + table(rows, ("", "tokens/s", "MB of weights"))
+    )
+
+
+def _at(result: Result) -> str:
+    return taken(result).removesuffix(".")
