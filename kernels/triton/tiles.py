@@ -382,13 +382,17 @@ def _halves(codes, row, first, rows_within, kept, N: tl.constexpr, G: tl.constex
     """The N planes of codes of 4 bits, of which a byte has two."""
     length = (kept + 1) // 2
     result = ()
-    if (N & (N - 1)) == 0 and N > 1:
+    if N > 1 and (N & (N - 1)) == 0:
         of_bytes = load_planes(
             codes, row * length, first * (N // 2), rows_within, length, 1, N // 2, G
         )
         for i in tl.static_range(N // 2):
             byte = of_bytes[i].to(tl.int32)
             result = result + (((byte & 15) ^ 8) - 8, ((byte >> 4) ^ 8) - 8)
+    elif N == 1:
+        byte = load_planes(codes, row * length, first // 2, rows_within, length, 1, 1, G // 2)[0]
+        byte = byte.to(tl.int32)
+        result = (tile_of((((byte & 15) ^ 8) - 8, ((byte >> 4) ^ 8) - 8)),)
     else:
         for i in tl.static_range(N):
             column = first * N + tl.arange(0, G)[None, :] * N + i

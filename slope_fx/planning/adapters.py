@@ -107,9 +107,9 @@ def low_rank(matrix: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Ten
         A (rank, d_in) and B (d_out, rank).
     """
     if gram is None:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        root = s[:rank].sqrt()
-        return root[:, None] * vh[:rank], u[:, :rank] * root
+        u, s, vh = _largest(matrix, rank)
+        root = s.sqrt()
+        return root[:, None] * vh, u * root
     # With gram = Q diag(e) Q^T, |M x|^2 sums to |M Q diag(e)^(1/2)|^2. So the matrix is projected,
     # approximated, and projected back. Eigenvalues have a small lower bound, so that the inverse
     # projection exists.
@@ -117,11 +117,27 @@ def low_rank(matrix: Tensor, rank: int, gram: Tensor | None = None) -> tuple[Ten
     values = values.clamp_min(values.max().clamp_min(1e-30) * 1e-8)
     forth = (q * values.sqrt()).to(matrix.dtype)
     back = (q / values.sqrt()).to(matrix.dtype)
-    u, s, vh = torch.linalg.svd(matrix @ forth, full_matrices=False)
-    a, b = s[:rank, None] * (vh[:rank] @ back.t()), u[:, :rank]
+    b, s, vh = _largest(matrix @ forth, rank)
+    a = s[:, None] * (vh @ back.t())
     # Balance the norms of each component. The product does not change.
     root = (b.norm(dim=0) / a.norm(dim=1).clamp_min(1e-30)).sqrt()
     return a * root[:, None], b / root.clamp_min(1e-30)
+
+
+def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values, (rank,), between their vectors (d_out, rank) and (rank, d_in).
+
+    By the eigenvectors of the smaller Gram matrix, in float64: of 2048 x 8192 this takes three
+    seconds on two cores, where the decomposition of the matrix takes 36.
+    """
+    wide = matrix.double()
+    if matrix.shape[0] > matrix.shape[1]:
+        u, s, vh = _largest(matrix.t(), rank)
+        return vh.t(), s, u.t()
+    values, vectors = torch.linalg.eigh(wide @ wide.t())
+    u, s = vectors[:, -rank:].flip(1), values[-rank:].flip(0).clamp_min(0).sqrt()
+    vh = u.t() @ wide / s.clamp_min(1e-30)[:, None]
+    return u.to(matrix.dtype), s.to(matrix.dtype), vh.to(matrix.dtype)
 
 
 def _checked(

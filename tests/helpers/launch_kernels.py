@@ -40,8 +40,9 @@ def launch_all(
             backward = triton.backward_mask(values, forward, n, m)
             triton.expand(values, forward, n, m)
             triton.expand_twice_pruned(values, forward, backward, n, m)
+            drawn = torch.randn(values.shape, device=device)  # nothing may have filled the values
             quantised = [
-                (*quantise(values, kind, group), forward, group)
+                (*quantise(drawn, kind, group), forward, group)
                 for kind, group in DEFAULT_GROUP.items()
             ]
             for codes, scales, mask, group in quantised:

@@ -20,6 +20,7 @@ from strategies import normal, seeds, weights
 from triton_cases import (
     DEVICE,
     DTYPES,
+    ON_GPU,
     common,
     configuration,
     dtypes,
@@ -34,6 +35,16 @@ from triton_cases import (
 
 pytestmark = pytest.mark.skipif(bool(why_not), reason=why_not or "-")
 kinds, groups = st.sampled_from(list(quantised.BITS)), st.sampled_from(quantised.GROUPS)
+
+
+def assert_rounded(got, want) -> None:
+    """To nearest on a GPU; the interpreter truncates to bf16."""
+    if got.dtype == torch.float32:
+        assert_same(got.double(), want)
+        return
+    finfo = torch.finfo(got.dtype)
+    bound = finfo.eps * want.abs() / (2 if ON_GPU else 1) + finfo.smallest_normal * finfo.eps
+    assert ((got.cpu().double() - want).abs() <= bound).all()
 
 
 @settings(max_examples=20)
@@ -103,7 +114,7 @@ def test_quantised_values(layer, count, number, has_bias, kind, group, seed):
     n, m, values, forward, backward = layer
     d_out, d_in, dtype = values.shape[0], values.shape[1] * m // n, values.dtype
     codes, scales = quantised.quantise(values, kind, group)
-    decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1]).to(dtype)
+    decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1])
     oracle = DenseOracle.of(decoded, forward, backward, n, m)
     x = normal((count, d_in), seed, dtype).to(DEVICE)
     bias = normal((d_out,), seed + 2, dtype).to(DEVICE) if has_bias else None
@@ -112,7 +123,7 @@ def test_quantised_values(layer, count, number, has_bias, kind, group, seed):
         y = triton.quantised_linear(x, *weight, bias, n, m, group)
         dense = triton.expand_quantised(*weight, n, m, group, d_in, dtype)
     assert_within_rounding(y, *oracle.forward(x, bias), dtype)
-    assert_same(dense.double(), oracle.weight)
+    assert_rounded(dense, oracle.weight)
 
 
 @pytest.mark.parametrize("kind", list(quantised.BITS))
@@ -126,13 +137,13 @@ def test_quantised_values_across_the_edges_of_every_tile(kind, n, group):
         with configuration(number):
             values, forward = pruned(weight, n, m)
             codes, scales = quantised.quantise(values, kind, group)
-            decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1]).to(dtype)
+            decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1])
             backward = triton.backward_mask(values, forward, n, m)
             oracle = DenseOracle.of(decoded, forward, backward, n, m)
             y = triton.quantised_linear(x, codes, scales, forward, None, n, m, group)
             dense = triton.expand_quantised(codes, scales, forward, n, m, group, d_in, dtype)
         assert_within_rounding(y, *oracle.forward(x), dtype)
-        assert_same(dense, triton.expand(decoded, forward, n, m))
+        assert_rounded(dense, oracle.weight)
 
 
 @pytest.mark.parametrize(

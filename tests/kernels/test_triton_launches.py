@@ -52,7 +52,7 @@ def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
     n, m = Pattern.parse(pattern).n, Pattern.parse(pattern).m
-    d_out, d_in = 64, 128
+    d_out, d_in = 64, 256  # whole groups of codes that share a scale
     weight = normal((d_out, d_in), 0, dtype)
     values, forward = pruned(weight, n, m)
     backward = triton.backward_mask(values, forward, n, m)
