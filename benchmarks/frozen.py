@@ -49,8 +49,8 @@ def llama(
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "GPT-2, 420 M": lambda: gpt2(8, 2048, 8192, 2048),
     "Llama 4x512": lambda: llama(4, 512, 2048, 4096, 8, 8),
+    "GPT-2, 420 M": lambda: gpt2(8, 2048, 8192, 2048),
     "SmolLM2-135M": lambda: llama(30, 576, 1536, 49152, 9, 3),
 }
 
@@ -183,15 +183,15 @@ def measure(args: Any, name: str, dtype: torch.dtype) -> dict[str, Any]:
 @torch.no_grad()
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, default=24)
+    arguments.add_argument("--rounds", type=int, default=20)
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64])
     arguments.add_argument("--prefills", type=int, nargs="+", default=[512, 2048])
     arguments.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     args = arguments.parse_args()
     found: list[dict[str, Any]] = []
-    for name in args.models:
-        for dtype in args.dtypes:
+    for dtype in args.dtypes:
+        for name in args.models:
             found.append(measure(args, name, getattr(torch, dtype)))
             gc.collect()
             write("frozen", args, frozen=found)

@@ -150,7 +150,8 @@ def test_a_model_trains_as_on_the_dense_engine(engine, autocast):
             optimizer.step(), optimizer.zero_grad(), schedule.step()
         return losses, grads
 
-    tolerance = 5e-2 if autocast else 1e-3
+    # The interpreter truncates to bf16, where a GPU rounds.
+    tolerance = (5e-2 if ON_GPU else 1e-1) if autocast else 1e-3
     with configuration(0):
         losses, grads = train(engine)
     want_losses, want_grads = train("dense")
