@@ -17,6 +17,7 @@ from slope_fx.kernels.packing import pack, unpack
 from slope_fx.planning.activations import Activations
 from slope_fx.planning.draws import own_draws
 from slope_fx.planning.patterns import Pattern
+from slope_fx.planning.transposable import transposable_mask
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ def wanda(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Tenso
     """
     assert inputs is not None
     return weight.abs().float() * inputs.squares.sqrt().unsqueeze(-2)
+
+
+@mask_method("transposable")
+def transposable(weight: Tensor, pattern: Pattern, inputs: Activations | None) -> Chosen:
+    """Keep large magnitudes, N of M along the rows and along the columns.
+
+    The backward mask then drops nothing, and the input gradient is exact.
+    """
+    magnitudes = weight.reshape(-1, weight.shape[-1]).abs()
+    return Chosen(pack(transposable_mask(magnitudes, pattern.n, pattern.m)))
 
 
 @mask_method("random")
