@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install train train-dense test test-full mutants lint format bench gpu gpu-kernels gpu-paper readme docs wheel clean
+.PHONY: help install train train-dense test test-full mutants lint format bench study study-quick gpu-study gpu gpu-kernels gpu-paper readme docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,17 @@ bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; three
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/kill_ranks.py
 	$(BIN)/python benchmarks/scaling.py
+
+study-quick: $(INSTALLED) ## train three arms of the accuracy study at its smallest size; under ten minutes
+	$(BIN)/python benchmarks/accuracy/study.py quick
+
+study: $(INSTALLED) ## the stages of the accuracy study, as PROTOCOL.md says; many hours, goes on after a kill
+	$(BIN)/python benchmarks/accuracy/study.py tune
+	$(BIN)/python benchmarks/accuracy/study.py compare
+	$(BIN)/python benchmarks/accuracy/study.py large
+
+gpu-study: ## what the accuracy study lacks, on a GPU with your python3's PyTorch; about eight minutes
+	PYTHONPATH=. $(PYTHON) benchmarks/accuracy/study.py tune --device cuda --workers 8 --seconds 360
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.
 gpu: gpu-kernels gpu-paper ## CUDA tests and GPU benchmarks, with your python3's PyTorch; 17 minutes at most

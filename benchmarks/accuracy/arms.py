@@ -1,6 +1,7 @@
 """The arms of the study: how each model is made, and the cost of its products."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
@@ -143,7 +144,5 @@ def cost(arm: Arm, rung: Rung) -> float:
 
 
 def _is_dense(arm: Arm, rung: Rung, name: str) -> bool:
-    from fnmatch import fnmatch
-
     patterns = [p.replace("LAST", str(rung.layers - 1)) for p in arm.dense_layers]
     return any(fnmatch(name, pattern) for pattern in patterns)

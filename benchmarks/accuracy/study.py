@@ -102,17 +102,19 @@ def _leaders(results: dict[Key, dict[str, Any]]) -> list[str]:
     return sorted(losses, key=lambda arm: sum(losses[arm]) / len(losses[arm]))[:3]
 
 
-def queue(stage: str, lines: Path, workers: int) -> None:
-    """Run what a stage lacks, so many runs at a time."""
-    results = done(lines)
+def queue(stage: str, lines: Path, workers: int, device: str, limit: float) -> None:
+    """Run what a stage lacks, so many runs at a time. After ``limit`` seconds no run begins."""
+    results, begun = done(lines), time.monotonic()
     left = [key for key in planned(stage, results) if key not in results]
     rows(CACHE)  # once, and not in each process
 
     def start(key: Key) -> None:
+        if time.monotonic() - begun > limit:
+            return
         arm, rung, rate, seed = key
         command = [
             sys.executable, __file__, "run", "--arm", arm, "--rung", rung, "--lr", str(rate),
-            "--seed", str(seed), "--lines", str(lines),
+            "--seed", str(seed), "--lines", str(lines), "--device", device,
         ]  # fmt: skip
         log = CACHE / f"{arm}-{rung}-{rate:g}-{seed}.log".replace(" ", "_").replace("/", "_")
         with log.open("w") as file:
@@ -174,10 +176,11 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
             break
         if (step + 1) % max(1, steps // EVALUATIONS) == 0 and step + 1 < steps:
             curve.append([step + 1, evaluate(model, text["held_out"][:256], device)])
+    final = evaluate(model, text["held_out"][:HELD_OUT_ROWS], device)
     return {
         "arm": arm, "rung": rung, "lr": rate, "seed": seed, "steps": steps,
         "tokens": steps * size.batch * CONTEXT,
-        "loss": evaluate(model, text["held_out"][:HELD_OUT_ROWS], device), "curve": curve,
+        "loss": final if math.isfinite(final) else math.inf, "curve": curve,
         "cost": cost(ARMS[arm], size), "seconds": seconds,
         "parameters": sum(p.numel() for p in trained), "commit": commit(),
         "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
@@ -187,7 +190,7 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: torch.Tensor, device: str) -> float:
-    """The mean loss in nats a byte; NaN of a model that diverged."""
+    """The mean loss in nats a byte."""
     model.eval()
     with torch.compiler.set_stance("force_eager"):
         losses = [
@@ -205,6 +208,7 @@ def main() -> None:
     parser.add_argument("stage", choices=("quick", "tune", "compare", "large", "run"))
     parser.add_argument("--lines", type=Path, default=LINES, help="file of the results")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run after these")
     parser.add_argument("--arm", choices=list(ARMS))
     parser.add_argument("--rung", choices=list(RUNGS), default="small")
     parser.add_argument("--lr", type=float)
@@ -212,7 +216,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.stage != "run":
-        queue(args.stage, args.lines, args.workers)
+        queue(args.stage, args.lines, args.workers, args.device, args.seconds)
         return
     if args.arm is None or args.lr is None:
         parser.error("run needs --arm and --lr")
