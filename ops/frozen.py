@@ -9,8 +9,7 @@ Arguments of the ops:
 - ``values``: (d_out, d_in * N / M), in the dtype of ``x``; or codes (``kernels/quantised.py``).
 - ``scales``: the scales of codes; None for values.
 - ``forward_mask``: packed, uint8 (d_out, ceil(d_in / 8)). It was checked when the model was frozen.
-- ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None. The
-  columns of ``lora_B`` should be contiguous, or few tokens make a copy.
+- ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None.
 - ``groups``, ``offsets``: of ``frozen_grouped_linear``, as in ``ops/groups.py``. The weights of a
   stack, such as the experts of a mixture, are stacked along the rows of each tensor.
 - ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,

@@ -49,8 +49,8 @@ int slope_linear(const void *x, long x_stride, long tokens, const void *values,
 
 /* The products of a frozen weight, whose mask was checked when it was made.
  *
- * slope_stream: y = x W^T + bias + (x A^T) B^T, streaming the weight once for every 8 tokens. b is the
- * transpose of B; a and b are NULL if rank is 0. d_out is FEWEST_ROWS at least. slope_panels: y = x W^T + bias. */
+ * slope_stream: y = x W^T + bias + (x A^T) B^T, streaming the weight once for every 8 tokens. a
+ * and b are NULL if rank is 0. d_out is FEWEST_ROWS at least. slope_panels: y = x W^T + bias. */
 int slope_stream(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask_bytes,
                  const void *bias, const void *a, const void *b, long rank, long d_out, long d_in, int n,
                  int m, void *y, int dtype, int threads) {

@@ -138,9 +138,8 @@ void linear(Tensor y, Tensor x, Tensor values, Tensor mask, std::optional<Tensor
     const auto *bits = (const uint8_t *)mask.const_data_ptr();
     int64_t route = wide ? DENSE : route_of(form, tokens);
     if (route == STREAM) {
-        /* The rows of B's transpose. A copy is made of a B that was loaded in another way, or is a part of one. */
-        if (lora_b && (lora_b->stride(0) != 1 || lora_b->stride(1) != d_out))
-            lora_b = torch::stable::contiguous(torch::stable::transpose(*lora_b, 0, 1));
+        if (lora_a && !lora_a->is_contiguous()) lora_a = torch::stable::contiguous(*lora_a);
+        if (lora_b && !lora_b->is_contiguous()) lora_b = torch::stable::contiguous(*lora_b);
         if (scales)
             check(slope_stream_quantised(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(),
                                          scales->const_data_ptr(), bits, pointer(bias), pointer(lora_a),

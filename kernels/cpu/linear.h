@@ -14,7 +14,7 @@ typedef struct {
 /* A low-rank branch beside the weight, in the dtype of the inputs. rank 0: there is none. */
 typedef struct {
     const void *a; /* (rank, d_in) */
-    const void *b; /* (rank, d_out), the transpose of B, with the scale in it */
+    const void *b; /* (d_out, rank), with the scale in it */
     long rank;
 } adapter_t;
 

@@ -147,6 +147,15 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 #undef DOTS
 }
 
+/* The elements of x A^T for a token, and zeros up to a whole number of vectors. */
+INLINE long narrow_length(long rank) { return ceil_div(rank, VL) * VL; }
+
+static void clear_narrow(float *narrow, long tokens, long rank) {
+    long length = narrow_length(rank);
+    for (long b = 0; b < tokens; b++)
+        for (long j = rank; j < length; j++) narrow[b * length + j] = 0;
+}
+
 /* The two products of an adapter, for B tokens in the layout of the dots functions.
  *
  * down: element `j` of x A^T for each token. up: `rows` rows of B (x A^T), from `row` on. */
@@ -175,36 +184,41 @@ INLINE void down(const int B, const int dtype, const adapter_t *adapter, long j,
     for (int b = 0; b < B; b++) {
         float sum = 0;
         for (int lane = 0; lane < VL; lane++) sum += s[b][lane];
-        to[b * adapter->rank + j] = sum;
+        to[b * narrow_length(adapter->rank) + j] = sum;
     }
 }
 
-INLINE void up(const int B, const int dtype, const adapter_t *adapter, long d_out, long row, long rows,
-               const float *from, vf *to) {
-    vf s[MOST_B];
+INLINE void up(const int B, const int dtype, const adapter_t *adapter, long row, long rows, const float *from,
+               vf *to) {
+    long rank = adapter->rank, length = narrow_length(rank);
+    vf part[MOST_B][VL];
+    for (long i = 0; i < VL; i++) {
+        vf s[MOST_B];
 #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) s[b] = zero();
-    for (long j = 0; j < adapter->rank; j++) {
-        vf v = load_part(at(adapter->b, j * d_out + row, dtype), rows, dtype);
+        for (int b = 0; b < B; b++) s[b] = zero();
+        for (long j = 0; i < rows && j < rank; j += VL) {
+            vf v = load_part(at(adapter->b, (row + i) * rank + j, dtype), rank - j, dtype);
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) s[b] += splat(from[b * adapter->rank + j]) * v;
+            for (int b = 0; b < B; b++) s[b] += v * *(const vf_any *)(from + b * length + j);
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; b++) part[b][i] = s[b];
     }
 #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) to[b] = s[b];
+    for (int b = 0; b < B; b++) to[b] = sums(part[b]);
 }
 
 typedef struct {
     void (*down)(const adapter_t *, long, long, const float *, float *);
-    void (*up)(const adapter_t *, long, long, long, const float *, vf *);
+    void (*up)(const adapter_t *, long, long, const float *, vf *);
 } branch_t;
 
 #define BRANCH_FN(B, DTYPE)                                                                            \
     static void down_##B##_##DTYPE(const adapter_t *l, long j, long d_in, const float *x, float *to) {   \
         down(B, DTYPE, l, j, d_in, x, to);                                                               \
     }                                                                                                    \
-    static void up_##B##_##DTYPE(const adapter_t *l, long d_out, long row, long rows, const float *from, \
-                                 vf *to) {                                                               \
-        up(B, DTYPE, l, d_out, row, rows, from, to);                                                     \
+    static void up_##B##_##DTYPE(const adapter_t *l, long row, long rows, const float *from, vf *to) {   \
+        up(B, DTYPE, l, row, rows, from, to);                                                            \
     }
 #define BRANCH_FNS(B) BRANCH_FN(B, F32) BRANCH_FN(B, BF16) BRANCH_FN(B, F16)
 BRANCH_FNS(1) BRANCH_FNS(2) BRANCH_FNS(4) BRANCH_FNS(6) BRANCH_FNS(8)
@@ -249,10 +263,12 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
     dots_t dots = dots_for(tokens, count * VL * 4, bf16);
     int width = dots.tokens, together = dots.rows;
     long rank = adapter->rank;
-    float *padded = scratch(count * width * VL + MOST_B * rank), *narrow = padded + count * width * VL;
+    float *padded = scratch(count * width * VL + MOST_B * narrow_length(rank));
+    float *narrow = padded + count * width * VL;
     branch_t branch = branch_for(width, x->dtype);
     if (!padded) return 1;
     pad_tokens(x, token, tokens, width, bf16, padded);
+    clear_narrow(narrow, width, rank);
 #pragma omp parallel num_threads(threads)
     {
         if (rank) {
@@ -273,7 +289,7 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
             }
             vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
             vf added[MOST_B];
-            if (rank) branch.up(adapter, d_out, row, rows, narrow, added);
+            if (rank) branch.up(adapter, row, rows, narrow, added);
             for (long b = 0; b < tokens; b++)
                 store_part((void *)element(y, token + b, row),
                            sums(by_token[b]) + (rank ? bias + added[b] : bias), rows, y->dtype);

@@ -200,11 +200,12 @@ static int linear_quantised(const matrix_t *x, long token, const quantised_t *w,
     /* An adapter reads the inputs as they are, so it needs them in its own layout. */
     int pairs = STREAMS_BF16 && x->dtype == BF16;
     long padded = rank ? padded_vectors(d_in, pairs) * width * VL : 0;
-    float *memory = scratch(padded + elements / 2 + words * width + MOST_TOGETHER * rank);
+    float *memory = scratch(padded + elements / 2 + words * width + MOST_TOGETHER * narrow_length(rank));
     if (!memory) return NO_MEMORY;
     float *rounded = memory + padded, *scales = rounded + elements / 2, *narrow = scales + words * width;
     branch_t branch = branch_for(width, x->dtype);
     if (rank) pad_tokens(x, token, tokens, width, pairs, memory);
+    clear_narrow(narrow, width, rank);
     inputs.x = (int16_t *)rounded;
     inputs.scales = scales;
     round_inputs(x, token, tokens, &inputs, (int16_t *)rounded, scales, w->bits);
@@ -229,7 +230,7 @@ static int linear_quantised(const matrix_t *x, long token, const quantised_t *w,
             }
             vf added = bias ? load_part(at(bias, row, y->dtype), rows, y->dtype) : zero();
             vf branched[MOST_B];
-            if (rank) branch.up(adapter, d_out, row, rows, narrow, branched);
+            if (rank) branch.up(adapter, row, rows, narrow, branched);
             for (long b = 0; b < tokens; b++) {
                 vf total = sums(by_token[b]) + (rank ? added + branched[b] : added);
                 store_part((void *)element(y, token + b, row), total, rows, y->dtype);

@@ -94,6 +94,12 @@ INLINE void store(void *p, vf x, int dtype) {
 /* The first `count` elements (at most VL), then zeros. Reads no other memory. */
 INLINE vf load_part(const void *p, long count, int dtype) {
     if (count >= VL) return load(p, dtype);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    uint32_t mask = count > 0 ? (1u << count) - 1 : 0;
+    if (dtype == F32) return (vf)_mm512_maskz_loadu_ps(mask, p);
+    vh h = (vh)_mm256_maskz_loadu_epi16(mask, p);
+    return dtype == BF16 ? from_bf16(h) : from_f16(h);
+#endif
     char part[4 * VL] = {0};
     if (count > 0) memcpy(part, p, count * element_size(dtype));
     return load(part, dtype);

@@ -134,7 +134,7 @@ def _random_weight(product: Product) -> Callable[[Tensor, list[int]], Tensor]:
     a = b = None
     if product.rank:
         a = torch.randn(product.rank, product.d_in).to(product.dtype)
-        b = torch.randn(product.rank, product.d_out).to(product.dtype).t()
+        b = torch.randn(product.d_out, product.rank).to(product.dtype)
 
     def run(x: Tensor, form: list[int]) -> Tensor:
         with torch.inference_mode():

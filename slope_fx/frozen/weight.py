@@ -99,8 +99,7 @@ class FrozenWeight(nn.Module):
         self.scales = None if scales is None else Kept(scales)
         a, b = (None, None) if adapter is None else adapter
         self.lora_A = None if a is None else Kept(a)
-        # The kernel for few tokens reads the columns of B.
-        self.lora_B = None if b is None else Kept(b.t().contiguous().t())
+        self.lora_B = None if b is None else Kept(b)
 
     @property
     def pattern(self) -> Pattern:

@@ -210,7 +210,7 @@ def test_the_product_of_a_frozen_weight_with_its_adapter(
     n, m, group, codes, scales, forward, weight = layer
     d_out, d_in = weight.shape
     x, bias = normal((count, d_in), seed, dtype), normal((d_out,), seed + 1, dtype)
-    a, b = normal((rank, d_in), seed + 2, dtype), normal((rank, d_out), seed + 3, dtype)
+    a, b = normal((rank, d_in), seed + 2, dtype), normal((d_out, rank), seed + 3, dtype)
     y = x.new_empty(count, d_out)
     bits = quantised.BITS[quantised.kind_of(codes)]
     quantised_weight = (codes, scales, forward, bias if has_bias else None, a, b, rank)
@@ -221,8 +221,8 @@ def test_the_product_of_a_frozen_weight_with_its_adapter(
     )  # fmt: skip
     a64, b64, bias64 = a.double(), b.double(), bias.double() * has_bias
     down, size = x.double() @ a64.t(), x.double().abs() @ a64.abs().t()
-    want = x.double() @ weight.t() + bias64 + down @ b64
-    magnitude = x.double().abs() @ weight.abs().t() + bias64.abs() + size @ b64.abs()
+    want = x.double() @ weight.t() + bias64 + down @ b64.t()
+    magnitude = x.double().abs() @ weight.abs().t() + bias64.abs() + size @ b64.abs().t()
     rounding = 2**-15 * x.double().abs().amax(1, keepdim=True) * weight.abs().sum(1)
     assert ((y.double() - want).abs() <= 4 * torch.finfo(dtype).eps * magnitude + rounding).all()
 

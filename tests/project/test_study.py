@@ -1,0 +1,95 @@
+"""The accuracy study: its arms are what they say, and what it costs to run them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import slope_fx
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
+import study
+from arms import ARMS, Arm, Rung, cost, make
+
+SIZE = Rung(layers=2, width=32, batch=2)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_each_arm_is_what_it_says(name):
+    torch.manual_seed(0)
+    arm = ARMS[name]
+    model, schedule = make(arm, SIZE, context=8, steps=100)
+    weights = {} if arm.pattern is None else slope_fx.sparse_weights(model)
+    assert len(weights) == {"MLP only": 4, "first and last block dense": 0}.get(
+        name, 0 if arm.pattern is None else 8
+    )
+    for weight in weights.values():
+        assert str(weight.pattern) == arm.pattern
+        keeps_all = torch.equal(weight.forward_mask(), weight.backward_mask())
+        assert keeps_all == (arm.exact or arm.mask == "transposable")
+        assert bool(weight.rank) == bool(arm.rank)
+    if weights:
+        assert schedule is not None
+
+
+@pytest.mark.parametrize(
+    ("arm", "want"),
+    [
+        (Arm(None), 1.0),
+        (Arm(), 0.5),
+        (Arm("1:4"), 0.25),
+        (Arm(exact=True), 2 / 3),
+        (Arm(mask="transposable"), 0.5),
+        (Arm(dense_layers=("*.attn.*",)), 2 / 3),
+    ],
+)
+def test_the_cost_of_the_products(arm, want):
+    assert cost(arm, SIZE) == pytest.approx(want)
+
+
+def test_an_adapter_costs_while_it_takes_part():
+    """Of rank r: r / d_in + r / d_out of a dense layer, over a quarter of the run."""
+    layers = [(1, 3), (1, 1), (1, 4), (4, 1)]
+    sizes = [(SIZE.width * d_in, SIZE.width * d_out) for d_in, d_out in layers]
+    total = sum(d_in * d_out for d_in, d_out in sizes)
+    adapters = sum(d_in / 16 * (d_in + d_out) for d_in, d_out in sizes)
+    want = 0.5 + 0.25 * adapters / total
+    assert cost(Arm(rank=1 / 16, start=0.75), SIZE) == pytest.approx(want)
+
+
+def _results(losses):
+    return {("slope", "small", rate, 0): {"loss": loss} for rate, loss in losses.items()}
+
+
+def test_a_best_rate_at_the_edge_is_refused():
+    best = study.best_rates(_results({4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.25}))
+    assert best == {"slope": 8e-3}
+    with pytest.raises(SystemExit, match=r"at the edge.*--lr 0\.032"):
+        study.best_rates(_results({4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.1}))
+
+
+def test_a_stage_runs_what_is_not_there_yet(tmp_path, monkeypatch):
+    lines = tmp_path / "lines.jsonl"
+    started = []
+
+    def process(command, **_):
+        given = dict(zip(command[3::2], command[4::2], strict=True))
+        started.append(given["--arm"])
+        result = {"arm": given["--arm"], "rung": given["--rung"], "lr": float(given["--lr"]),
+                  "seed": int(given["--seed"]), "loss": 1.0, "seconds": 1.0}  # fmt: skip
+        with lines.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(study.subprocess, "run", process)
+    monkeypatch.setattr(study, "rows", lambda cache: None)
+    monkeypatch.setattr(study, "CACHE", tmp_path)
+    study.queue("quick", lines, 1, "cpu", float("inf"))
+    assert started == list(study.QUICK)
+    kept = lines.read_text().splitlines()
+    lines.write_text(kept[1] + "\n")
+    study.queue("quick", lines, 1, "cpu", float("inf"))
+    first, _, last = study.QUICK
+    assert started[3:] == [first, last]
