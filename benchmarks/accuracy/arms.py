@@ -104,7 +104,7 @@ def make(arm: Arm, rung: Rung, context: int, steps: int) -> tuple[nn.Module, Any
     layers = [name.replace("LAST", str(rung.layers - 1)) for name in arm.dense_layers]
     model = slope_fx.compile(
         model, {**dict.fromkeys(layers), "*": arm.pattern}, mask=arm.mask, region="blocks",
-        adapter_rank=arm.rank or None, skip_first=False, engine="dense" if arm.exact else None,
+        adapter_rank=arm.rank or None, skip_first=False, engine="dense" if arm.exact else "auto",
     )  # fmt: skip
     if arm.exact:
         for weight in slope_fx.sparse_weights(model).values():

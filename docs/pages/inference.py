@@ -22,7 +22,7 @@ def speed(result: Result) -> str:
         sides = list(found["cases"][0]["sides"])
         rows = [
             (f"{case['what']} {case['size']:,}", case["best"],
-             *(speedup(case["sides"][side]) for side in sides))
+             *(speedup(case["sides"][side]) if side in case["sides"] else "" for side in sides))
             for case in found["cases"]
         ]  # fmt: skip
         bytes_row = ("bytes", "", *(f"{found['bytes'][s]:.3f}" if s in found["bytes"] else ""

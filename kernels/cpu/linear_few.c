@@ -158,7 +158,8 @@ static void clear_narrow(float *narrow, long tokens, long rank) {
 
 /* The two products of an adapter, for B tokens in the layout of the dots functions.
  *
- * down: element `j` of x A^T for each token. up: `rows` rows of B (x A^T), from `row` on. */
+ * down: element `j` of x A^T for each token. up: adds `rows` rows of B (x A^T), from `row` on, to a
+ * vector for each token and row, whose lanes are summed later. */
 INLINE void down(const int B, const int dtype, const adapter_t *adapter, long j, long d_in, const float *x,
                  float *to) {
     const char *a = at(adapter->a, j * d_in, dtype);
@@ -189,35 +190,33 @@ INLINE void down(const int B, const int dtype, const adapter_t *adapter, long j,
 }
 
 INLINE void up(const int B, const int dtype, const adapter_t *adapter, long row, long rows, const float *from,
-               vf *to) {
+               vf to[MOST_B][VL]) {
     long rank = adapter->rank, length = narrow_length(rank);
-    vf part[MOST_B][VL];
-    for (long i = 0; i < VL; i++) {
+    for (long i = 0; i < rows; i++) {
         vf s[MOST_B];
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) s[b] = zero();
-        for (long j = 0; i < rows && j < rank; j += VL) {
+        for (int b = 0; b < B; b++) s[b] = to[b][i];
+        for (long j = 0; j < rank; j += VL) {
             vf v = load_part(at(adapter->b, (row + i) * rank + j, dtype), rank - j, dtype);
 #pragma GCC unroll 8
             for (int b = 0; b < B; b++) s[b] += v * *(const vf_any *)(from + b * length + j);
         }
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) part[b][i] = s[b];
+        for (int b = 0; b < B; b++) to[b][i] = s[b];
     }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; b++) to[b] = sums(part[b]);
 }
 
 typedef struct {
     void (*down)(const adapter_t *, long, long, const float *, float *);
-    void (*up)(const adapter_t *, long, long, const float *, vf *);
+    void (*up)(const adapter_t *, long, long, const float *, vf[MOST_B][VL]);
 } branch_t;
 
 #define BRANCH_FN(B, DTYPE)                                                                            \
     static void down_##B##_##DTYPE(const adapter_t *l, long j, long d_in, const float *x, float *to) {   \
         down(B, DTYPE, l, j, d_in, x, to);                                                               \
     }                                                                                                    \
-    static void up_##B##_##DTYPE(const adapter_t *l, long row, long rows, const float *from, vf *to) {   \
+    static void up_##B##_##DTYPE(const adapter_t *l, long row, long rows, const float *from,             \
+                                 vf to[MOST_B][VL]) {                                                    \
         up(B, DTYPE, l, row, rows, from, to);                                                            \
     }
 #define BRANCH_FNS(B) BRANCH_FN(B, F32) BRANCH_FN(B, BF16) BRANCH_FN(B, F16)
@@ -284,15 +283,13 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
                 long first = least(row + i, d_out - together);
                 if (i < rows) dots.run(w, first, padded, sum);
                 for (long j = 0; j < together; j++)
-                    for (long b = 0; b < tokens; b++)
+                    for (long b = 0; b < width; b++)
                         by_token[b][i + j] = row + i + j < d_out ? sum[row + i + j - first][b] : zero();
             }
             vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
-            vf added[MOST_B];
-            if (rank) branch.up(adapter, row, rows, narrow, added);
+            if (rank) branch.up(adapter, row, rows, narrow, by_token);
             for (long b = 0; b < tokens; b++)
-                store_part((void *)element(y, token + b, row),
-                           sums(by_token[b]) + (rank ? bias + added[b] : bias), rows, y->dtype);
+                store_part((void *)element(y, token + b, row), sums(by_token[b]) + bias, rows, y->dtype);
         }
     }
     give_back(padded);

@@ -219,22 +219,19 @@ static int linear_quantised(const matrix_t *x, long token, const quantised_t *w,
 #pragma omp for schedule(static)
         for (long row = 0; row < d_out; row += VL) {
             long rows = least(VL, d_out - row);
-            vf by_token[MOST_TOGETHER][VL], sum[MOST_TOGETHER];
+            vf by_token[MOST_B][VL], sum[MOST_TOGETHER];
             if (check && !rows_are_valid(&w->mask, row, rows)) {
                 valid = 0;
                 continue;
             }
             for (long i = 0; i < VL; i++) {
                 if (i < rows) dots(w, row + i, &inputs, sum);
-                for (long b = 0; b < tokens; b++) by_token[b][i] = i < rows ? sum[b] : zero();
+                for (long b = 0; b < width; b++) by_token[b][i] = i < rows ? sum[b] : zero();
             }
             vf added = bias ? load_part(at(bias, row, y->dtype), rows, y->dtype) : zero();
-            vf branched[MOST_B];
-            if (rank) branch.up(adapter, row, rows, narrow, branched);
-            for (long b = 0; b < tokens; b++) {
-                vf total = sums(by_token[b]) + (rank ? added + branched[b] : added);
-                store_part((void *)element(y, token + b, row), total, rows, y->dtype);
-            }
+            if (rank) branch.up(adapter, row, rows, narrow, by_token);
+            for (long b = 0; b < tokens; b++)
+                store_part((void *)element(y, token + b, row), sums(by_token[b]) + added, rows, y->dtype);
         }
     }
     give_back(memory);

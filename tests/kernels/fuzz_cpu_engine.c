@@ -111,7 +111,7 @@ static void round_of(int dtype) {
     release();
 }
 
-/* The product of a frozen weight with an adapter, whose b is the transpose of B. */
+/* The product of a frozen weight with an adapter. */
 static void round_of_adapters(int dtype) {
     int m = PICK(2, 4, 8, 16), n = m == 2 ? 1 : 1 + below(m - 1);
     long d_out = ceil_div(FEWEST_ROWS, m) * m * (1 + below(PICK(3, 100 / m))), d_in = m * (1 + below(PICK(3, 200 / m)));
@@ -135,7 +135,7 @@ static void round_of_adapters(int dtype) {
             expect("panels", get(panels, t * d_out + o, dtype), want, magnitude, dtype);
             for (long j = 0; j < rank; j++)
                 for (long c = 0; c < d_in; c++) {
-                    double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, j * d_out + o, dtype);
+                    double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, o * rank + j, dtype);
                     want += term, magnitude += fabs(term);
                 }
             expect("stream", get(y, t * d_out + o, dtype), want, magnitude, dtype);
@@ -193,7 +193,7 @@ static void round_of_quantised(int dtype) {
                    magnitude[t] + rounding[t] * in_magnitude, dtype);
             for (long j = 0; j < rank; j++)
                 for (long c = 0; c < d_in; c++) {
-                    double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, j * d_out + o, dtype);
+                    double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, o * rank + j, dtype);
                     want[t] += term, magnitude[t] += fabs(term);
                 }
             expect("stream_quantised", get(beside, t * d_out + o, dtype), want[t],

@@ -94,7 +94,8 @@ def test_the_error_is_that_of_the_best_scale_or_less(kind, group, kept, seed):
         plain = (part / scale).round().clamp(-highest, highest) * scale
         worst = (plain - part).square().sum(1)
         assert ((mine - part).square().sum(1) <= worst * (1 + 1e-5)).all()
-        assert ((mine - part).abs() <= 1.3 * step).all()
+        # The largest value of a group may be cut from nine codes to seven.
+        assert ((mine - part).abs() <= 14 / 9 * (1 + 2**-7) * step).all()
 
 
 def test_extremes_of_the_quantiser():

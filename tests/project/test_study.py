@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
 import study
 from arms import ARMS, Arm, Rung, cost, make
 
-SIZE = Rung(layers=2, width=32, batch=2)
+SIZE = Rung(layers=3, width=32, batch=2)
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -22,9 +22,8 @@ def test_each_arm_is_what_it_says(name):
     arm = ARMS[name]
     model, schedule = make(arm, SIZE, context=8, steps=100)
     weights = {} if arm.pattern is None else slope_fx.sparse_weights(model)
-    assert len(weights) == {"MLP only": 4, "first and last block dense": 0}.get(
-        name, 0 if arm.pattern is None else 8
-    )
+    expected = {"MLP only": 6, "first and last block dense": 4}
+    assert len(weights) == expected.get(name, 0 if arm.pattern is None else 12)
     for weight in weights.values():
         assert str(weight.pattern) == arm.pattern
         keeps_all = torch.equal(weight.forward_mask(), weight.backward_mask())
