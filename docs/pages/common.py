@@ -22,7 +22,7 @@ def read(name: str) -> Result:
 
 
 def read_if_there(name: str) -> Result | None:
-    """A results file that needs a GPU to make, or None."""
+    """A results file that needs a GPU or a quiet machine to make, or None."""
     return read(name) if (RESULTS / f"{name}.json").exists() else None
 
 

@@ -136,10 +136,13 @@ def _check(weight: SparseWeight, frozen: Frozen) -> None:
         raise UnsupportedError(f"{weight.name} is on the meta device, without values to freeze.")
     if problem := weight.masks_problem():
         raise UnsupportedError(f"{weight.name} should be {weight.pattern}, but {problem}.")
-    if frozen.group and not weight.values.isfinite().all():
-        raise UnsupportedError(
-            f"{weight.name} has NaN or infinity, which has no code in {frozen.values}."
-        )
+    factors = (weight.lora_A, weight.lora_B) if weight.adapter_active else ()
+    for what, tensor in (("it", weight.values), *(("its adapter", factor) for factor in factors)):
+        if frozen.group and tensor is not None and not tensor.isfinite().all():
+            raise UnsupportedError(
+                f"{weight.name} can't be quantised: {what} has NaN or infinity, which has no code "
+                f"in {frozen.values}."
+            )
 
 
 def parts_of(weight: SparseWeight, dtype: torch.dtype | None) -> FrozenParts:

@@ -182,6 +182,19 @@ def test_bad_arguments_change_nothing(arguments, said):
     assert not any(isinstance(m, FrozenWeight) for m in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("which", "said"), [("values", "it has NaN"), ("lora_B", "its adapter has NaN")]
+)
+def test_nan_is_refused_before_anything_changes(which, said):
+    model = awake(gpt2())
+    weight = list(slope_fx.sparse_weights(model).values())[-1]
+    getattr(weight, which).data.view(-1)[-1] = float("nan")
+    with pytest.raises(UnsupportedError, match=rf"c_proj can't be quantised: {said}"):
+        slope_fx.freeze(model, values="int8")
+    assert not any(isinstance(m, FrozenWeight) for m in model.modules())
+    assert isinstance(slope_fx.freeze(model), nn.Module)
+
+
 def test_casts_keep_the_scales():
     model = awake(llama())
     frozen = slope_fx.freeze(model, values="int8")
