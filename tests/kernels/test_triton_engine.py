@@ -127,7 +127,10 @@ def test_quantised_values(layer, count, number, has_bias, kind, group, seed):
 
 
 @pytest.mark.parametrize("kind", list(quantised.BITS))
-@pytest.mark.parametrize(("n", "group"), [(2, 32), (2, 128), (1, 64), (3, 32)])
+@pytest.mark.parametrize(
+    ("n", "group"),
+    [(2, 32), *(pytest.param(*c, marks=pytest.mark.full) for c in ((2, 128), (1, 64), (3, 32)))],
+)
 def test_quantised_values_across_the_edges_of_every_tile(kind, n, group):
     """Groups of scales that are longer and shorter than the tiles, in every configuration."""
     m, d_out, d_in, dtype = 4, 132, 648, torch.bfloat16
