@@ -163,7 +163,7 @@ def measure(args: Any, name: str, dtype: torch.dtype) -> dict[str, Any]:
         for run in runs.values():
             run()
             run()
-        seconds = interleave(runs, args.rounds if what == "decode" else 5)
+        seconds = interleave(runs, args.rounds if what == "decode" else 4)
         best = min(("dense", "packed"), key=lambda side: statistics.median(seconds[side]))
         pairs = {v: compare(seconds, best, v) for v in models}
         if "dense int8" in runs:
