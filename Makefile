@@ -43,7 +43,7 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; three quarters of an hour on two cores
+bench: $(INSTALLED) ## all benchmarks for a CPU, into benchmarks/results/; two hours on two cores
 	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/decoding.py
