@@ -134,6 +134,7 @@ PAGES_MADE = (
     "consistency",
     "checkpoints",
     "pretrained",
+    "inference",
     "scaling",
 )
 
