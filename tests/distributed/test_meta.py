@@ -180,7 +180,7 @@ def loaded(kind, folder):
     return state(model)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.full), "llama"])
 def test_dense_checkpoint(ranks, tmp_path, kind):
     """As if it were loaded before compile: into a sharded model, and into one with other masks."""
     model = dense(kind, 11)

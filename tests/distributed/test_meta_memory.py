@@ -81,7 +81,14 @@ def build(way, path):
     return state, counted.peak, shard
 
 
-@pytest.mark.parametrize("way", [shard_then_initialise, initialise_then_shard, shard_then_load])
+@pytest.mark.parametrize(
+    "way",
+    [
+        shard_then_initialise,
+        pytest.param(initialise_then_shard, marks=pytest.mark.full),
+        pytest.param(shard_then_load, marks=pytest.mark.full),
+    ],
+)
 def test_building(ranks, way, tmp_path):
     """A rank holds its shard and one dense block at most. Sharding last changes no number."""
     expected = one_process()
