@@ -72,7 +72,7 @@ study: $(INSTALLED) ## the stages of the accuracy study, as PROTOCOL.md says; ma
 	$(BIN)/python benchmarks/accuracy/study.py compare
 	$(BIN)/python benchmarks/accuracy/study.py large
 
-gpu-study: ## what the accuracy study lacks, on a GPU with your python3's PyTorch; about eight minutes
+gpu-study: ## runs that the stage "tune" of the study lacks, on a GPU with your python3's PyTorch; about eight minutes
 	PYTHONPATH=. $(PYTHON) benchmarks/accuracy/study.py tune --device cuda --workers 8 --seconds 360
 
 # On a machine with a GPU and no network: with the PyTorch that is there, from the checkout.

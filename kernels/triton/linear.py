@@ -22,7 +22,7 @@ def linear(
     """``Y = X (W^R)^T + b``.
 
     With several parts, ``y`` is fp32 (parts, tokens, d_out), the partial sums. With ``BITS``,
-    ``values`` are codes, GROUP of which share a scale.
+    ``values`` holds codes. GROUP consecutive codes share a scale.
 
     Oracle: ``reference.sparse_linear``; with codes, of the values of ``quantised.dequantise``.
 

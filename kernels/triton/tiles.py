@@ -379,7 +379,7 @@ def load_quantised(
 
 @triton.jit
 def _halves(codes, row, first, rows_within, kept, N: tl.constexpr, G: tl.constexpr):
-    """The N planes of codes of 4 bits, of which a byte has two."""
+    """The N planes of 4-bit codes. A byte holds two codes."""
     length = (kept + 1) // 2
     result = ()
     if N > 1 and (N & (N - 1)) == 0:

@@ -24,7 +24,7 @@ def expand(
 ):  # fmt: skip
     """The dense ``W^R``, or with ``TWICE`` the dense ``W^{R,C}``.
 
-    With ``BITS``, ``values`` are codes, GROUP of which share a scale.
+    With ``BITS``, ``values`` holds codes. GROUP consecutive codes share a scale.
 
     Oracle: ``reference.expand``; with codes, of the values of ``quantised.dequantise``.
 

@@ -45,8 +45,8 @@ class SlopeConfig:
             the qualified name of a layer to a pattern. The first match wins, and None keeps a
             layer dense.
         mask: how the forward mask is chosen. "magnitude"; "wanda", magnitude times the norm of the
-            input over the calibration inputs (arXiv 2306.11695); "transposable", the largest sum
-            of magnitudes of a mask that is N:M along the columns too, so that the backward pass
+            input over the calibration inputs (arXiv 2306.11695); "transposable", large
+            magnitudes in a mask that is N:M along the columns too, so that the backward pass
             prunes nothing (arXiv 2102.08124, 2404.01847); "random"; or a callable
             (name, weight) -> bool mask, with weight and mask of shape (d_out, d_in) and exactly N
             of each M kept in a row.

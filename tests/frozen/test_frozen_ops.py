@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from oracle import assert_within_rounding
@@ -200,6 +200,26 @@ def test_each_weight_of_a_stack_has_its_own_rows(stack):
         want, size = oracle(eye, decoded[part], mask[part], None, *factors, form)
         bound = 4 * torch.finfo(dense.dtype).eps * size.t() + 1e-7
         assert ((dense[part].double() - want.t()).abs() <= bound).all()
+
+
+@given(stacks())
+def test_the_engines_compute_stacks_too(stack):
+    """As on a device without the C++ ops."""
+    (x, values, mask, scales, a, b, offsets, groups, form), _ = stack
+    assume(scales is None or x.dtype != torch.float64)  # the CPU engine has no such expansion
+    operands = (x, values, mask, scales, a, b, offsets, groups, form)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "_is_native", lambda tensor: False)
+        y = frozen._grouped_linear(*operands)
+        dense = frozen._expand(values, mask, scales, a, b, form)
+    tolerance = 64 * torch.finfo(x.dtype).eps
+    for got, want in (
+        (y, FROZEN_GROUPED_LINEAR(*operands)),
+        (dense, FROZEN_EXPAND(values, mask, scales, a, b, form)),
+    ):
+        scale = want.double().abs().max() if want.numel() else 0.0
+        assert got.shape == want.shape
+        assert ((got.double() - want.double()).abs() <= tolerance * scale + 1e-6).all()
 
 
 def test_rows_past_the_end_are_refused():
