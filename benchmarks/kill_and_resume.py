@@ -43,7 +43,7 @@ def make_model() -> torch.nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def live(folder: Path, steps: int, progress: Connection | None) -> None:
+def live(folder: Path, steps: int, progress: Connection | None, method: Any) -> None:
     """Train to the end, from the last checkpoint if there is one."""
     torch.set_num_threads(1)
     begun = folder.is_dir()
@@ -51,7 +51,12 @@ def live(folder: Path, steps: int, progress: Connection | None) -> None:
         model = slope_fx.load_pretrained(folder, backend="eager", on_fallback="error").train()
     else:
         model = slope_fx.compile(
-            make_model(), "2:4", adapter_rank=4, backend="eager", on_fallback="error"
+            make_model(),
+            "2:4",
+            adapter_rank=4,
+            backend="eager",
+            on_fallback="error",
+            method=method,
         )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -80,7 +85,9 @@ def live(folder: Path, steps: int, progress: Connection | None) -> None:
         progress.poll(None)  # to be killed: the last kill may come late on a busy machine
 
 
-def kill_and_resume(folder: Path, steps: int, kills: int, seed: int) -> dict[str, Any]:
+def kill_and_resume(
+    folder: Path, steps: int, kills: int, seed: int, method: Any = "slope"
+) -> dict[str, Any]:
     """Kill a run ``kills`` times and let it end; returns what happened.
 
     Raises:
@@ -89,14 +96,14 @@ def kill_and_resume(folder: Path, steps: int, kills: int, seed: int) -> dict[str
     draw = random.Random(seed)
     processes = multiprocessing.get_context("fork")
     whole, parts = folder / "whole", folder / "parts"
-    alone = processes.Process(target=live, args=(whole, steps, None))
+    alone = processes.Process(target=live, args=(whole, steps, None, method))
     alone.start()
     alone.join()
     assert alone.exitcode == 0
     moments = []
     for _ in range(kills):
         mine, theirs = processes.Pipe()
-        life = processes.Process(target=live, args=(parts, steps, theirs))
+        life = processes.Process(target=live, args=(parts, steps, theirs, method))
         life.start()
         theirs.close()
         # Some steps into its life, at any point of what it does then.
@@ -117,7 +124,7 @@ def kill_and_resume(folder: Path, steps: int, kills: int, seed: int) -> dict[str
         done, phase = _progress(parts)
         moments.append({"after": heard, "steps_kept": done, "phase": phase})
         print(f"killed after {done} steps, {phase} phase", flush=True)
-    last = processes.Process(target=live, args=(parts, steps, None))
+    last = processes.Process(target=live, args=(parts, steps, None, method))
     last.start()
     last.join()
     assert last.exitcode == 0

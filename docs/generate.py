@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pages import compiling, consistency, gpu, inference, measured, scaling
+from pages import accuracy, compiling, consistency, gpu, inference, measured, scaling
 from pages.common import DOCS, RESULTS, ROOT
 
 RUNS = {"gpt2": "train_sparse", "gpt2-dense": "train_dense"}
@@ -52,6 +52,7 @@ PAGES = {
     "pretrained": Page(DOCS / "pretrained.md", compiling.pretrained),
     "inference": Page(DOCS / "inference.md", inference.inference),
     "scaling": Page(DOCS / "scaling.md", scaling.scaling),
+    "accuracy": Page(DOCS / "accuracy.md", accuracy.accuracy, ("accuracy",)),
 }  # fmt: skip
 
 

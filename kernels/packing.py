@@ -36,6 +36,12 @@ def unpack(bits: Tensor, columns: int) -> Tensor:
     return flat.view(rows, 8 * width)[:, :columns]
 
 
+def unpack_by_shifts(bits: Tensor, columns: int) -> Tensor:
+    """As :func:`unpack`, for a graph: without a table, so that Inductor fuses it with its user."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[:, :columns].bool()
+
+
 @functools.cache
 def byte_table(device: torch.device) -> Tensor:
     """For each of the 256 bytes, its eight bits as bools, viewed as one int64.

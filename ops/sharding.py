@@ -65,9 +65,10 @@ def _batches(x: Any) -> list[Placement]:
 @_register(torch.ops.slope_fx.sparse_linear.default)
 def _sparse_linear(
     x: Any, values: Any, forward: Any, backward: Any, bias: Any, n: int, m: int, groups: int = 1,
-    offsets: Any = None, *names: str, **named: str,
+    offsets: Any = None, engine: str = "", input_engine: str = "", weight_engine: str = "",
+    engines: str = "", master: Any = None,
 ) -> list[Rule]:  # fmt: skip
-    more = [tensor for tensor in (bias, offsets) if tensor is not None]
+    more = [tensor for tensor in (bias, offsets, master) if tensor is not None]
     rules = [_replicated(4 + len(more))]
     if not is_plain(groups, offsets):
         return rules
@@ -77,7 +78,8 @@ def _sparse_linear(
         rules.append(([features], [_WHOLE, *[_DOWN] * (3 + len(more))]))
     if columns_split(x.shape[-1], n, m, parts):
         # DTensor divides a replicated bias by the number of parts.
-        rules.append(([_SUM], [features, *[_ACROSS] * 3, *[_SUM] * len(more)]))
+        added = [_SUM] * (bias is not None) + [_ACROSS] * (master is not None)
+        rules.append(([_SUM], [features, *[_ACROSS] * 3, *added]))
     return rules
 
 
@@ -126,8 +128,10 @@ def _of_rows(count: int, first: Any, d_in: int, n: int, m: int, *, down: bool = 
 
 
 @_register(torch.ops.slope_fx.expand.default)
-def _expand(values: Any, forward: Any, backward: Any, n: int, m: int) -> list[Rule]:
-    return _of_rows(3, values, values.shape[1] * m // n, n, m)
+def _expand(
+    values: Any, forward: Any, backward: Any, n: int, m: int, master: Any = None
+) -> list[Rule]:
+    return _of_rows(3 + (master is not None), values, values.shape[1] * m // n, n, m)
 
 
 @_register([torch.ops.slope_fx.expand_grad.default, torch.ops.slope_fx.compress.default])

@@ -16,6 +16,7 @@ from slope_fx.kernels.selection import choose
 from slope_fx.ops import groups as grouped
 from slope_fx.ops.autocast import cast, register_autocast
 from slope_fx.ops.dispatch import request_of
+from slope_fx.ops.weights import expand
 
 
 @torch.library.custom_op("slope_fx::sparse_linear", mutates_args=())
@@ -33,6 +34,7 @@ def sparse_linear(
     input_engine: str = "",
     weight_engine: str = "",
     engines: str = AUTO,
+    master: Tensor | None = None,
 ) -> Tensor:
     """``Y = X (W^R)^T + b``, with ``grad_X = grad_Y W^{R,C}`` and a compressed ``grad_W``.
 
@@ -53,6 +55,9 @@ def sparse_linear(
         engine, input_engine, weight_engine: names of the engines of the product, its input
             gradient and its weight gradient. "": the fastest of ``engines``.
         engines: the allowed engines: "auto", or names separated by commas.
+        master: the dense weight (d_out, d_in) that the values were made of, any floating dtype, or
+            None. With it, ``grad_X = grad_Y W^R``, the values have no gradient, and the gradient
+            of ``master`` is the whole ``grad_Y^T X``. Not for a stack.
 
     Returns:
         (..., d_out), (groups, tokens, d_out) or (tokens, d_out).
@@ -82,7 +87,7 @@ def _(
     m: int,
     groups: int = 1,
     offsets: Tensor | None = None,
-    *engines: str,
+    *others: str | Tensor | None,
 ) -> Tensor:
     d_in = values.shape[1] * m // n
     torch._check(
@@ -200,7 +205,9 @@ def _choice(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.numbers, offsets, ctx.engines = inputs[5:8], inputs[8], inputs[10:]
+    ctx.numbers, offsets, ctx.engines = inputs[5:8], inputs[8], inputs[10:13]
+    master = inputs[13] if len(inputs) > 13 else None
+    ctx.master_dtype = None if master is None else master.dtype
     ctx.save_for_backward(*inputs[:4], offsets)
 
 
@@ -209,7 +216,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_values, _, _, needs_bias, *others = ctx.needs_input_grad
     n, m, groups = ctx.numbers
     input_engine, weight_engine, engines = ctx.engines
-    dx = dvalues = dbias = None
+    dx = dvalues = dbias = dmaster = None
+    if ctx.master_dtype is not None:
+        if needs_x:
+            dx = grad @ expand(values, forward_mask, backward_mask, n, m)
+        if others[-1]:
+            rows, inputs = (t.unsqueeze(0) if t.dim() == 1 else t for t in (grad, x))
+            dmaster = (rows.flatten(0, -2).mT @ inputs.flatten(0, -2)).to(ctx.master_dtype)
+        needs_x = needs_values = False
     # Under torch.compile this runs when the backward graph is traced. A missing engine is chosen
     # then, and the graph contains its name.
     if needs_x:
@@ -224,7 +238,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Not reshaped to rows, which a DTensor with uneven shards can't be.
         rows = grad.unsqueeze(0) if grad.dim() == 1 else grad
         dbias = rows.sum(tuple(range(rows.dim() - 1)))
-    return dx, dvalues, None, None, dbias, *[None] * len(others)
+    return dx, dvalues, None, None, dbias, *[None] * (len(others) - 1), dmaster
 
 
 sparse_linear.register_autograd(_backward, setup_context=_save)
@@ -245,6 +259,7 @@ def _autocast(
     input_engine: str = "",
     weight_engine: str = "",
     engines: str = AUTO,
+    master: Tensor | None = None,
 ) -> tuple[Any, ...]:
     x = cast(x, dtype)
     bias = None if bias is None else cast(bias, dtype)
@@ -254,7 +269,7 @@ def _autocast(
     if values.dtype != torch.float64:
         # Cast here and not in the op, so that forward and backward share the cast values.
         values = ENGINES[engine].values_for(values, dtype)
-    names = engine, input_engine, weight_engine, engines
+    names = engine, input_engine, weight_engine, engines, master
     return x, values, forward_mask, backward_mask, bias, n, m, groups, offsets, *names
 
 

@@ -34,8 +34,10 @@ def sparsify_linears(gm: GraphModule, context: Context) -> int:
         if view.source.target is not EXPAND or not _whole_groups(view.source, read):
             continue
         marker = arguments(view.source)
+        if marker["master"] is not None and rank_of(call.weight) == 3:
+            continue  # a stack with a dense gradient: PyTorch's own product
         masks = marker["forward_mask"], marker["backward_mask"]
-        operands = (call.x, marker["values"], *masks, call.bias, call.offsets)
+        operands = (call.x, marker["values"], *masks, call.bias, call.offsets, marker["master"])
         replace(call.node, emit(call.node, _sparse(call, view, read, context), *operands))
         matches += 1
     if matches:
@@ -57,19 +59,25 @@ def _sparse(call: LinearCall, view: View, read: Read, context: Context) -> Any:
     fused = call.bias is None or (
         rank_of(call.bias) == 1 and not stacked and _length(call.bias) != 1
     )
-    engines = context.engines
-    if stacked or (read.start, read.stop) != (0, total):
-        # An operand that is made from a slice cannot be kept, because each use makes a new slice.
+    engines, computed = context.engines, marker["values"].op in ("call_function", "call_method")
+    if computed or stacked or (read.start, read.stop) != (0, total):
+        # An operand that is made from a slice, or from values that are computed, cannot be kept,
+        # because each use makes a new tensor.
         engines = without_operands(engines)
 
-    def build(x: Any, values: Any, forward: Any, backward: Any, bias: Any, offsets: Any) -> Any:
+    def build(
+        x: Any, values: Any, forward: Any, backward: Any, bias: Any, offsets: Any, master: Any
+    ) -> Any:
         values, forward, backward = (
             rows(t, read.start, read.stop, total) for t in (values, forward, backward)
         )
+        more = {}
+        if master is not None:
+            more["master"] = rows(master, read.start, read.stop, total)
         values = values if view.dtype is None else values.to(view.dtype)
         masks, added = (forward, backward), bias if fused else None
         groups = (read.groups, offsets) if stacked else ()
-        y = SPARSE_LINEAR(x, values, *masks, added, *pattern, *groups, engines=engines)
+        y = SPARSE_LINEAR(x, values, *masks, added, *pattern, *groups, engines=engines, **more)
         return y if fused else torch.add(y, bias)
 
     return build
@@ -94,7 +102,9 @@ def request_for(node: Node, context: Context) -> Request | None:
     if not (isinstance(x, Tensor) and isinstance(values, Tensor) and context.certain):
         return None
     here = context.at(node)
-    trains = (here.training and values.requires_grad) or here.replays
+    # With a dense master weight, its values are new in each step.
+    learns = values.requires_grad or call["master"] is not None
+    trains = (here.training and learns) or here.replays
     return request_of(
         x, values, call["n"], call["m"], call["groups"], trains=trains, engines=call["engines"],
         dtype=here.dtype_of(x.device, x.dtype),
@@ -113,10 +123,11 @@ def _engines_of(node: Node, context: Context) -> dict[str, str]:
         "weight_engine": ("sparse_weight_grad", getattr(values, "requires_grad", False)),
         "input_engine": ("sparse_input_grad", getattr(x, "requires_grad", False)),
     }
+    sparse = context.training and call["master"] is None  # whether the gradients are sparse
     return {
         name: choose(op, request)
         for name, (op, needed) in wanted.items()
-        if needed and (context.training or op == "sparse_linear")
+        if needed and (sparse or op == "sparse_linear")
     }
 
 

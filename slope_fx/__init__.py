@@ -4,14 +4,16 @@ Call ``model = slope_fx.compile(model, sparsity="2:4")``, and step a :class:`Sch
 learning-rate scheduler. The rest of the training loop does not change.
 """
 
-from slope_fx import debug, errors, ops
+from slope_fx import debug, errors, methods, ops
 from slope_fx.backend import rewriting_backend
 from slope_fx.checkpoints import load_pretrained, load_training, save_pretrained
 from slope_fx.compiler import compile
+from slope_fx.compress import compress_
 from slope_fx.densify import densify
 from slope_fx.frozen.freeze import freeze
 from slope_fx.frozen.package import package
 from slope_fx.frozen.warm import warm_up
+from slope_fx.groups import param_groups
 from slope_fx.integrations.opening import register_with_transformers
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning import SlopeConfig
@@ -27,6 +29,7 @@ __all__ = [
     "SlopeConfig",
     "__version__",
     "compile",
+    "compress_",
     "debug",
     "densify",
     "errors",
@@ -35,8 +38,10 @@ __all__ = [
     "freeze",
     "load_pretrained",
     "load_training",
+    "methods",
     "ops",
     "package",
+    "param_groups",
     "preview",
     "rewriting_backend",
     "save_pretrained",

@@ -19,6 +19,7 @@ from slope_fx.checks import (
 )
 from slope_fx.errors import ArgumentError, NoEligibleLinearError
 from slope_fx.kernels.packing import unpack
+from slope_fx.methods import Dense, method_of
 from slope_fx.planning.activations import Activations
 from slope_fx.planning.adapters import make_adapter
 from slope_fx.planning.calibration import Calibration, observe
@@ -28,6 +29,7 @@ from slope_fx.planning.patterns import PatternRules
 from slope_fx.planning.plan import (
     SparsePlan,
     layer_rank,
+    left_dense,
     nothing_to_do,
     plan_linears,
     sparse_plans,
@@ -38,7 +40,6 @@ from slope_fx.sparse.install import install
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.sharded_first import as_before
-from slope_fx.sparse.storage import storage_named
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def compile(
             needs d_in * d_in fp32 numbers per layer.
         options: fields of :class:`SlopeConfig`, which configure the pruning: ``mask``,
             ``adapter_rank``, ``adapter_init``, ``skip_first``, ``skip_head``, ``skip_router``,
-            ``storage``. Fields of :class:`~slope_fx.backend.Settings`, which configure the run:
+            ``method``. Fields of :class:`~slope_fx.backend.Settings`, which configure the run:
             ``backend``, ``mode``, ``options``, ``dynamic``, ``fullgraph``, ``region``, ``engine``,
             ``passes``, ``disable_passes``, ``on_fallback``.
 
@@ -100,13 +101,15 @@ def compile(
             f"{config.needs_calibration} needs calibration=, a few batches of inputs such as "
             "[ids, ids]."
         )
-    storage = storage_named(config.storage)
+    method = method_of(config.method)
     rules = PatternRules(config.sparsity)
     with as_before(model):
         traced = trace(model, example_inputs)
         plans = plan_linears(model, traced, config, rules)
+    if isinstance(method, Dense):
+        plans = [left_dense(plan, 'method="dense"') for plan in plans]
     sparse = sparse_plans(plans)
-    if not sparse:
+    if not sparse and not isinstance(method, Dense):
         raise NoEligibleLinearError(nothing_to_do(plans, traced.untraced_because))
     check_meta(model, sparse, config)
     ranks = {plan.name: layer_rank(config, plan) for plan in sparse}
@@ -118,19 +121,21 @@ def compile(
         weight, seen, rank = _matrices(plan, dense), inputs.get(plan.name), ranks[plan.name]
         chosen = choose_mask(config.mask, plan.name, weight, plan.pattern, seen)
         weight = weight if chosen.weight is None else chosen.weight
-        kept = storage.keep(weight.view(-1, plan.shape[-1]), chosen.bits, plan.pattern)
+        matrix = weight.view(-1, plan.shape[-1])
+        kept = method.keep(matrix, chosen.bits, plan.pattern)
+        factor = method.factor(matrix, chosen.bits, plan.pattern)
         start = Start(str(config.mask)) if dense.is_meta else None
         if rank is None:
-            return Parts(kept, chosen.bits, start=start)
+            return Parts(kept, chosen.bits, start=start, factor=factor)
         mask = None
         if config.adapter_init != "zero":
             mask = unpack(chosen.bits, plan.shape[-1]).view(plan.shape)
         adapter = make_adapter(config.adapter_init, plan.name, weight, mask, rank, seen)
-        return Parts(kept, chosen.bits, adapter=adapter, start=start)
+        return Parts(kept, chosen.bits, adapter=adapter, start=start, factor=factor)
 
     record = make_record(model, config, settings, plans, traced.untraced_because, traced.graphs)
     with ExitStack() as undo:
-        replaced = install(model, sparse, make_parts, storage, settings.on_fallback, undo)
+        replaced = install(model, sparse, make_parts, method, settings.on_fallback, undo)
         attach(model, record, undo)
         undo.pop_all()  # nothing can fail any more
     watch(replaced)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, TrainingWarning
+from slope_fx.methods import Dense, method_of
 from slope_fx.ops.dispatch import local
 from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.sparse.agreement import check_agreement, groups_of
@@ -88,13 +89,15 @@ class Schedule:
             _check_count("backward_mask_interval", backward_mask_interval, "; None for never")
         record = trainable_record_of(model)
         self._model, self._weights = model, list(sparse_weights(model).values())
+        self._method = method_of(record.config.method)
         self._sharded: list[SparseWeight] = []
         self._agreed = False
         for weight in self._weights:
             settle(weight)
         self._has_adapters = any(weight.rank for weight in self._weights)
         if not self._weights:  # a stage of a pipeline without sparse layers keeps step
-            self._has_adapters = record.config.adapter_rank is not None
+            sparse = not isinstance(self._method, Dense)
+            self._has_adapters = sparse and record.config.adapter_rank is not None
         if adapter_start is None:
             # Adapters that approximate the pruned part belong to the initial model.
             at_work = record.config.adapter_init != "zero"
@@ -152,8 +155,12 @@ class Schedule:
         self._progress.step += 1
         self._progress.here += 1
         interval = self.backward_mask_interval
-        if interval is not None and self.last_step % interval == 0:
+        due = interval is not None and self.last_step % interval == 0
+        if due or self._method.steps:
             self._reshard()
+        for weight in self._weights if self._method.steps else ():
+            self._method.after_step(weight)
+        if due:
             for weight in self._weights:
                 weight.refresh_backward_mask()
             log.info("step %d: backward masks refreshed", self.last_step)
@@ -197,6 +204,8 @@ class Schedule:
         for phase in {weight.phase for weight in self._weights}:
             phase.scheduled = True
             phase.set(self.phase == "adapter")
+        for weight in self._weights if self._method.steps else ():
+            self._method.prepare(weight, self.last_step, self.total_steps)
         if not self._agreed and groups_of(self._weights):
             check_agreement(self._weights, self.state_dict())
             self._agreed = True

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import slope_fx
+from slope_fx.methods import Evolve, Gradual, method_of
 from slope_fx.planning.patterns import Pattern
 
 HEADS = 4
@@ -47,9 +48,13 @@ class Arm:
         mask: as in ``slope_fx.compile``.
         rank: of the adapters, as a fraction of a layer's input width; 0 for none.
         start: the fraction of the steps before the adapters.
-        exact: whether the backward pass prunes nothing, by a backward mask with all values. It
-            computes a dense product: the bound of what a better backward mask can give.
+        exact_from: the fraction of the steps after which the backward pass prunes nothing, by a
+            backward mask with all values. Its product is then dense; from 0, it is the bound of
+            what a better backward mask can give.
         dense_layers: ``fnmatch`` patterns of layers that stay dense.
+        method: as in ``slope_fx.compile``.
+        scaled: whether the sparse weights begin larger, by density ** -0.5, and have the learning
+            rate divided by the density (SuPar, arXiv 2405.15743).
     """
 
     pattern: str | None = "2:4"
@@ -57,8 +62,15 @@ class Arm:
     mask: str = "magnitude"
     rank: float = 0.0
     start: float = 0.99
-    exact: bool = False
+    exact_from: float = 1.0
     dense_layers: tuple[str, ...] = ()
+    method: str = "slope"
+    scaled: bool = False
+
+    @property
+    def density(self) -> float:
+        """N/M; 1 for a dense model."""
+        return 1.0 if self.pattern is None else Pattern.parse(self.pattern).density
 
 
 ARMS = {
@@ -73,12 +85,19 @@ ARMS = {
     "random mask": Arm(mask="random"),
     "transposable": Arm(mask="transposable"),
     "transposable r=6.25% from 75%": Arm(mask="transposable", rank=1 / 16, start=0.75),
-    "exact backward": Arm(exact=True),
+    "exact backward": Arm(exact_from=0.0),
+    "exact backward from 95%": Arm(exact_from=0.95),
+    "scaled": Arm(scaled=True),
+    "transposable scaled": Arm(mask="transposable", scaled=True),
+    "evolve": Arm(method="evolve"),
+    "sr-ste": Arm(method="sr-ste"),
+    "s-ste": Arm(method="s-ste"),
+    "gradual": Arm(method="gradual"),
     "MLP only": Arm(dense_layers=("*.attn.*",)),
     "first and last block dense": Arm(dense_layers=("*.h.0.*", "*.h.LAST.*")),
     "slope 1:4": Arm("1:4"),
     "transposable 1:4": Arm("1:4", mask="transposable"),
-    "exact backward 1:4": Arm("1:4", exact=True),
+    "exact backward 1:4": Arm("1:4", exact_from=0.0),
 }
 """By name. The first is the reference of the gap, the third its other end."""
 
@@ -98,33 +117,39 @@ def make(arm: Arm, rung: Rung, context: int, steps: int) -> tuple[nn.Module, Any
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"
     if arm.pattern is None:
-        for block in model.transformer.h:
-            block.compile()
-        return model, None
+        return slope_fx.compile(model, method="dense", region="blocks"), None
     layers = [name.replace("LAST", str(rung.layers - 1)) for name in arm.dense_layers]
     model = slope_fx.compile(
         model, {**dict.fromkeys(layers), "*": arm.pattern}, mask=arm.mask, region="blocks",
-        adapter_rank=arm.rank or None, skip_first=False, engine="dense" if arm.exact else "auto",
+        adapter_rank=arm.rank or None, skip_first=False, method=arm.method,
+        engine="dense" if arm.exact_from < 1 else "auto",
     )  # fmt: skip
-    if arm.exact:
+    if arm.scaled:
+        for weight in slope_fx.sparse_weights(model).values():
+            weight.values.data.mul_(arm.density**-0.5)
+            weight.note_write()
+    return model, slope_fx.Schedule(model, steps, arm.start if arm.rank else 0.99)
+
+
+def set_backward(arm: Arm, model: nn.Module, step: int, steps: int) -> None:
+    """Let the next backward pass prune nothing, if the arm says so."""
+    if step >= arm.exact_from * steps and arm.exact_from < 1:
         for weight in slope_fx.sparse_weights(model).values():
             weight.backward_bits.data.fill_(255)
-    interval = None if arm.exact else 100
-    return model, slope_fx.Schedule(model, steps, arm.start if arm.rank else 0.99, interval)
 
 
 def cost(arm: Arm, rung: Rung) -> float:
     """The FLOPs of the blocks' products over a run, relative to dense.
 
-    A sparse layer computes N/M of each of its three products. The dense backward product of an
-    exact one counts in full. An adapter of rank r adds r (d_in + d_out) / (d_in d_out) of dense
-    while it takes part.
+    A sparse layer computes N/M of each of its three products. A product that is dense, in some
+    steps or in all, counts in full there. An adapter of rank r adds r (d_in + d_out) /
+    (d_in d_out) of dense while it takes part.
     """
     width = width_of(arm, rung)
     if arm.pattern is None:
         return width**2 / rung.width**2
-    pattern = Pattern.parse(arm.pattern)
-    kept = pattern.n / pattern.m
+    kept, dense = arm.density, _dense_shares(arm)
+    products = sum(share + (1 - share) * kept for share in dense) / 3
     layers = {
         "attn.c_attn": (1, 3),
         "attn.c_proj": (1, 1),
@@ -139,8 +164,20 @@ def cost(arm: Arm, rung: Rung) -> float:
                 total += share
                 continue
             adapter = arm.rank * (d_in + d_out) / d_out * (1 - arm.start)
-            total += share * ((2 * kept + (1.0 if arm.exact else kept)) / 3 + adapter)
+            total += share * (products + adapter)
     return total
+
+
+def _dense_shares(arm: Arm) -> tuple[float, float, float]:
+    """The share of the steps with a dense product: forward, input and weight gradient."""
+    method = method_of(arm.method)
+    if isinstance(method, Evolve):
+        return (method.end / method.interval,) * 3
+    if isinstance(method, Gradual):
+        return (method.end,) * 3
+    if not method.compressed:
+        return 0.0, 1.0, 1.0
+    return 0.0, 1.0 - arm.exact_from, 0.0
 
 
 def _is_dense(arm: Arm, rung: Rung, name: str) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, RUNGS, cost, make
+from arms import ARMS, RUNGS, cost, make, set_backward
 from data import rows
 from filelock import FileLock
 from torch import nn
@@ -39,6 +39,7 @@ CACHE = ROOT / "build" / "accuracy"
 LINES = RESULTS / "accuracy.jsonl"
 CONTEXT, HELD_OUT_ROWS, EVALUATIONS = 256, 2048, 10
 RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+TUNED_ON = "quick"
 QUICK = {"dense": 8e-3, "slope": 16e-3, "transposable": 16e-3}
 """The arms of "quick", with rates that are near the best."""
 Key = tuple[str, str, float, int]
@@ -56,10 +57,10 @@ def done(lines: Path) -> dict[Key, dict[str, Any]]:
 def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
     """The runs of a stage."""
     if stage == "quick":
-        yield from ((arm, "quick", rate, 0) for arm, rate in QUICK.items())
+        yield from ((arm, TUNED_ON, rate, 0) for arm, rate in QUICK.items())
     elif stage == "tune":
         for rate in sorted(RATES, key=lambda r: abs(math.log(r / 8e-3))):
-            yield from ((arm, "small", rate, 0) for arm in ARMS)
+            yield from ((arm, TUNED_ON, rate, 0) for arm in ARMS)
     else:
         best = best_rates(results)
         if missing := [arm for arm in ARMS if arm not in best]:
@@ -72,14 +73,14 @@ def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
 
 
 def best_rates(results: dict[Key, dict[str, Any]]) -> dict[str, float]:
-    """The learning rate with the smallest loss of each arm, on the small rung with seed 0.
+    """The learning rate with the smallest loss of each arm, on the smallest rung with seed 0.
 
     Raises:
         SystemExit: the best rate of an arm is at the edge of those that were run.
     """
     tuned: dict[str, dict[float, float]] = {}
     for (arm, rung, rate, seed), result in results.items():
-        if rung == "small" and seed == 0:
+        if rung == TUNED_ON and seed == 0:
             tuned.setdefault(arm, {})[rate] = result["loss"]
     best = {}
     for arm, losses in tuned.items():
@@ -88,7 +89,7 @@ def best_rates(results: dict[Key, dict[str, Any]]) -> dict[str, float]:
             further = best[arm] * 2 if best[arm] == max(losses) else best[arm] / 2
             raise SystemExit(
                 f"The best rate of {arm!r}, {best[arm]:g}, is at the edge. Run it with "
-                f"--lr {further:g} too: study.py run --arm {arm!r} --rung small --seed 0"
+                f"--lr {further:g} too: study.py run --arm {arm!r} --rung {TUNED_ON} --seed 0"
             )
     return best
 
@@ -141,12 +142,10 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
     order = torch.randperm(len(text["train"]), generator=torch.Generator().manual_seed(seed))
     if steps * size.batch > len(order):
         raise SystemExit(f"{rung} needs {steps * size.batch} rows; the text has {len(order)}.")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    sparse_rate = rate / ARMS[arm].density if ARMS[arm].scaled else rate
+    groups = slope_fx.param_groups(model, rate, weight_decay=0.1, sparse_lr=sparse_rate)
+    trained = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     warmup = max(1, steps // 50)
 
     def factor(step: int) -> float:
@@ -161,6 +160,7 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
     curve, seconds = [], 0.0
     for step in tqdm(range(steps), mininterval=5):
         started = time.perf_counter()
+        set_backward(ARMS[arm], model, step, steps)
         ids = text["train"][order[step * size.batch : (step + 1) * size.batch]].long().to(device)
         with half:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss

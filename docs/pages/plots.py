@@ -1,5 +1,6 @@
 """The pictures of the documentation."""
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from .accuracy import by_arm, interval, lines
 from .common import DOCS, ROOT, Result, read, read_if_there
 from .measured import PRODUCTS
 
@@ -37,6 +39,27 @@ def bars(axis: Any, series: dict[str, list[float]], ticks: Iterable[str], **styl
         axis.bar([x + offset for x in range(len(ticks))], heights, 0.25, label=label)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(ticks)), ticks, **style)
+
+
+def accuracy() -> None:
+    """Held-out loss against cost, an axis for each rung that was compared."""
+    runs = lines()
+    rungs = list(dict.fromkeys(run["rung"] for run in runs if run["seed"] > 0))
+    if not rungs:
+        return
+    shape = {"ncols": len(rungs), "figsize": (5.5 * len(rungs), 4.5), "squeeze": False}
+    with drawn(DOCS / "accuracy.png", **shape) as axes:
+        for axis, rung in zip(axes[0], rungs, strict=True):
+            for name, arm in by_arm(runs, rung).items():
+                mean, half = interval([run["loss"] for run in arm.values()])
+                cost = next(iter(arm.values()))["cost"]
+                error = half if math.isfinite(half) else None
+                axis.errorbar(cost, mean, yerr=error, marker="o", capsize=2)
+                axis.annotate(name, (cost, mean), fontsize=6, xytext=(3, 3),
+                              textcoords="offset points")  # fmt: skip
+            axis.set_xlabel("cost of the products, of dense")
+            axis.set_title(f"{rung} rung")
+        axes[0][0].set_ylabel("held-out loss, nats a byte")
 
 
 def loss() -> None:

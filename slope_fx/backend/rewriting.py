@@ -76,7 +76,9 @@ class RewritingBackend:
             raise _write_error(owners.of(write.gm, write.mask), write)
         for leftover in rewrites.leftovers if training else ():
             for weight in owners.of(leftover.gm, leftover.mask):
-                weight.fallback.note(self._why(leftover), trains=weight.values.requires_grad)
+                # No gradient of a dense master tells that the layer trains expanded.
+                trains = weight.values.requires_grad and weight.method.compressed
+                weight.fallback.note(self._why(leftover), trains=trains)
         sizes: Sizes = {}
         by_place: dict[int, Choices] = {}
         for call in rewrites.calls:
@@ -180,7 +182,8 @@ def nothing_gains(weights: Sizes, training: bool) -> str:
     best, tokens = max(measured)
     return (
         f"No sparse linear is faster here than the dense linear (at best {best:.2f}x, for "
-        f"{tokens} tokens): all are too small to gain speed. The model still saves memory."
+        f"{tokens} tokens): all are too small to gain speed. What the model saves of memory "
+        "is not affected."
     )
 
 

@@ -77,6 +77,7 @@ def note_loaded(weight: SparseWeight) -> None:
     weight.start = None
     weight.first_fingerprint = 0  # of shards: all ranks read the same masks
     weight.note_write()
+    weight.note_factor()
 
 
 def check_same_layers(model: nn.Module, saved: Manifest) -> None:

@@ -14,12 +14,12 @@ from slope_fx.checkpoints.tensors import Described
 from slope_fx.errors import CheckpointError
 from slope_fx.frozen.install import FrozenParts, folded
 from slope_fx.kernels.packing import packed_width
+from slope_fx.methods import Slope, method_of
 from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.plan import SparsePlan, sparse_name, sparse_plans, values_name
 from slope_fx.sparse.blank import Start
 from slope_fx.sparse.parts import Parts
-from slope_fx.sparse.storage import storage_named
 
 _MOST_COPIED = 2**24  # bytes
 _CHECKED_AT_ONCE = 2**17  # elements
@@ -193,7 +193,7 @@ def read_parts(plan: SparsePlan, reader: Reader) -> Parts:
         a, b = _read_adapter(plan, reader, entry.rank)
         adapter = Adapter(a, b, entry.scale, entry.adapter_active)
     start = Start(None) if kept.is_meta else None
-    return Parts(kept, forward, backward, adapter, start)
+    return Parts(kept, forward, backward, adapter, start, _read_factor(plan, reader))
 
 
 def read_frozen(plan: SparsePlan, reader: Reader) -> FrozenParts:
@@ -216,7 +216,13 @@ def read_frozen(plan: SparsePlan, reader: Reader) -> FrozenParts:
     bits = reader.read(f"{beside}forward_bits", (rows, packed_width(layout.d_in)), torch.uint8)
     reader.check_mask(plan)
     if manifest.inference is None:
-        kept = storage_named(manifest.config.storage).values(kept, bits, pattern)
+        factor, method = _read_factor(plan, reader), method_of(manifest.config.method)
+        if method.fades and factor is not None and factor > 0:
+            raise CheckpointError(
+                f"{reader.folder}: the pruned part of {plan.name} still takes part, with factor "
+                f"{float(factor):g}. Train to the end of the fading before inference."
+            )
+        kept = method.values(kept, bits, factor, pattern)
     adapter = None
     if entry.rank is not None and entry.adapter_active:
         adapter = _read_adapter(plan, reader, entry.rank, cast=entry.scale == 1)
@@ -258,12 +264,18 @@ def _read_values(plan: SparsePlan, reader: Reader, name: str) -> Tensor:
         int8 = frozen.values == "int8"
         codes = (layout.stack * layout.d_out, width if int8 else (width + 1) // 2)
         return reader.read(name, codes, torch.int8 if int8 else torch.uint8)
-    storage = "values" if frozen is not None else manifest.config.storage
-    shape = storage_named(storage).shape(layout.stack * layout.d_out, layout.d_in, pattern)
+    method = Slope() if frozen is not None else method_of(manifest.config.method)
+    shape = method.shape(layout.stack * layout.d_out, layout.d_in, pattern)
     kept = reader.read(name, shape)
     if not kept.is_floating_point():
         raise CheckpointError(f"{reader.folder}: the values of {plan.name} are {kept.dtype}.")
     return kept
+
+
+def _read_factor(plan: SparsePlan, reader: Reader) -> Tensor | None:
+    name = f"{names_of(plan)[1]}factor"
+    name = reader.manifest.aliases.get(name, name)
+    return reader.read(name, ()) if name in reader.manifest.tensors else None
 
 
 def _read_adapter(

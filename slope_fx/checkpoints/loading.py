@@ -27,6 +27,7 @@ from slope_fx.checks import check_model, check_plain, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, StateError, first_line
 from slope_fx.frozen.install import put_weight
 from slope_fx.frozen.weight import UNFROZEN
+from slope_fx.methods import method_of
 from slope_fx.planning.config import parse_dtype
 from slope_fx.planning.plan import SparsePlan, sparse_plans
 from slope_fx.record import RECORD, Frozen, Record, trainable_record_of
@@ -34,7 +35,6 @@ from slope_fx.sparse.fallback import OnFallback
 from slope_fx.sparse.install import install, places_of, plain_modes, restore
 from slope_fx.sparse.optimizers import watch
 from slope_fx.sparse.parts import Parts
-from slope_fx.sparse.storage import storage_named
 
 
 def load_pretrained(
@@ -213,8 +213,8 @@ def _install(
     def make_parts(plan: SparsePlan, dense: Tensor) -> Parts:
         return read_parts(plan, reader)
 
-    storage = storage_named(reader.manifest.config.storage)
-    return install(model, plans, make_parts, storage, on_fallback, undo)
+    method = method_of(reader.manifest.config.method)
+    return install(model, plans, make_parts, method, on_fallback, undo)
 
 
 def _install_frozen(

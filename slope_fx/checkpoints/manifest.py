@@ -16,6 +16,7 @@ from slope_fx.checkpoints.files import previous_of, sha256
 from slope_fx.errors import CheckpointError
 from slope_fx.kernels.cpu.routes import FORM_DTYPES
 from slope_fx.kernels.quantised import BITS, GROUPS
+from slope_fx.methods import Slope
 from slope_fx.passes.views import Layout
 from slope_fx.planning.config import SlopeConfig
 from slope_fx.planning.patterns import Pattern
@@ -24,13 +25,14 @@ from slope_fx.planning.regions import Region
 from slope_fx.record import Frozen
 
 MANIFEST = "slope_fx.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version 2 stores the configuration. For version 1 it is derived from the listed linears.
 
-Version 3 stores the training state of several ranks. Version 4 stores a frozen model. Checkpoints
-of models that train are written in version 3, which older versions of slope_fx read.
+Version 3 stores the training state of several ranks. Version 4 stores a frozen model. Version 5
+stores a method. A checkpoint is written in the oldest version that has all that it needs, so that
+older versions of slope_fx read it.
 """
-_OF_TRAINING = 3
+_OF_TRAINING, _FROZEN = 3, 4
 BESIDE_PEFT = "slope_fx.peft"
 """The format of a manifest beside an adapter of PEFT (``pair.py``)."""
 _FORMAT = "slope_fx"
@@ -93,12 +95,18 @@ class Manifest:
 
     def to_dict(self, format: str = _FORMAT) -> dict[str, Any]:
         """The manifest as plain data for JSON."""
+        config = self.config.to_dict()
+        version = _OF_TRAINING if self.inference is None else _FROZEN
+        if config["method"] != Slope.name:
+            version = FORMAT_VERSION
+        else:
+            del config["method"]
         data = {
             "format": format,
-            "format_version": _OF_TRAINING if self.inference is None else FORMAT_VERSION,
+            "format_version": version,
             "slope_fx_version": self.version,
             "model": {"class": self.model_class, "transformers": self.transformers},
-            "config": self.config.to_dict(),
+            "config": config,
             "untraced_because": self.untraced_because,
             "region": self.region,
             "linears": [_linear_to_json(p, self.sparse.get(p.name)) for p in self.plans],

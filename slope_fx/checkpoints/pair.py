@@ -26,6 +26,7 @@ from slope_fx.checkpoints.manifest import (
 from slope_fx.checkpoints.saving import describe_model
 from slope_fx.errors import CheckpointError
 from slope_fx.kernels.packing import unpack
+from slope_fx.methods import Slope, method_of
 from slope_fx.planning.adapters import Adapter
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.plan import SparsePlan, sparse_plans
@@ -33,7 +34,6 @@ from slope_fx.record import sparse_weights
 from slope_fx.sparse.install import install
 from slope_fx.sparse.parts import Parts
 from slope_fx.sparse.shards import whole
-from slope_fx.sparse.storage import storage_named
 
 MASKS = "slope_fx_masks.safetensors"
 _ADAPTER = "adapter_model.safetensors"
@@ -47,6 +47,9 @@ def describe_pair(model: nn.Module, folder: Path) -> None:
         folder: the folder of the adapter.
     """
     described = dataclasses.replace(describe_model(model), inference=None)
+    if not method_of(described.config.method).compressed:  # the pair is the compressed model
+        config = dataclasses.replace(described.config, method=Slope())
+        described = dataclasses.replace(described, config=config)
     weights, tensors = sparse_weights(model), {}
     for plan in sparse_plans(described.plans):
         _, beside = names_of(plan)
@@ -75,7 +78,7 @@ def sparse_of_pair(dense: nn.Module, folder: Path) -> nn.Module:
     manifest = read_manifest(folder, BESIDE_PEFT)
     check_hashes(folder, manifest, [MASKS])
     masks, factors = load_file(folder / MASKS), load_file(folder / _ADAPTER)
-    storage, settings = storage_named(manifest.config.storage), Settings.of(backend=None)
+    method, settings = method_of(manifest.config.method), Settings.of(backend=None)
     plans = sparse_plans(manifest.plans)
     parameters = dict(dense.named_parameters())
     for plan in plans:
@@ -95,7 +98,7 @@ def sparse_of_pair(dense: nn.Module, folder: Path) -> nn.Module:
             problem = "elements are not zero that were pruned"
         if problem:
             raise CheckpointError(f"{plan.name}: {problem}. {_NOT_THE_PAIR}")
-        kept = storage.keep(matrix, forward, plan.pattern)
+        kept = method.keep(matrix, forward, plan.pattern)
         return Parts(kept, forward, backward, _adapter(plan, manifest, factors))
 
     record = make_record(
@@ -103,7 +106,7 @@ def sparse_of_pair(dense: nn.Module, folder: Path) -> nn.Module:
         manifest.graphs,
     )  # fmt: skip
     with ExitStack() as undo:
-        install(dense, plans, make_parts, storage, settings.on_fallback, undo)
+        install(dense, plans, make_parts, method, settings.on_fallback, undo)
         attach(dense, record, undo)
         undo.pop_all()
     move_buffers(dense, manifest, torch.device("cpu"), None)

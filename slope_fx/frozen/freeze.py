@@ -69,7 +69,7 @@ def freeze(
 
     Raises:
         StateError: ``model`` is frozen, not the object that ``compile`` returned, or not
-            initialized.
+            initialized; or its pruned part still takes part, as ``method="gradual"`` lets it.
         ArgumentError: an argument has a value that is not allowed.
         UnsupportedError: the model is sharded or on the meta device, or a weight has NaN or
             infinity, which has no code.
@@ -126,6 +126,7 @@ def _described(
 def _check(weight: SparseWeight, frozen: Frozen) -> None:
     """Check that a weight can be frozen."""
     check_filled(weight)
+    weight.check_faded()
     tensors = [weight.values, weight.forward_bits, weight.lora_A, weight.lora_B]
     if any(isinstance(tensor, DTensor) for tensor in tensors):
         raise UnsupportedError(
@@ -148,7 +149,7 @@ def _check(weight: SparseWeight, frozen: Frozen) -> None:
 def parts_of(weight: SparseWeight, dtype: torch.dtype | None) -> FrozenParts:
     """The tensors of a sparse weight for inference."""
     bits = weight.forward_bits.detach()
-    values = weight.storage.values(weight.values.detach(), bits, weight.pattern)
+    values = weight.kept_values()
     adapter = None
     if weight.adapter_active:
         adapter = folded(weight.lora_A, weight.lora_B, weight.scale, dtype)
@@ -172,7 +173,7 @@ def quantised_parts(
         rank: rank of the adapter, or None.
         activations: the calibration sums of the layer, or None.
     """
-    values = weight.storage.values(weight.values.detach(), weight.forward_bits, weight.pattern)
+    values = weight.kept_values()
     codes, scales = quantised.quantise(values, frozen.values, frozen.group)
     if rank is None:
         return dataclasses.replace(

@@ -107,6 +107,9 @@ def adapted(model: nn.Module) -> dict[str, tuple[nn.Module, SparseWeight]]:
             "they haven't begun. There is nothing to export: densify(model, 'drop') gives the "
             "whole model."
         )
+    for weight in active:
+        if isinstance(weight, SparseWeight):
+            weight.check_faded()
     linears = {id(module) for module in linear_modules(model).values()}
     found = {}
     for weight, paths in _places(model):

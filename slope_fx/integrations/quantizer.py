@@ -22,11 +22,11 @@ from slope_fx.errors import ArgumentError, CheckpointError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
 from slope_fx.frozen.install import FrozenParts, put_weight, sparse_places
 from slope_fx.hub import QUANT_METHOD, unmark
+from slope_fx.methods import method_of
 from slope_fx.planning.plan import LinearPlan, SparsePlan, sparse_plans
 from slope_fx.sparse.install import install, places_of, plain_modes
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.parts import Parts
-from slope_fx.sparse.storage import storage_named
 
 
 class SlopeFxConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -117,8 +117,8 @@ class SlopeFxQuantizer(HfQuantizer):  # type: ignore[misc]
             reader.check_mask(stored)
             return read_parts(stored, reader)
 
-        storage = storage_named(self.manifest.config.storage)
-        install(model, plans, make_parts, storage, self.settings.on_fallback, ExitStack())
+        method = method_of(self.manifest.config.method)
+        install(model, plans, make_parts, method, self.settings.on_fallback, ExitStack())
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         """Finish the model: the kinds of its parameters, its record, and its compiled call.

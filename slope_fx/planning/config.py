@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_fx.errors import ArgumentError
+from slope_fx.methods import Method, method_of
 from slope_fx.planning.masks import MASK_METHODS
 from slope_fx.planning.patterns import Pattern, PatternRules
 
@@ -33,7 +34,7 @@ class ConfigOptions(TypedDict, total=False):
     skip_first: bool
     skip_head: bool
     skip_router: bool
-    storage: str
+    method: str | Method
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ class SlopeConfig:
         skip_head: keep the linear that makes the output dense.
         skip_router: keep the linears with ranked outputs dense, such as the router of a mixture of
             experts. They are small and have a large effect.
-        storage: storage of the weights between optimizer steps. "values": only the kept values.
+        method: how the weights are stored and trained, by name or as an object of
+            :mod:`slope_fx.methods` with other numbers. "slope", the default, stores only the kept
+            values. "dense" prunes nothing, as a control. "sr-ste" (arXiv 2102.04010), "s-ste"
+            (arXiv 2409.09099) and "gradual" (arXiv 2402.04744) store the dense weight, choose
+            the mask anew after each step of a Schedule, and end in :func:`slope_fx.compress_`.
 
     Raises:
         ArgumentError: a field has a value that is not allowed.
@@ -76,12 +81,13 @@ class SlopeConfig:
     skip_first: bool = True
     skip_head: bool = True
     skip_router: bool = True
-    storage: str = "values"
+    method: str | Method = "slope"
 
     def __post_init__(self) -> None:
         rules = PatternRules(self.sparsity)
         object.__setattr__(self, "sparsity", rules.as_given())
         object.__setattr__(self, "adapter_rank", _checked_rank(self.adapter_rank))
+        object.__setattr__(self, "method", method_of(self.method))
         _check_mask(self.mask)
         for name in ("skip_first", "skip_head", "skip_router"):
             check_choice(name, getattr(self, name), (True, False))
@@ -115,6 +121,7 @@ class SlopeConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data for JSON. A function becomes "callable"."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["method"] = method_of(self.method).to_data()
         return {name: CALLABLE if callable(value) else value for name, value in data.items()}
 
     @classmethod
@@ -124,6 +131,8 @@ class SlopeConfig:
         Raises:
             ArgumentError: a field is unknown, or a value is not allowed.
         """
+        if data.get("storage") == "values":  # until 0.3, which had no other
+            data = {name: value for name, value in data.items() if name != "storage"}
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in data if name not in known]:
             raise ArgumentError(

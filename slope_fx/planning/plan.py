@@ -64,6 +64,14 @@ def sparse_plans(plans: "list[LinearPlan] | tuple[LinearPlan, ...]") -> list[Spa
     return [plan for plan in plans if isinstance(plan, SparsePlan)]
 
 
+def left_dense(plan: LinearPlan, reason: str) -> DensePlan:
+    """The plan of a linear that stays dense, with its own reason if it has one."""
+    if isinstance(plan, DensePlan):
+        return plan
+    about = plan.name, plan.parameter_name, plan.shape, plan.scopes, plan.bytes_dense
+    return DensePlan(*about, reason=reason)
+
+
 def values_name(attribute: str) -> str:
     """The name of the parameter with the values of ``attribute``."""
     return f"{attribute}_values"

@@ -1,7 +1,7 @@
 """Choose the regions of a model: the modules that are compiled as one graph each."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,7 +56,9 @@ def choose_regions(
         graphs: module path -> number of its traced graph. Modules that are not in it are compared
             by the types of their submodules and by the shapes and dtypes of their tensors.
     """
-    sparse = [plan for plan in plans if isinstance(plan, SparsePlan)]
+    linear_plans = list(plans)
+    # Of a model without sparse linears, as with method="dense", all count.
+    sparse = [plan for plan in linear_plans if isinstance(plan, SparsePlan)] or linear_plans
     if region == "model":
         return Regions()
     graph_of = _graph_of(model, graphs)
@@ -71,7 +73,7 @@ def choose_regions(
     kinds = []
     for path in paths:
         inside = sorted(
-            (scope.removeprefix(path), str(plan.pattern), plan.shape)
+            (scope.removeprefix(path), str(getattr(plan, "pattern", None)), plan.shape)
             for plan in sparse
             for scope in plan.scopes
             if _within(scope, path)
@@ -95,7 +97,7 @@ def on_ranks() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _linears_in(path: str, plans: list[SparsePlan]) -> int:
+def _linears_in(path: str, plans: Sequence[LinearPlan]) -> int:
     return sum(_within(scope, path) for plan in plans for scope in plan.scopes)
 
 

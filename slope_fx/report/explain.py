@@ -1,7 +1,7 @@
 """``explain``: the report on the linears of a compiled model."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from slope_fx.kernels.cpu.routes import NAMES
 from slope_fx.kernels.engines import kept_bytes
 from slope_fx.kernels.packing import packed_width
 from slope_fx.kernels.selection import Choice, Problem, gain
+from slope_fx.methods import Dense, Method, Slope, method_of
 from slope_fx.ops.dispatch import local
 from slope_fx.ops.frozen import why_not_native
 from slope_fx.planning.plan import DensePlan, LinearPlan, SparsePlan
@@ -20,7 +21,6 @@ from slope_fx.planning.trace import linear_modules
 from slope_fx.record import Record, record_of, sparse_weights
 from slope_fx.report.tables import PRODUCTS, Explanation, LinearReport, ProductReport
 from slope_fx.sparse.parts import Choices
-from slope_fx.sparse.storage import storage_named
 from slope_fx.sparse.weight import SparseWeight
 
 
@@ -46,6 +46,8 @@ def explain(model: nn.Module) -> Explanation:
             f"The model was not traced ({record.untraced_because}): the linears are its nn.Linear "
             "and Conv1D modules, and the first and the last are those in module order."
         )
+    if line := _method(record, weights):
+        notes.append(line)
     met: dict[tuple[int, int, int, int], Choices] = {}
     for plan in record.plans:
         weight = weights.get(plan.name)
@@ -115,6 +117,23 @@ def _expanded(model: nn.Module, *, compiled: bool) -> dict[str, str]:
     return found
 
 
+def _method(record: Record, weights: Mapping[str, SparseWeight]) -> str:
+    """The line about a method other than the default, or ""."""
+    method = method_of(record.config.method)
+    if isinstance(method, (Slope, Dense)):
+        return ""
+    line = f'method="{method.name}" ({method.source})'
+    if not method.compressed:
+        line += (
+            ": the dense weights are stored and trained, so the bytes are those of dense weights "
+            "and masks; the forward product is sparse. slope_fx.compress_(model) ends it."
+        )
+    first = next(iter(weights.values()), None)
+    if first is not None and first.phase.fading and first.factor is not None:
+        line += f" The pruned part takes part with factor {float(first.factor):g}: dense products."
+    return line
+
+
 def _choices(weight: SparseWeight, rows: Iterable[int]) -> list[tuple[Problem, Choice]]:
     """The engines that were chosen for the products of a weight.
 
@@ -155,7 +174,7 @@ def _report(model: nn.Module, plan: LinearPlan, weight: SparseWeight | None) -> 
     # The element size of the current dtype, which a cast of the model changes.
     return report_sparse(
         plan,
-        weight.storage.name,
+        weight.method,
         weight.rank,
         values.element_size(),
         products=product_reports(_choices(weight, plan.rows)),
@@ -218,7 +237,7 @@ def report_dense(plan: DensePlan) -> LinearReport:
 
 def report_sparse(
     plan: SparsePlan,
-    storage: str,
+    method: Method,
     rank: int | None,
     size: int,
     *,
@@ -230,7 +249,7 @@ def report_sparse(
 
     Args:
         plan: plan of the linear.
-        storage: name of the storage.
+        method: how the weight is stored and trained.
         rank: rank of the adapter, or None without an adapter.
         size: size of an element in bytes.
         products, reason, operand_bytes: as in :class:`LinearReport`.
@@ -238,10 +257,9 @@ def report_sparse(
     layout, pattern, count = plan.layout, plan.pattern, math.prod(plan.shape)
     rows, width = layout.stack * layout.d_out, layout.d_in * pattern.n // pattern.m
     masks = rows * (packed_width(layout.d_in) + packed_width(width))
-    stored = storage_named(storage)
     adapter = (rank or 0) * (rows + layout.stack * layout.d_in)
-    trained = math.prod(stored.shape(rows, layout.d_in, pattern)) + adapter
-    kept = stored.nbytes(rows, layout.d_in, pattern, size) + adapter * size
+    trained = math.prod(method.shape(rows, layout.d_in, pattern)) + adapter
+    kept = method.nbytes(rows, layout.d_in, pattern, size) + adapter * size
     return LinearReport(
         name=plan.name,
         kind="sparse",

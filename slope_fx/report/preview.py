@@ -13,6 +13,7 @@ from slope_fx.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from slope_fx.errors import ArgumentError, ArgumentWarning, NoEligibleLinearError, first_line
 from slope_fx.hub import class_of, config_of
 from slope_fx.kernels.selection import PRODUCTS, Problem, Request, chosen
+from slope_fx.methods import method_of
 from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity, parse_dtype
 from slope_fx.planning.patterns import PatternRules
 from slope_fx.planning.plan import (
@@ -99,7 +100,7 @@ def preview(
         if isinstance(plan, SparsePlan):
             rank, met = ranks[plan.name], products.get(plan.name, ())
             size = first.element_size()
-            reports.append(report_sparse(plan, config.storage, rank, size, products=met))
+            reports.append(report_sparse(plan, method_of(config.method), rank, size, products=met))
         elif isinstance(plan, DensePlan):
             reports.append(report_dense(plan))
     notes = []
@@ -111,7 +112,7 @@ def preview(
         notes.append(f"sparsity[{key!r}] matches no linear that an earlier key doesn't match.")
     shards = None
     if world_size is not None:
-        shards = sharding(model, sparse, ranks, config.storage, traced.graphs, world_size)
+        shards = sharding(model, sparse, ranks, method_of(config.method), traced.graphs, world_size)
     return Explanation(tuple(reports), "\n".join(notes), shards)
 
 
@@ -125,7 +126,8 @@ def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> 
         if isinstance(plan, SparsePlan):
             rank, met = manifest.sparse[plan.name].rank, products.get(plan.name, ())
             size = plan.bytes_dense // max(1, torch.Size(plan.shape).numel())
-            reports.append(report_sparse(plan, manifest.config.storage, rank, size, products=met))
+            method = method_of(manifest.config.method)
+            reports.append(report_sparse(plan, method, rank, size, products=met))
         elif isinstance(plan, DensePlan):
             reports.append(report_dense(plan))
     active = sum(entry.adapter_active for entry in manifest.sparse.values())
@@ -135,8 +137,8 @@ def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> 
     shards = None
     if world_size is not None:
         ranks = {plan.name: manifest.sparse[plan.name].rank for plan in sparse}
-        model, storage = _meta_model(folder, dtype), manifest.config.storage
-        shards = sharding(model, sparse, ranks, storage, {}, world_size)
+        model, method = _meta_model(folder, dtype), method_of(manifest.config.method)
+        shards = sharding(model, sparse, ranks, method, {}, world_size)
     return Explanation(tuple(reports), note, shards)
 
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from slope_fx.errors import ArgumentError
 from slope_fx.kernels.packing import packed_width
+from slope_fx.methods import Method
 from slope_fx.planning.plan import SparsePlan
 from slope_fx.planning.regions import repeated_blocks
 from slope_fx.report.tables import RankBytes, Sharding
-from slope_fx.sparse.storage import storage_named
 
 
 class _Tensor(NamedTuple):
@@ -55,7 +55,7 @@ def sharding(
     model: nn.Module,
     plans: Iterable[SparsePlan],
     ranks: Mapping[str, int | None],
-    storage: str,
+    method: Method,
     graphs: Mapping[str, int],
     world_size: int,
 ) -> Sharding:
@@ -68,7 +68,7 @@ def sharding(
         model: the dense model, on any device. It does not change.
         plans: plans of the sparse linears.
         ranks: the rank of the adapter of each, or None, by the layer's name.
-        storage: name of the storage.
+        method: how the weights are stored and trained.
         graphs: module path -> number of its traced graph, to find the blocks. It may be empty.
         world_size: number of processes.
     """
@@ -83,14 +83,14 @@ def sharding(
         kind = "others" if plan is None else "values"
         was = _Tensor(kind, unit, tuple(parameter.shape), size, parameter.requires_grad)
         dense.append(was)
-        sparse += [was] if plan is None else _parts(plan, ranks[plan.name], storage, was)
+        sparse += [was] if plan is None else _parts(plan, ranks[plan.name], method, was)
     asleep = [tensor for tensor in sparse if tensor.kind != "adapters"]
     received = [0] * world_size
     split = 0
     for plan in pruned.values():
         lacking = _lacking_rows(plan.layout.stack * plan.layout.d_out, world_size, plan.pattern.m)
         split += any(lacking)
-        row = _row_bytes(plan, storage, model.get_parameter(plan.parameter_name).element_size())
+        row = _row_bytes(plan, method, model.get_parameter(plan.parameter_name).element_size())
         received = [total + rows * row for total, rows in zip(received, lacking, strict=True)]
     adapters = any(ranks.values())
     return Sharding(
@@ -104,11 +104,11 @@ def sharding(
     )
 
 
-def _parts(plan: SparsePlan, rank: int | None, storage: str, was: _Tensor) -> list[_Tensor]:
+def _parts(plan: SparsePlan, rank: int | None, method: Method, was: _Tensor) -> list[_Tensor]:
     """The parameters that replace the dense parameter ``was``."""
     layout, pattern = plan.layout, plan.pattern
     rows = layout.stack * layout.d_out
-    stored = storage_named(storage).shape(rows, layout.d_in, pattern)
+    stored = method.shape(rows, layout.d_in, pattern)
     width = layout.d_in * pattern.n // pattern.m
     parts = [_Tensor("values", was.unit, stored, was.itemsize, was.trains)]
     for columns in (layout.d_in, width):
@@ -154,10 +154,10 @@ def _bytes(
     )
 
 
-def _row_bytes(plan: SparsePlan, storage: str, itemsize: int) -> int:
+def _row_bytes(plan: SparsePlan, method: Method, itemsize: int) -> int:
     """Bytes of one row of the values and of the forward mask, which a refresh needs."""
     width = plan.layout.d_in
-    return storage_named(storage).nbytes(1, width, plan.pattern, itemsize) + packed_width(width)
+    return method.nbytes(1, width, plan.pattern, itemsize) + packed_width(width)
 
 
 @functools.cache

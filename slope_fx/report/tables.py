@@ -271,7 +271,8 @@ class Explanation:
             colalign=("left",) * 5 + ("right",) * 2 + ("left",),
         )
         lines = [table, "", f"{len(self.sparse)} of {len(self.linears)} linears are sparse."]
-        for title, group in (("Sparse layers", self.sparse), ("All linears", self.linears)):
+        groups = (("Sparse layers", self.sparse), ("All linears", self.linears))
+        for title, group in groups if self.sparse else ():
             line = f"{title}: weights {_change([(r.bytes_before, r.bytes_after) for r in group])}"
             if not self.frozen:
                 state = _change([(r.state_before, r.state_after) for r in group])

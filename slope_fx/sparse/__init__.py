@@ -11,7 +11,6 @@
   averages of weights.
 """
 
-from slope_fx.sparse.storage import STORAGES, CompressedValues, Storage
 from slope_fx.sparse.weight import SparseWeight
 
 __all__ = ["STORAGES", "CompressedValues", "SparseWeight", "Storage"]

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx.errors import StateError
-from slope_fx.ops.targets import EXPAND
 from slope_fx.planning.adapters import make_adapter
 from slope_fx.planning.masks import choose_mask
 from slope_fx.sparse.mask import fingerprint_of
@@ -79,10 +78,15 @@ def fill(weight: "SparseWeight", matrix: Tensor, mask: object = None) -> None:
     chosen = choose_mask(mask, weight.name, dense, pattern)  # type: ignore[arg-type]
     if chosen.weight is not None:
         matrix = chosen.weight.reshape(matrix.shape)
-    kept = weight.storage.keep(matrix, chosen.bits, pattern)
+    kept = weight.method.keep(matrix, chosen.bits, pattern)
     put(weight.values, kept)
+    if weight.factor is not None:
+        factor = weight.method.factor(matrix, chosen.bits, pattern)
+        assert factor is not None
+        weight.factor.copy_(factor)
     put(weight.forward_bits, chosen.bits)
     put(weight.backward_bits, weight.chosen_backward_mask(kept, chosen.bits))
+    weight.note_factor()
     # Shards are rows of one matrix, whatever this rank chose.
     sharded = isinstance(weight.forward_bits, DTensor)
     weight.first_fingerprint = 0 if sharded else fingerprint_of(chosen.bits)
@@ -176,9 +180,7 @@ def to_initialise(weight: "SparseWeight", kept: Tensor) -> Tensor:
 
 
 def content(weight: "SparseWeight", kept: Tensor) -> Tensor:
-    """``W^R`` as a plain tensor (stack * d_out, d_in), gathered if it is sharded."""
+    """The pruned weight as a plain tensor (stack * d_out, d_in), gathered if it is sharded."""
     tensors = (kept, weight.forward_bits, weight.backward_bits)
-    kept, forward, backward = (t.full_tensor() if isinstance(t, DTensor) else t for t in tensors)
-    values = weight.storage.values(kept, forward, weight.pattern)
-    dense: Tensor = EXPAND(values, forward, backward, weight.n, weight.m)
-    return dense
+    kept, *masks = (t.full_tensor() if isinstance(t, DTensor) else t for t in tensors)
+    return weight.method.weight(weight, kept, (masks[0], masks[1]))

@@ -14,12 +14,13 @@ class Fallback:
     Attributes:
         name: name of the layer.
         policy: ``on_fallback`` of ``compile``.
+        costs: what the layer loses.
         because: the reason why the layer trained with its dense weight rebuilt, or None.
         hint: the reason why the dense weight was last rebuilt with gradients enabled, or None.
     """
 
-    def __init__(self, name: str, policy: OnFallback) -> None:
-        self.name, self.policy = name, policy
+    def __init__(self, name: str, policy: OnFallback, costs: str) -> None:
+        self.name, self.policy, self.costs = name, policy, costs
         self.because: str | None = None
         self.hint: str | None = None
 
@@ -44,9 +45,8 @@ class Fallback:
             ExpandedWeightError: with ``on_fallback="error"``.
         """
         message = (
-            f"{self.name}: {reason}, so it trains with its dense weight rebuilt: the loss is "
-            "right, but the layer is slow and its input gradient is that of W^R, not of the "
-            "double-pruned W^{R,C}. Call the object that slope_fx.compile returned, without "
+            f"{self.name}: {reason}, so it trains with its dense weight rebuilt: "
+            f"{self.costs}. Call the object that slope_fx.compile returned, without "
             "another torch.compile around it (a trainer's torch_compile=True, dynamo_backend=), "
             "and see TORCH_LOGS=recompiles,graph_breaks for why Dynamo gave up, if it did."
         )

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from slope_fx.errors import UnsupportedError
+from slope_fx.methods import Method
 from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
 from slope_fx.sparse.parts import Choices, Parts, Shared
 from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.sharded_first import Member, Places, gathered, members, take_place
-from slope_fx.sparse.storage import Storage
 from slope_fx.sparse.weight import SparseWeight
 
 
@@ -212,7 +212,7 @@ def install(
     model: nn.Module,
     plans: Sequence[SparsePlan],
     make_parts: Callable[[SparsePlan, Tensor], Parts],
-    storage: Storage,
+    method: Method,
     on_fallback: OnFallback,
     undo: ExitStack,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -223,7 +223,7 @@ def install(
         plans: plans of the sparse linears.
         make_parts: maps a plan and its dense parameter, whole if it is sharded, to the tensors that
             replace it.
-        storage: storage of the weights.
+        method: how the weights are stored and trained.
         on_fallback: what a layer does when it runs with its dense weight rebuilt.
         undo: receives callbacks that restore the model.
 
@@ -231,13 +231,13 @@ def install(
         The dense parameters that were replaced, each with its replacement.
     """
     sharded, locations = members(model), places_of(model)
-    shared = Shared(storage, Phase(), Choices())
+    shared = Shared(method, Phase(), Choices())
     replaced: list[tuple[Tensor, Tensor]] = []
     with plain_modes():
         for plan in plans:
             dense = model.get_parameter(plan.parameter_name)
             places, member = locations[id(dense)], sharded.get(id(dense))
-            fallback = Fallback(plan.name, on_fallback)
+            fallback = Fallback(plan.name, on_fallback, method.when_expanded)
             _replace(plan, dense, member, places, make_parts, shared, fallback, undo)
             module, name = places[0]
             replaced.append((dense, module.get_parameter(values_name(name))))

@@ -14,8 +14,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.mask import Mask
-from slope_fx.sparse.trained import note_trained
-from slope_fx.sparse.weight import SparseWeight, find_alive
+from slope_fx.sparse.trained import note_optimizer, note_trained
+from slope_fx.sparse.weight import find_alive
 from slope_fx.sparse.written import note_step
 
 _replaced = WeakTensorKeyDictionary()
@@ -56,10 +56,14 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
             optimizer.state[parameter] = {}
     note_trained(optimizer.param_groups)
     held = {id(parameter) for parameter in parameters}
+    for weight in find_alive(lambda weight: id(weight.values) in held):
+        weight.method.before_step(weight)
+        if weight.probe is not None:
+            note_optimizer(optimizer, [weight.values])
     for weight in find_alive(lambda weight: weight.start is not None):
         if id(weight.values) in held:
             settle(weight)
-    _tell_of_missing_schedule(parameters, idle)
+    _tell_of_missing_schedule(parameters)
     _tell_of_replaced(optimizer, parameters)
     if isinstance(optimizer, LBFGS) and any(isinstance(p, Mask) for p in parameters):
         raise ArgumentError(
@@ -68,19 +72,27 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
         )
 
 
-def _tell_of_missing_schedule(parameters: list[Any], idle: Iterable[SparseWeight]) -> None:
-    """Warn once for each model that has adapters and no Schedule."""
+def _tell_of_missing_schedule(parameters: list[Any]) -> None:
+    """Warn once for each model that needs a Schedule and has none."""
     stepped = {id(p) for p in parameters if p.grad is not None}
-    without = [w for w in idle if not (w.phase.scheduled or w.phase.told)]
+    without = find_alive(
+        lambda w: (
+            not (w.phase.scheduled or w.phase.told)
+            and (w.method.steps or (w.rank is not None and not w.adapter_active))
+        )
+    )
     trained = [weight for weight in without if id(weight.values) in stepped]
     for weight in trained:
         weight.phase.told = True
     if trained:
+        first = trained[0]
+        what, lost = "have adapters", "the adapters never take part"
+        if first.method.steps:
+            what, lost = f'train by method="{first.method.name}"', "their masks never change"
         warnings.warn(
-            f"{len(trained)} layers ({trained[0].name} and so on) have adapters, but no "
-            "slope_fx.Schedule was made for their model, so the adapters never take part. Make "
-            "slope_fx.Schedule(model, total_steps=...) before training, and step it after the "
-            "optimizer.",
+            f"{len(trained)} layers ({first.name} and so on) {what}, but no slope_fx.Schedule was "
+            f"made for their model, so {lost}. Make slope_fx.Schedule(model, total_steps=...) "
+            "before training, and step it after the optimizer.",
             TrainingWarning,
             stacklevel=users_stacklevel(),
         )

@@ -13,12 +13,14 @@ class Phase:
 
     Attributes:
         active: whether the adapters are active. Dynamo guards on it, so a change recompiles.
+        fading: whether the pruned part of the weights takes part, as a method may let it. Dynamo
+            guards on it.
         scheduled: whether a Schedule was made for the model.
         told: whether a warning was given that the model has adapters and no Schedule.
     """
 
-    def __init__(self, active: bool = False) -> None:
-        self.active = active
+    def __init__(self, active: bool = False, fading: bool = False) -> None:
+        self.active, self.fading = active, fading
         self.scheduled = self.told = False
         self._copies: weakref.WeakSet[Phase] = weakref.WeakSet()
 
@@ -30,9 +32,9 @@ class Phase:
                 copy.set(True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Phase":
-        made = Phase(self.active)
+        made = Phase(self.active, self.fading)
         self._copies.add(made)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Phase, (self.active,)
+        return Phase, (self.active, self.fading)

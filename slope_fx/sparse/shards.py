@@ -40,27 +40,31 @@ def found_anywhere(bits: DTensor) -> bool:
 
 
 def refresh_sharded(
-    values: DTensor, forward_bits: Tensor, backward_bits: Tensor, n: int, m: int, choose: Choose
-) -> None:
+    values: DTensor, forward_bits: Tensor, backward_bits: Tensor, n: int, m: int, choose: Choose,
+    *, compressed: bool = True,
+) -> None:  # fmt: skip
     """Choose the backward mask of sharded values. Each rank chooses the mask of its own rows.
 
     A group of M rows that spans several ranks is completed with the rows of the others: at most
     M - 1 rows from each side. No rank gathers the weight.
 
     Args:
-        values: (rows, d_in * N / M), sharded in any way. Shards of the columns have whole groups.
+        values: (rows, d_in * N / M), or (rows, d_in), sharded in any way. Shards of the columns
+            have whole groups.
         forward_bits: uint8 (rows, ceil(d_in / 8)), sharded as the values or whole.
         backward_bits: uint8 (rows, ceil(d_in * N / M / 8)), sharded as the values or whole. It is
             written.
         n, m: the N:M pattern.
         choose: chooses the backward mask.
+        compressed: whether the values are the kept ones alone.
 
     Raises:
         UnsupportedError: a mask is sharded in another way than the values, or the columns are not
             sharded in whole groups of M inputs and whole bytes of the masks.
     """
     kept, forward = values.to_local(), _local_part(forward_bits, values)
-    _check_columns(kept, forward, _local_part(backward_bits, values), n, m)
+    width = kept.shape[1] if compressed else kept.shape[1] * n // m
+    _check_columns(width, forward, _local_part(backward_bits, values), n, m)
     own = slice(None)
     split = _split_groups(values, m)
     if split is not None:
@@ -68,18 +72,37 @@ def refresh_sharded(
     bits = _local_part(backward_bits, values)
     if len(kept):
         bits = choose(kept, forward)[own]
-    if isinstance(backward_bits, DTensor):
-        backward_bits.to_local().copy_(bits)
-    else:  # whole on each rank: only bits are sent
-        sharded = DTensor.from_local(
-            bits, values.device_mesh, values.placements, shape=backward_bits.shape,
-            stride=backward_bits.stride(),
-        )  # fmt: skip
-        backward_bits.copy_(sharded.full_tensor())
+    _put_local(bits, backward_bits, values)
 
 
-def _check_columns(kept: Tensor, forward: Tensor, backward: Tensor, n: int, m: int) -> None:
-    columns = kept.shape[1]
+def choose_sharded(
+    matrix: DTensor, forward_bits: Tensor, choose: Callable[[Tensor], Tensor]
+) -> None:
+    """Choose the forward mask of a sharded dense weight. Each rank chooses that of its own part.
+
+    Args:
+        matrix: (rows, d_in). Shards of the columns have whole groups.
+        forward_bits: uint8 (rows, ceil(d_in / 8)), sharded as the matrix or whole. It is written.
+        choose: maps a part of the matrix to its packed mask.
+    """
+    part = matrix.to_local()
+    bits = choose(part) if len(part) else _local_part(forward_bits, matrix)
+    _put_local(bits, forward_bits, matrix)
+
+
+def _put_local(bits: Tensor, mask: Tensor, like: DTensor) -> None:
+    """Write this rank's part of a mask that is sharded as ``like``, or whole on each rank."""
+    if isinstance(mask, DTensor):
+        mask.to_local().copy_(bits)
+        return
+    # Only bits are sent.
+    sharded = DTensor.from_local(
+        bits, like.device_mesh, like.placements, shape=mask.shape, stride=mask.stride()
+    )
+    mask.copy_(sharded.full_tensor())
+
+
+def _check_columns(columns: int, forward: Tensor, backward: Tensor, n: int, m: int) -> None:
     widths = packed_width(columns * m // n), packed_width(columns)
     if columns % n or (forward.shape[1], backward.shape[1]) != widths:
         raise UnsupportedError(

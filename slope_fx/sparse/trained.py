@@ -1,17 +1,20 @@
-"""Notes which parameters the optimizers of this process have trained.
+"""Notes which parameters the optimizers of this process have trained, and which optimizer.
 
 Ranks of a pipeline hold parameters that they do not train. A checkpoint must take each parameter
 from a rank that does.
 """
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _trained = WeakTensorKeyDictionary()
+_optimizers = WeakTensorKeyDictionary()
 
 
 def note_trained(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -30,6 +33,23 @@ def note_trained(groups: Iterable[Mapping[str, Any]]) -> None:
         for parameter in group["params"]:
             if parameter.grad is not None and parameter not in _trained:
                 _trained[parameter] = True
+
+
+def note_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Note the optimizer of some parameters. It is held weakly."""
+    for parameter in parameters:
+        _optimizers[parameter] = weakref.ref(optimizer)
+
+
+def states_of(parameter: Tensor) -> list[tuple[str, Tensor]]:
+    """The states of the shape of a parameter in its optimizer, by name."""
+    optimizer = _optimizers.get(parameter, lambda: None)()
+    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    return [
+        (name, tensor)
+        for name, tensor in state.items()
+        if isinstance(tensor, Tensor) and tensor.shape == parameter.shape
+    ]
 
 
 def was_trained(parameter: Tensor) -> bool:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slope_fx import ops
-from slope_fx.errors import ArgumentError
+from slope_fx.errors import ArgumentError, StateError
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
+from slope_fx.methods import Method
 from slope_fx.ops.dispatch import local
-from slope_fx.ops.targets import ADD_ADAPTER, EXPAND
+from slope_fx.ops.targets import ADD_ADAPTER
 from slope_fx.ops.weights import expand_grad_observers
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.patterns import Pattern
@@ -33,7 +34,8 @@ from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.parts import Parts, Shared
 from slope_fx.sparse.pipelines import refuse_tracer
 from slope_fx.sparse.reading import DenseWeight
-from slope_fx.sparse.shards import refresh_sharded, whole
+from slope_fx.sparse.shards import choose_sharded, refresh_sharded, whole
+from slope_fx.sparse.trained import states_of
 from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for
 
 # Finds the layer of a tensor in a compiled graph.
@@ -55,16 +57,22 @@ class SparseWeight(nn.Module):
         layout: layout of the dense weight in the layer.
         forward_bits: uint8 (stack * d_out, ceil(d_in / 8)), one bit per element.
         backward_bits: uint8 (stack * d_out, ceil(d_in * N / M / 8)), one bit per value.
+        factor: the number of the method, fp32 (), or None.
         lora_A, lora_B: (stack * r, d_in) and (stack * d_out, r), or None.
         scale: alpha / r, the factor of the adapter's product.
-        storage, phase, choices: as in :class:`Shared`.
+        method, phase, choices: as in :class:`Shared`.
         fallback: reports that the layer runs with its dense weight rebuilt.
         holders: the modules that have the values, each with their name there. The first owns them.
         start: the state of a weight without content; None for all other weights.
+        probe: zeros (stack * d_out, d_in * (M - N) / M) whose gradient is that of the pruned
+            elements, in the steps for which a method asks for it.
+        swaps: the fraction of the groups that change their mask after such a step.
         parts: the numbers of parts into which tensor parallelism splits d_out and d_in.
     """
 
     parts: tuple[int, int] = (1, 1)
+    probe: Tensor | None = None
+    swaps: float = 0.0
     forward_bits: nn.Parameter
     backward_bits: nn.Parameter
     lora_A: nn.Parameter | None  # noqa: N815
@@ -83,7 +91,7 @@ class SparseWeight(nn.Module):
         self.name, self.layout = plan.name, plan.layout
         self.n, self.m = plan.pattern.n, plan.pattern.m
         self.stack, self.d_out, self.d_in = plan.layout.stack, plan.layout.d_out, plan.layout.d_in
-        self.storage, self.phase, self.choices = shared.storage, shared.phase, shared.choices
+        self.method, self.phase, self.choices = shared.method, shared.phase, shared.choices
         self.fallback, self.start = fallback, parts.start
         # In a tuple, so that the layer does not become a submodule of this module.
         self._owner = (owner,)
@@ -91,6 +99,8 @@ class SparseWeight(nn.Module):
         self.holders: tuple[tuple[nn.Module, str], ...] = ((owner, self._values_name),)
         self.forward_bits = Mask(parts.forward_bits)
         self.first_fingerprint = fingerprint_of(parts.forward_bits)
+        self.factor: Tensor | None
+        self.register_buffer("factor", parts.factor)
         backward_bits = parts.backward_bits
         if backward_bits is None:
             backward_bits = self.chosen_backward_mask(parts.kept, parts.forward_bits)
@@ -100,6 +110,7 @@ class SparseWeight(nn.Module):
         self.lora_B = None if adapter is None else nn.Parameter(adapter.lora_B)
         self.scale = 0.0 if adapter is None else adapter.scale
         self.phase.active |= adapter is not None and adapter.active
+        self.note_factor()
         _alive.add(self)
 
     @property
@@ -173,13 +184,90 @@ class SparseWeight(nn.Module):
         check_filled(self)
         values, forward, backward = self.values, self.forward_bits, self.backward_bits
         if isinstance(values, DTensor):
-            refresh_sharded(values, forward, backward, self.n, self.m, self.chosen_backward_mask)
+            refresh_sharded(
+                values, forward, backward, self.n, self.m, self.chosen_backward_mask,
+                compressed=self.method.compressed,
+            )  # fmt: skip
         else:
             backward.copy_(self.chosen_backward_mask(values, forward))
 
+    @torch.no_grad()
+    def choose_masks(self) -> None:
+        """Choose both masks from the magnitudes of a stored dense weight."""
+        check_filled(self)
+
+        def chosen(kept: Tensor) -> Tensor:
+            return ops.magnitude_mask(kept, self.n, self.m)
+
+        if isinstance(self.values, DTensor):
+            choose_sharded(self.values, self.forward_bits, chosen)
+        else:
+            self.forward_bits.copy_(chosen(self.values.detach()))
+        self.refresh_backward_mask()
+
+    @torch.no_grad()
+    def move_values(self, forward_bits: Tensor) -> None:
+        """Change the forward mask of compressed values, to a packed mask. New elements are zero.
+
+        The states of the optimizer follow: those of new elements are zero. A mean of squared
+        gradients, by which an optimizer divides, is that of the group's elements before.
+        """
+        old, n, m = self.forward_bits.detach().clone(), self.n, self.m
+        new = unpack(forward_bits, self.d_in) & ~unpack(old, self.d_in)
+
+        def moved(tensor: Tensor, *, squares: bool = False) -> Tensor:
+            dense = ops.expand(tensor, old, old, n, m)
+            if squares:
+                means = dense.unflatten(-1, (-1, m)).sum(-1) / n
+                dense = torch.where(new, means.repeat_interleave(m, -1), dense)
+            return ops.compress(dense, forward_bits, n, m)
+
+        for name, state in states_of(self.values):
+            state.copy_(moved(state, squares=name.endswith("_sq")))
+        self.values.copy_(moved(self.values.detach()))
+        self.forward_bits.copy_(forward_bits)
+        self.note_write()
+        self.refresh_backward_mask()
+
+    def note_factor(self) -> None:
+        """Note whether the pruned part takes part, after a change of the factor."""
+        if self.method.fades:
+            self.phase.fading = self.factor is None or self.factor.is_meta or bool(self.factor > 0)
+
+    def become(self, method: Method, values: nn.Parameter) -> None:
+        """Go on with another method, with its parameter, and without a factor."""
+        self.method, self.factor, self.phase.fading = method, None, False
+        self.fallback.costs = method.when_expanded
+        for module, name in self.holders:
+            module._parameters[name] = values
+        self.refresh_backward_mask()
+
+    def kept_values(self) -> Tensor:
+        """The values (stack * d_out, d_in * N / M) of the pruned weight, without autograd.
+
+        Raises:
+            StateError: the pruned part still takes part.
+        """
+        self.check_faded()
+        kept, forward = self.values.detach(), self.forward_bits.detach().as_subclass(Tensor)
+        return self.method.values(kept, forward, self.factor, self.pattern)
+
+    def check_faded(self) -> None:
+        """Check that the pruned part takes no part.
+
+        Raises:
+            StateError: it does.
+        """
+        if self.phase.fading:
+            raise StateError(
+                f"{self.name}: its pruned part still takes part, with factor "
+                f"{0.0 if self.factor is None else float(self.factor):g}. Train to the end of the "
+                f'fading of method="{self.method.name}" first.'
+            )
+
     def chosen_backward_mask(self, kept: Tensor, forward_bits: Tensor) -> Tensor:
         """The packed backward mask of plain tensors as in :class:`Parts`."""
-        values = self.storage.values(kept.detach(), forward_bits, self.pattern)
+        values = self.method.values(kept.detach(), forward_bits, self.factor, self.pattern)
         return ops.backward_mask(values, forward_bits, self.n, self.m)
 
     def read(self, kept: Tensor) -> Tensor:
@@ -210,9 +298,7 @@ class SparseWeight(nn.Module):
             return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
 
     def _expanded(self, kept: Tensor) -> Tensor:
-        values = self.storage.values(kept, self.forward_bits, self.pattern)
-        dense: Tensor = EXPAND(values, self.forward_bits, self.backward_bits, self.n, self.m)
-        return dense
+        return self.method.weight(self, kept, (self.forward_bits, self.backward_bits))
 
     def _markers(self, kept: Tensor) -> Tensor:
         weight = self._expanded(kept)
@@ -224,7 +310,8 @@ class SparseWeight(nn.Module):
         """Write the elements of a dense weight that the forward mask keeps to the values.
 
         The pruned elements are dropped. The forward mask and the adapter do not change. The
-        backward mask is chosen from the new values. A weight that was compiled on the meta device
+        backward mask is chosen from the new values. A method with a dense weight keeps all
+        elements, and chooses both masks. A weight that was compiled on the meta device
         and did not train yet gets new masks, as from ``compile``.
 
         Call this on all ranks if the weight is sharded. Rank 0's tensor is written.
@@ -260,9 +347,12 @@ class SparseWeight(nn.Module):
             fill(self, matrix)
             self.note_write()
             return
-        put(values, self.storage.keep(matrix, whole(self.forward_bits), self.pattern))
+        put(values, self.method.keep(matrix, whole(self.forward_bits), self.pattern))
         self.note_write()
-        self.refresh_backward_mask()
+        if self.method.compressed:
+            self.refresh_backward_mask()
+        else:
+            self.choose_masks()
 
     def note_write(self) -> None:
         """Note a write to the values that does not change their version counter.
@@ -332,7 +422,7 @@ class SparseWeight(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "SparseWeight":
         made = SparseWeight.__new__(SparseWeight)
         memo[id(self)] = made
-        memo[id(self.storage)] = self.storage
+        memo[id(self.method)] = self.method
         made.__setstate__(copy.deepcopy(self.__dict__, memo))
         return made
 
@@ -360,6 +450,7 @@ class SparseWeight(nn.Module):
         loaded = all(f"{prefix}{name}" in state_dict for name in ("forward_bits", "backward_bits"))
         if loaded and not self.forward_bits.is_meta:
             self.start = None
+        self.note_factor()
         if self.lora_B is not None and f"{prefix}lora_B" in state_dict and whole(self.lora_B).any():
             # An adapter with B = 0 adds nothing, so B shows whether the adapter was active. Only
             # a Schedule deactivates adapters.

@@ -136,6 +136,7 @@ PAGES_MADE = (
     "pretrained",
     "inference",
     "scaling",
+    "accuracy",
 )
 
 

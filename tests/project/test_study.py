@@ -11,7 +11,7 @@ import slope_fx
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
 import study
-from arms import ARMS, Arm, Rung, cost, make
+from arms import ARMS, Arm, Rung, cost, make, set_backward
 
 SIZE = Rung(layers=3, width=32, batch=2)
 
@@ -27,10 +27,15 @@ def test_each_arm_is_what_it_says(name):
     for weight in weights.values():
         assert str(weight.pattern) == arm.pattern
         keeps_all = torch.equal(weight.forward_mask(), weight.backward_mask())
-        assert keeps_all == (arm.exact or arm.mask == "transposable")
+        assert keeps_all == (arm.mask == "transposable")
+        assert weight.method.name == arm.method
         assert bool(weight.rank) == bool(arm.rank)
     if weights:
         assert schedule is not None
+        set_backward(arm, model, 97, 100)
+        weight = next(iter(weights.values()))
+        keeps_all = torch.equal(weight.forward_mask(), weight.backward_mask())
+        assert keeps_all == (arm.mask == "transposable" or arm.exact_from <= 0.97)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +44,11 @@ def test_each_arm_is_what_it_says(name):
         (Arm(None), 1.0),
         (Arm(), 0.5),
         (Arm("1:4"), 0.25),
-        (Arm(exact=True), 2 / 3),
+        (Arm(exact_from=0.0), 2 / 3),
+        (Arm(exact_from=0.94), 0.51),
+        (Arm(method="sr-ste"), 2.5 / 3),
+        (Arm(method="gradual"), 0.75),
+        (Arm(method="evolve"), 0.5 + 0.5 * 0.0075),
         (Arm(mask="transposable"), 0.5),
         (Arm(dense_layers=("*.attn.*",)), 2 / 3),
     ],
@@ -59,7 +68,7 @@ def test_an_adapter_costs_while_it_takes_part():
 
 
 def _results(losses):
-    return {("slope", "small", rate, 0): {"loss": loss} for rate, loss in losses.items()}
+    return {("slope", study.TUNED_ON, rate, 0): {"loss": loss} for rate, loss in losses.items()}
 
 
 def test_a_best_rate_at_the_edge_is_refused():

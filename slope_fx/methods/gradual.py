@@ -1,0 +1,63 @@
+"""Gradual pruning: the pruned part fades out."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from slope_fx import ops
+from slope_fx.kernels.packing import unpack_by_shifts
+from slope_fx.methods.method import DenseMaster, Method
+
+if TYPE_CHECKING:
+    from slope_fx.planning.patterns import Pattern
+    from slope_fx.sparse.weight import SparseWeight
+
+
+@dataclass(frozen=True)
+class Gradual(DenseMaster):
+    """The forward reads ``W * (M + f * (1 - M))``, with a factor f that falls from 1 to 0.
+
+    M keeps the top N magnitudes of each M, chosen anew after each step until f is 0. Gradients
+    are those of the formula, so that of a pruned element fades too. While f is above 0 all three
+    products are dense. Then the masks are kept, and the products are those of SLoPe.
+
+    Attributes:
+        start, end: fractions of the steps between which f falls linearly (MdGf-Linear of the
+            paper).
+    """
+
+    name: ClassVar[str] = "gradual"
+    source: ClassVar[str] = "Progressive Gradient Flow, arXiv 2402.04744"
+    fades: ClassVar[bool] = True
+    when_expanded: ClassVar[str] = Method.when_expanded
+    start: float = 0.0
+    end: float = 0.5
+
+    def factor(self, matrix: Tensor, forward_bits: Tensor, pattern: "Pattern") -> Tensor | None:
+        return torch.ones((), device=matrix.device)
+
+    def values(
+        self, kept: Tensor, forward_bits: Tensor, factor: Tensor | None, pattern: "Pattern"
+    ) -> Tensor:
+        return ops.compress(kept, forward_bits, pattern.n, pattern.m)
+
+    def weight(self, weight: "SparseWeight", kept: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
+        factor = weight.factor
+        if factor is None or not weight.phase.fading:
+            return Method.weight(self, weight, kept, masks)
+        mask = unpack_by_shifts(masks[0], kept.shape[-1])
+        return torch.where(mask, kept, kept * factor.to(kept.dtype))
+
+    def after_step(self, weight: "SparseWeight") -> None:
+        if weight.phase.fading:
+            weight.choose_masks()
+
+    @torch.no_grad()
+    def prepare(self, weight: "SparseWeight", step: int, total_steps: int) -> None:
+        assert weight.factor is not None
+        begin, end = self.start * total_steps, self.end * total_steps
+        faded = (step - begin) / max(end - begin, 1.0)
+        weight.factor.fill_(min(1.0, max(0.0, 1.0 - faded)))
+        weight.note_factor()

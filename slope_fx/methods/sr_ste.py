@@ -1,0 +1,38 @@
+"""SR-STE: a straight-through estimator that shrinks the pruned elements."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from slope_fx.kernels.packing import unpack
+from slope_fx.methods.method import DenseMaster
+from slope_fx.ops.dispatch import local
+
+if TYPE_CHECKING:
+    from slope_fx.sparse.weight import SparseWeight
+
+
+@dataclass(frozen=True)
+class SRSTE(DenseMaster):
+    """The forward reads the top N magnitudes of each M, chosen anew after each step.
+
+    The gradient of the pruned elements gets ``decay`` times the elements (equation 10 of the
+    paper), once for each step of the optimizer, after clipping and unscaling.
+
+    Attributes:
+        decay: the factor of the pruned elements, as in the paper 2e-4.
+    """
+
+    name: ClassVar[str] = "sr-ste"
+    source: ClassVar[str] = "SR-STE, arXiv 2102.04010"
+    decay: float = 2e-4
+
+    @torch.no_grad()
+    def before_step(self, weight: "SparseWeight") -> None:
+        parameter = local(weight.values)
+        gradient = weight.values.grad
+        if gradient is None or not self.decay:
+            return
+        pruned = ~unpack(local(weight.forward_bits), parameter.shape[-1])
+        local(gradient).add_(parameter * pruned, alpha=self.decay)

@@ -1,0 +1,268 @@
+"""A model of each method is saved, resumed, compressed, frozen, made on meta, and refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import models
+import slope_fx
+from models import batch, loss_of
+from slope_fx.checkpoints.pair import sparse_of_pair
+from slope_fx.errors import ArgumentError, CheckpointError, StateError
+from slope_fx.methods import METHODS, SRSTE, SSTE, Evolve, Gradual, Method, Slope, method_of
+from slope_fx.record import record_of
+
+STEPS = 8
+ALL = [SRSTE(decay=0.01), SSTE(), Gradual(end=0.6), Evolve(interval=2, rate=0.3)]
+MASTERS = ALL[:3]
+
+
+def named(method):
+    return method.name
+
+
+def start(method, model=None):
+    torch.manual_seed(0)
+    if model is None:
+        model = slope_fx.compile(
+            models.gpt2(), "2:4", method=method, adapter_rank=4, backend="aot_eager",
+            on_fallback="error",
+        )  # fmt: skip
+    optimizer = torch.optim.AdamW(slope_fx.param_groups(model, 3e-3, weight_decay=0.1))
+    schedule = slope_fx.Schedule(model, STEPS, adapter_start=0.5, backward_mask_interval=3)
+    return model, {"optimizer": optimizer, "schedule": schedule}
+
+
+def train(model, parts, first, last):
+    losses = []
+    for step in range(first, last):
+        loss = loss_of(model, batch(seed=step))
+        loss.backward()
+        parts["optimizer"].step()
+        parts["optimizer"].zero_grad()
+        parts["schedule"].step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+@pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full)])
+def test_resumed_equals_uninterrupted(method, stop, tmp_path):
+    whole, parts = start(method)
+    want = train(whole, parts, 0, STEPS)
+    model, parts = start(method)
+    got = train(model, parts, 0, stop)
+    path = slope_fx.save_pretrained(model, tmp_path / "c", training=parts)
+    again = slope_fx.load_pretrained(path, backend="aot_eager", on_fallback="error").train()
+    assert slope_fx.sparse_weights(again).keys() == slope_fx.sparse_weights(model).keys()
+    assert all(w.method == method for w in slope_fx.sparse_weights(again).values())
+    again, parts = start(method, again)
+    slope_fx.load_training(path, parts)
+    assert got + train(again, parts, stop, STEPS) == want
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m.fades else pytest.mark.full) for m in ALL],
+    ids=named,
+)
+def test_killed_and_resumed(method, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import kill_and_resume
+
+    result = kill_and_resume.kill_and_resume(tmp_path, steps=8, kills=2, seed=2, method=method)
+    assert result["identical"]
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_each_way_out_agrees(method, tmp_path):
+    model, parts = start(method)
+    train(model, parts, 0, 2)
+    ids = batch(seed=9)
+
+    def logits(of):
+        with torch.no_grad():
+            return of.eval()(input_ids=ids).logits
+
+    torch.testing.assert_close(logits(slope_fx.densify(model)), logits(model))
+    if method.fades:  # the pruned part is not gone
+        for refused in (slope_fx.compress_, slope_fx.freeze):
+            with pytest.raises(StateError, match=r"with factor 0\.58.*Train to the end"):
+                refused(model)
+        path = slope_fx.save_pretrained(model, tmp_path / "fading")
+        torch.testing.assert_close(
+            logits(slope_fx.load_pretrained(path, backend="eager")), logits(model)
+        )
+        with pytest.raises(CheckpointError, match=r"still takes part, with factor 0\.58"):
+            slope_fx.load_pretrained(path, frozen=True)
+    train(model.train(), parts, 2, STEPS)
+    want = logits(model)
+    torch.testing.assert_close(logits(slope_fx.densify(model)), want)
+    path = slope_fx.save_pretrained(model, tmp_path / "c")
+    torch.testing.assert_close(logits(slope_fx.load_pretrained(path, frozen=True)), want)
+    opened = AutoModelForCausalLM.from_pretrained(path)
+    torch.testing.assert_close(logits(opened), want)
+    dense, adapter = tmp_path / "dense", tmp_path / "adapter"
+    slope_fx.densify(model, "drop").save_pretrained(dense)
+    slope_fx.export_peft(model, adapter)
+    both = sparse_of_pair(AutoModelForCausalLM.from_pretrained(dense), adapter)
+    assert method_of(record_of(both).config.method).compressed
+    torch.testing.assert_close(logits(both), want)
+    torch.testing.assert_close(logits(slope_fx.freeze(model)), want)
+
+
+@pytest.mark.parametrize("method", MASTERS, ids=named)
+def test_compressed_model_is_saved_and_read(method, tmp_path):
+    model, parts = start(method)
+    train(model, parts, 0, STEPS)
+    assert "dense weights are stored" in str(slope_fx.explain(model))
+    assert (
+        slope_fx.explain(model).sparse[0].bytes_after
+        > slope_fx.explain(model).sparse[0].bytes_before
+    )
+    slope_fx.compress_(model)
+    assert "method=" not in str(slope_fx.explain(model))
+    path = slope_fx.save_pretrained(model, tmp_path / "c")
+    again = slope_fx.load_pretrained(path, backend="eager")
+    ids = batch(seed=9)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits
+        )
+    with pytest.warns(slope_fx.errors.TrainingWarning, match=r"made before slope_fx\.compress_"):
+        train(model.train(), {**parts, "schedule": slope_fx.Schedule(model, 1)}, 0, 1)
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_made_on_meta(method):
+    def net():
+        return nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+
+    x = torch.randn(4, 16)
+    with torch.device("meta"):
+        model = net()
+    about = {"method": method, "example_inputs": x, "backend": "aot_eager"}
+    model = slope_fx.compile(model, **about).to_empty(device="cpu")
+    torch.manual_seed(3)
+    for layer in model:
+        layer.reset_parameters()
+    torch.manual_seed(3)
+    want = slope_fx.compile(net(), **about)
+    assert want.state_dict().keys() == model.state_dict().keys()
+    for name, value in want.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("method", MASTERS, ids=named)
+def test_a_write_keeps_all_elements_and_chooses_the_masks(method):
+    x = torch.randn(4, 16)
+    model = slope_fx.compile(
+        nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)]), method=method, example_inputs=x,
+        backend=None,
+    )  # fmt: skip
+    weight = slope_fx.sparse_weights(model)["1"]
+    new = torch.randn(16, 16)
+    weight.write_(new)
+    assert torch.equal(weight.values, new)
+    kept = new.abs().view(16, 4, 4).topk(2).indices
+    assert weight.forward_mask().view(16, 4, 4).gather(-1, kept).all()
+    assert not weight.masks_problem()
+
+
+def test_dense_is_the_dense_model():
+    torch.manual_seed(0)
+    dense, ids = models.gpt2(), batch(seed=0)
+    torch.manual_seed(0)
+    model = slope_fx.compile(models.gpt2(), method="dense", adapter_rank=4, backend="inductor")
+    schedule = slope_fx.Schedule(model, 2)
+    for one in (dense, model):
+        loss_of(one, ids).backward()
+    for (name, p), (_, q) in zip(dense.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    schedule.step()
+    assert schedule.phase == "sparse"
+    report = slope_fx.explain(model)
+    assert not report.sparse
+    assert {r.reason for r in report.linears} > {'method="dense"'}
+    assert "Compiled one by one" in str(report) or model._compiled_call_impl is not None
+
+
+def test_configurations(tmp_path):
+    config = slope_fx.SlopeConfig(method=SRSTE(decay=0.5))
+    assert slope_fx.SlopeConfig.from_json(config.to_json()) == config
+    assert slope_fx.SlopeConfig(method="evolve").method == Evolve()
+    assert slope_fx.SlopeConfig.from_dict({"storage": "values"}) == slope_fx.SlopeConfig()
+    with pytest.raises(ArgumentError, match="method='zip'; allowed are 'slope', 'dense', 'sr-ste'"):
+        slope_fx.SlopeConfig(method="zip")
+    with pytest.raises(ArgumentError, match="'s-ste' has no such field"):
+        slope_fx.SlopeConfig.from_dict({"method": {"name": "s-ste", "decay": 1.0}})
+    model = slope_fx.compile(models.gpt2(), method="sr-ste", backend=None)
+    text = (slope_fx.save_pretrained(model, tmp_path / "c") / "slope_fx.json").read_text()
+    assert '"format_version": 5' in text
+
+
+def test_groups():
+    model = slope_fx.compile(models.gpt2(), adapter_rank=2, backend=None)
+    groups = slope_fx.param_groups(model, 1e-3, weight_decay=0.1, sparse_lr=2e-3, adapter_lr=5e-3)
+    about = {g["name"]: (g["lr"], g["weight_decay"]) for g in groups}
+    assert about == {
+        "sparse": (2e-3, 0.1), "adapters": (5e-3, 0.0), "matrices": (1e-3, 0.1),
+        "vectors": (1e-3, 0.0),
+    }  # fmt: skip
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    held = [id(p) for g in groups for p in g["params"]]
+    assert len(held) == len(trained)
+    assert set(held) == trained
+
+
+class Halved(Method):
+    """A method of one's own, by the recipe in CONTRIBUTING: the values are read times a half."""
+
+    name = "halved"
+    source = "none"
+
+    def values(self, kept, forward_bits, factor, pattern):
+        return kept * 0.5
+
+
+def test_a_new_method_trains_saves_and_reads(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "halved", Halved)
+    model = slope_fx.compile(models.gpt2(), method="halved", backend="aot_eager")
+    ids, weights = batch(seed=0), slope_fx.sparse_weights(model)
+    loss_of(model, ids).backward()
+    weight = next(iter(weights.values()))
+    kept = weight.forward_mask().sum(-1)
+    assert (kept == weight.d_in // 2).all()
+    assert weight.values.grad is not None
+    assert weight.to_dense().abs().sum() == pytest.approx(
+        weight.values.abs().sum().item() / 2, rel=1e-5
+    )
+    path = slope_fx.save_pretrained(model, tmp_path / "c")
+    again = slope_fx.load_pretrained(path, backend="eager")
+    assert all(isinstance(w.method, Halved) for w in slope_fx.sparse_weights(again).values())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits
+        )
+
+
+@pytest.mark.parametrize("method", ALL, ids=named)
+def test_a_missing_schedule_is_reported(method):
+    model = slope_fx.compile(models.gpt2(), method=method, backend="aot_eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loss_of(model, batch(seed=0)).backward()
+    told = f'train by method="{method.name}", but no slope_fx.Schedule .* masks never change'
+    with pytest.warns(slope_fx.errors.TrainingWarning, match=told):
+        optimizer.step()
+
+
+def test_slope_is_the_default():
+    model = slope_fx.compile(models.gpt2(), backend=None)
+    assert all(w.method == Slope() for w in slope_fx.sparse_weights(model).values())
+    assert sys.modules["slope_fx.methods"] is slope_fx.methods
