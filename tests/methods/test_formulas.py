@@ -135,3 +135,40 @@ def test_under_autocast(method, dtype):
     scale = layer.weight.grad.abs().max()
     assert (weight.values.grad.double() - layer.weight.grad).abs().max() < 0.03 * scale
     assert (y.double() - want).abs().max() < 0.03 * want.abs().max()
+
+
+class Experts(nn.Module):
+    """Three linears in one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(3, 16, 24))
+
+    def forward(self, x):
+        return torch.bmm(x, self.inner.mT)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("method", METHODS[1:4], ids=lambda method: method.name)
+@pytest.mark.filterwarnings("ignore:.*no pass rewrites:slope_fx.errors.ExpandedWeightWarning")
+def test_a_linear_that_no_pass_rewrites(method, backend):
+    """Stacks of experts, and eager models: the same numbers, of dense products."""
+    torch.manual_seed(0)
+    experts, x = Experts(), torch.randn(3, 5, 24)
+    layers = [Layer(method.name, w.clone(), torch.zeros(16), 2, 4, {}) for w in experts.inner.data]
+    model = slope_fx.compile(
+        experts, method=method, skip_first=False, skip_head=False, example_inputs=x,
+        backend=backend,
+    )  # fmt: skip
+    (weight,) = slope_fx.sparse_weights(model).values()
+    if weight.factor is not None and method.name == "s-ste":
+        for layer in layers:  # one scale for the whole parameter
+            layer.beta = weight.factor.double()
+    y, want = model(x), torch.stack([f(part.double()) for f, part in zip(layers, x, strict=True)])
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    y.square().sum().backward()
+    want.square().sum().backward()
+    got = weight.values.grad.view(3, 16, 24).double()
+    torch.testing.assert_close(
+        got, torch.stack([f.weight.grad for f in layers]), rtol=1e-4, atol=1e-4
+    )
