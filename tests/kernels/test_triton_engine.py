@@ -149,6 +149,18 @@ def test_quantised_values_across_the_edges_of_every_tile(kind, n, group):
         assert_rounded(dense, oracle.weight)
 
 
+@pytest.mark.parametrize("kind", list(quantised.BITS))
+def test_a_group_of_a_row_with_two_scales(kind):
+    """N is no power of two, so that 32 consecutive values end within a group of M."""
+    n, m, group, weight = 3, 4, 32, normal((12, 96), 0).to(DEVICE)
+    values, forward = pruned(weight, n, m)
+    codes, scales = quantised.quantise(values, kind, group)
+    decoded = quantised.dequantise(codes, scales, kind, group, values.shape[1])
+    oracle = DenseOracle.of(decoded, forward, triton.backward_mask(values, forward, n, m), n, m)
+    dense = triton.expand_quantised(codes, scales, forward, n, m, group, 96, torch.float32)
+    assert_rounded(dense, oracle.weight)
+
+
 @pytest.mark.parametrize(
     ("number", "dtype"), [(0, torch.float32), *((k, torch.bfloat16) for k in range(4))]
 )
