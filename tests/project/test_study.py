@@ -1,6 +1,7 @@
 """The accuracy study: its arms are what they say, and what it costs to run them."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -65,6 +66,38 @@ def test_an_adapter_costs_while_it_takes_part():
     adapters = sum(d_in / 16 * (d_in + d_out) for d_in, d_out in sizes)
     want = 0.5 + 0.25 * adapters / total
     assert cost(Arm(rank=1 / 16, start=0.75), SIZE) == pytest.approx(want)
+
+
+@pytest.fixture
+def page(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
+    from pages import accuracy
+
+    return accuracy
+
+
+def test_intervals_are_of_students_t(page):
+    mean, half = page.interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.303 * 1.5275252 / 3**0.5, rel=1e-6)
+    assert page.interval([1.0])[1] == float("inf")
+
+
+def test_differences_are_paired_by_seed(page):
+    """Seeds differ by far more than arms: an unpaired interval would hide the difference."""
+    losses = {"dense": 0.0, "slope": 0.04, "transposable": 0.01}
+    runs = [
+        {"arm": arm, "rung": "small", "seed": seed, "lr": 8e-3, "loss": seed + loss + seed * 1e-4
+         * (arm == "transposable"), "cost": 0.5, "seconds": 10.0, "tokens": 1000}
+        for seed in (1, 2, 3) for arm, loss in losses.items()
+    ]  # fmt: skip
+    runs.append({**runs[0], "seed": 0, "rung": "quick"})
+    text = page.compared(runs)
+    (row,) = (line for line in text.splitlines() if line.startswith("| transposable"))
+    assert "| -0.0298 ± 0.0002 |" in row
+    assert re.search(r"\+0\.7[45] ± 0\.01", row)
+    assert "quick" in page.tuned(runs)
+    assert "quick" not in text
 
 
 def _results(losses):
