@@ -1,5 +1,6 @@
 """Masks that evolve on compressed weights."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -16,6 +17,9 @@ from slope_fx.ops.weights import expand_with_probe
 
 if TYPE_CHECKING:
     from slope_fx.sparse.weight import SparseWeight
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Evolve(Method):
     @torch.no_grad()
     def after_step(self, weight: "SparseWeight") -> None:
         if weight.probe is None or weight.probe.grad is None:
+            return
+        if not weight.probe.grad.isfinite().all():
+            log.info("%s: no swap, the gradient is not finite", weight.name)
             return
         values, bits = weight.values, weight.forward_bits
         n, m, rows, d_in = weight.n, weight.m, values.shape[0], weight.d_in

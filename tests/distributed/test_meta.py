@@ -160,7 +160,10 @@ def sharded_first(mask, diverging):
     return state(model), train(model)
 
 
-@pytest.mark.parametrize(("mask", "world", "diverging"), [("magnitude", 2, 1), ("random", 2, 0)])
+@pytest.mark.parametrize(
+    ("mask", "world", "diverging"),
+    [("magnitude", 2, 1), pytest.param("random", 2, 0, marks=pytest.mark.full)],
+)
 def test_sharded_then_initialised(ranks, mask, world, diverging):
     """Each rank has its rows of rank 0's matrices, also if their random states differ."""
     expected = dense("llama")

@@ -134,7 +134,7 @@ FULL = pytest.mark.full
     ("world", "backend"),
     [
         (2, "inductor"),
-        (4, "aot_eager"),
+        pytest.param(4, "aot_eager", marks=FULL),
         pytest.param(2, "aot_eager", marks=FULL),
         pytest.param(2, "eager", marks=FULL),
         pytest.param(4, "inductor", marks=FULL),
@@ -197,7 +197,8 @@ def llama_as_one(backend):
     assert_alike(train(model, llama_loss), want)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=FULL)])
+@FULL
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_llama(ranks, backend):
     ranks.run(2, llama_as_one, backend)
 

@@ -172,6 +172,7 @@ torch.save([model(input_ids=ids, use_cache=False) for ids in torch.load("x.pt")]
 
 
 @pytest.mark.inductor
+@pytest.mark.full
 def test_any_model_with_parameters_of_its_own(tmp_path):
     """Positional inputs, weights that no nn.Linear holds, and a batch that an example fixes."""
     x = torch.randn(2, 8)
@@ -243,6 +244,7 @@ def test_a_failed_compilation_keeps_the_package_that_was_there(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86 CPU")
+@pytest.mark.full
 def test_a_cpu_that_lacks_an_instruction_set_is_told(tmp_path, monkeypatch):
     """fma4 is in no CPU that PyTorch's binaries are made for today."""
     monkeypatch.setattr(build, "_needs", lambda compiler: 'FEATURE("sse2")FEATURE("fma4")')

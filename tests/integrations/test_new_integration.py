@@ -71,7 +71,9 @@ def loop():
     return Loop(model, 6, SlopeHook())
 
 
-@pytest.mark.parametrize("stop", [2, 4], ids=["sparse", "adapter"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(2, id="sparse", marks=pytest.mark.full), pytest.param(4, id="adapter")]
+)
 def test_stopped_and_resumed_bit_for_bit(stop):
     whole = loop()
     whole.fit()

@@ -64,7 +64,8 @@ def as_one(path, backend):
     assert down.adapter_active
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_as_one_process(ranks, tmp_path, backend):
     models.llama().save_pretrained(tmp_path)
     ranks.run(2, as_one, str(tmp_path), backend)

@@ -93,6 +93,7 @@ def test_a_cache_of_another_user_is_refused(cache, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.full
 def test_a_changed_source_flag_or_cpu_is_another_library(cache, monkeypatch):
     build.library()
     monkeypatch.setattr(build, "cpu_identity", lambda: "another CPU")
@@ -106,8 +107,10 @@ def test_a_changed_source_flag_or_cpu_is_another_library(cache, monkeypatch):
     ("environment", "reason"),
     [
         ({"PATH": "/nowhere"}, "there is no C compiler"),
-        ({"CC": "no-such-compiler"}, "'no-such-compiler' (from CC)"),
-        ({"CC": "/bin/false"}, "/bin/false"),
+        pytest.param(
+            {"CC": "no-such-compiler"}, "'no-such-compiler' (from CC)", marks=pytest.mark.full
+        ),
+        pytest.param({"CC": "/bin/false"}, "/bin/false", marks=pytest.mark.full),
     ],
 )
 def test_without_a_compiler_dense_serves_and_it_is_said_once(tmp_path, environment, reason):
@@ -139,7 +142,7 @@ except slope_fx.errors.SlopeError as error:
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.full)])
 def test_workers_compute_what_their_parent_does(method, tmp_path):
     """A forked child can't use the parent's OpenMP threads; it must not wait for them."""
     (tmp_path / "program.py").write_text(f"""
@@ -194,7 +197,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     full = pytest.mark.full  # x86-64-v4 is near to native, where that has AVX-512
     VARIANTS += [pytest.param("x86-64-v4", marks=full)] if "avx512vl" in flags else []
-    VARIANTS += ["x86-64-v3"] if "avx2" in flags else []
+    VARIANTS += [pytest.param("x86-64-v3", marks=full)] if "avx2" in flags else []
     VARIANTS.append("x86-64")
 
 

@@ -164,7 +164,7 @@ def test_a_group_of_a_row_with_two_scales(kind):
 @pytest.mark.parametrize(
     ("number", "dtype"), [(0, torch.float32), *((k, torch.bfloat16) for k in range(4))]
 )
-@pytest.mark.parametrize("count", [1, 40, 130])
+@pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.full), 130])
 def test_across_the_edges_of_every_tile(count, number, dtype):
     """Sizes a little over the largest tiles, with every configuration."""
     n, m, d_out, d_in = 2, 4, 132, 264

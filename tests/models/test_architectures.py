@@ -15,7 +15,13 @@ from formulas import assert_gradients_match, formula_model
 REASONS = ("skip_first", "skip_head", "skip_router", "shared: its weight is also used by embedding")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+IN_CI = ("GPT-2", "Llama", "Mixtral", "T5", "BERT", "Gemma 2", "torch: Transformer")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in IN_CI else pytest.param(n, marks=pytest.mark.full) for n in ARCHITECTURES],
+)
 def test_architecture(name):
     dense = ARCHITECTURES[name]().train()
     inputs = inputs_of(dense)

@@ -42,7 +42,7 @@ def agree(architecture, phase, dtype, road, cases):
 @pytest.mark.parametrize(
     ("phase", "cases"),
     [
-        ("sparse", ("train", "eval", "steps")),
+        pytest.param("sparse", ("train", "eval", "steps"), marks=pytest.mark.full),
         (
             "adapter",
             ("train", "eval", "one token", "accumulation", "checkpoint around, reentrant",
@@ -55,7 +55,10 @@ def test_gpt2_by_blocks(phase, cases):
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("architecture", "dtype"), [("GPT-2", "bf16"), (OWN, "autocast")])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("GPT-2", "bf16"), pytest.param(OWN, "autocast", marks=pytest.mark.full)],
+)
 def test_in_16_bits(architecture, dtype):
     agree(architecture, "adapter", dtype, "inductor, blocks", ("train",))
 
@@ -116,7 +119,10 @@ def test_all_ops_and_passes_are_covered():
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n != "Mixtral" else pytest.param(n, marks=pytest.mark.full) for n in GRAPHS],
+)
 def test_each_op_and_pass(name, monkeypatch):
     how, phase, case, passes, ops = GRAPHS[name]
     reports, real = [], run._run_one

@@ -17,7 +17,7 @@ from models import Plain, batch, loss_of
 pytestmark = pytest.mark.inductor
 
 
-@pytest.mark.parametrize("region", ["model", "blocks"])
+@pytest.mark.parametrize("region", [pytest.param("model", marks=pytest.mark.full), "blocks"])
 def test_gpt2_in_both_phases(region):
     dense = models.gpt2(layers=2)
     model = slope_fx.compile(
@@ -77,6 +77,7 @@ def test_layers_that_share_code_with_other_scales():
         assert_gradients_match(model, reference, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_plain_model_in_bf16():
     """Own parameters, bf16, a dynamic batch, and a weight that something else reads too."""
 
