@@ -19,6 +19,7 @@ from slope_fx.errors import (
     UnsupportedError,
     users_stacklevel,
 )
+from slope_fx.methods import Dense, method_of
 from slope_fx.planning.config import ConfigOptions, SlopeConfig, Sparsity
 from slope_fx.planning.patterns import PatternRules
 from slope_fx.planning.plan import SparsePlan
@@ -198,7 +199,9 @@ def say_without_effect(settings: Settings) -> None:
         )
 
 
-def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibration: bool) -> None:
+def say_what_was_ignored(
+    settings: Settings, config: SlopeConfig, rules: PatternRules, unused_calibration: bool
+) -> None:
     """Warn about arguments, or parts of arguments, that have no effect."""
     say_without_effect(settings)
     lines = [
@@ -206,10 +209,28 @@ def say_what_was_ignored(settings: Settings, rules: PatternRules, unused_calibra
         "slope_fx.explain(model) for the names."
         for key in rules.unmatched()
     ]
+    lines += _without_effect_in(config)
     if unused_calibration:
         lines.append('calibration has no effect: only mask="wanda" and adapter_init="eora" use it.')
     for line in lines:
         warnings.warn(line, ArgumentWarning, stacklevel=3)
+
+
+def _without_effect_in(config: SlopeConfig) -> list[str]:
+    """The fields of a configuration that its method does not use."""
+    method, default = method_of(config.method), SlopeConfig()
+    lines = []
+    if isinstance(method, Dense):
+        for name in ("mask", "adapter_rank"):
+            given = getattr(config, name)
+            if given != getattr(default, name):
+                lines.append(f'{name}={given!r} has no effect: method="dense" prunes nothing.')
+    elif not method.compressed and config.mask != default.mask:
+        lines.append(
+            f'mask={config.mask!r} chooses the first mask alone: method="{method.name}" chooses by '
+            "magnitude after each step."
+        )
+    return lines
 
 
 def say_untraced(because: str, *, given: bool) -> None:

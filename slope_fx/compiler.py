@@ -140,7 +140,7 @@ def compile(
         undo.pop_all()  # nothing can fail any more
     watch(replaced)
     say_untraced(traced.untraced_because, given=example_inputs is not None)
-    say_what_was_ignored(settings, rules, calibration is not None and not inputs)
+    say_what_was_ignored(settings, config, rules, calibration is not None and not inputs)
     log.info("%d of %d linears are sparse", len(sparse), len(plans))
     return model
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from slope_fx import ops
 from slope_fx.kernels.errors import UnsupportedError
 from slope_fx.kernels.packing import pack, unpack
-from slope_fx.methods.method import Method
+from slope_fx.methods.method import Method, is_within
 from slope_fx.ops.weights import expand_with_probe
 
 if TYPE_CHECKING:
@@ -44,6 +44,12 @@ class Evolve(Method):
     interval: int = 100
     rate: float = 0.1
     end: float = 0.75
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.interval, int) and is_within(self.interval, 1, math.inf)
+        self.check("interval", whole, "a whole number of steps from 1 up")
+        self.check("rate", is_within(self.rate, 0, 1), "a fraction of the groups from 0 to 1")
+        self.check("end", is_within(self.end, 0, 1), "a fraction of the steps from 0 to 1")
 
     def weight(self, weight: "SparseWeight", kept: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
         if weight.probe is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slope_fx import ops
 from slope_fx.kernels.packing import unpack_by_shifts
-from slope_fx.methods.method import DenseMaster, Method
+from slope_fx.methods.method import DenseMaster, Method, is_within
 
 if TYPE_CHECKING:
     from slope_fx.planning.patterns import Pattern
@@ -35,6 +35,11 @@ class Gradual(DenseMaster):
     start: float = 0.0
     end: float = 0.5
 
+    def __post_init__(self) -> None:
+        self.check("end", is_within(self.end, 0, 1), "a fraction of the steps from 0 to 1")
+        good = is_within(self.start, 0, self.end)
+        self.check("start", good, f"a fraction of the steps from 0 to end={self.end}")
+
     def factor(self, matrix: Tensor, forward_bits: Tensor, pattern: "Pattern") -> Tensor | None:
         return torch.ones((), device=matrix.device)
 
@@ -58,6 +63,6 @@ class Gradual(DenseMaster):
     def prepare(self, weight: "SparseWeight", step: int, total_steps: int) -> None:
         assert weight.factor is not None
         begin, end = self.start * total_steps, self.end * total_steps
-        faded = (step - begin) / max(end - begin, 1.0)
-        weight.factor.fill_(min(1.0, max(0.0, 1.0 - faded)))
-        weight.note_factor()
+        factor = min(1.0, max(0.0, 1.0 - (step - begin) / max(end - begin, 1.0)))
+        weight.factor.fill_(factor)
+        weight.phase.fading = factor > 0  # without a look at the tensor, which may be on a GPU

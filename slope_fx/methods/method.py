@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slope_fx import ops
+from slope_fx.kernels.errors import ArgumentError
 from slope_fx.ops.targets import EXPAND
 
 if TYPE_CHECKING:
@@ -102,6 +103,17 @@ class Method:
             total_steps: number of steps of the run.
         """
 
+    def check(self, field: str, good: bool, allowed: str) -> None:
+        """Check a field, in ``__post_init__``.
+
+        Raises:
+            ArgumentError: it is not good.
+        """
+        if not good:
+            raise ArgumentError(
+                f"{type(self).__name__}({field}={getattr(self, field)!r}); allowed is {allowed}."
+            )
+
     def to_data(self) -> str | dict[str, Any]:
         """The method as data for JSON: its name, with the fields that differ from the defaults."""
         given = {
@@ -143,3 +155,9 @@ class DenseMaster(Method):
 
     def after_step(self, weight: "SparseWeight") -> None:
         weight.choose_masks()
+
+
+def is_within(value: object, least: float, most: float) -> bool:
+    """Whether ``value`` is a number in a closed interval."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and least <= value <= most  # type: ignore[operator]

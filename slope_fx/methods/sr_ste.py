@@ -1,12 +1,13 @@
 """SR-STE: a straight-through estimator that shrinks the pruned elements."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from slope_fx.kernels.packing import unpack
-from slope_fx.methods.method import DenseMaster
+from slope_fx.methods.method import DenseMaster, is_within
 from slope_fx.ops.dispatch import local
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class SRSTE(DenseMaster):
     name: ClassVar[str] = "sr-ste"
     source: ClassVar[str] = "SR-STE, arXiv 2102.04010"
     decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        self.check("decay", is_within(self.decay, 0, math.inf), "a number from 0 up")
 
     @torch.no_grad()
     def before_step(self, weight: "SparseWeight") -> None:

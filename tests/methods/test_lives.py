@@ -179,7 +179,9 @@ def test_dense_is_the_dense_model():
     torch.manual_seed(0)
     dense, ids = models.gpt2(), batch(seed=0)
     torch.manual_seed(0)
-    model = slope_fx.compile(models.gpt2(), method="dense", adapter_rank=4, backend="inductor")
+    told = 'adapter_rank=4 has no effect: method="dense" prunes nothing'
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match=told):
+        model = slope_fx.compile(models.gpt2(), method="dense", adapter_rank=4)
     schedule = slope_fx.Schedule(model, 2)
     for one in (dense, model):
         loss_of(one, ids).backward()
@@ -205,6 +207,27 @@ def test_configurations(tmp_path):
     model = slope_fx.compile(models.gpt2(), method="sr-ste", backend=None)
     text = (slope_fx.save_pretrained(model, tmp_path / "c") / "slope_fx.json").read_text()
     assert '"format_version": 5' in text
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "said"),
+    [
+        (SRSTE, {"decay": -1.0}, r"SRSTE\(decay=-1\.0\); allowed is a number from 0 up"),
+        (Gradual, {"start": 0.6}, r"Gradual\(start=0\.6\); .* from 0 to end=0\.5"),
+        (Gradual, {"end": float("nan")}, r"Gradual\(end=nan\)"),
+        (Evolve, {"interval": 0.5}, r"Evolve\(interval=0\.5\); .* whole number of steps"),
+        (Evolve, {"rate": True}, r"Evolve\(rate=True\)"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(method, fields, said):
+    with pytest.raises(ArgumentError, match=said):
+        method(**fields)
+
+
+def test_a_mask_that_is_only_the_first_is_told():
+    told = """mask='random' chooses the first mask alone: method="s-ste" chooses by magnitude"""
+    with pytest.warns(slope_fx.errors.ArgumentWarning, match=told):
+        slope_fx.compile(models.gpt2(), method="s-ste", mask="random", backend=None)
 
 
 def test_groups():
