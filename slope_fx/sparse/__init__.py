@@ -1,6 +1,6 @@
 """Sparse weights, and their installation in a model.
 
-- ``weight.py`` defines :class:`SparseWeight`, and ``storage.py`` the storage of its values.
+- ``weight.py`` defines :class:`SparseWeight`.
 - ``install.py`` installs sparse weights in a model and removes them.
 - ``reading.py`` defines the tensor that ``layer.weight`` returns in eager code.
 - ``mask.py`` defines the parameter of a packed mask.
@@ -13,4 +13,4 @@
 
 from slope_fx.sparse.weight import SparseWeight
 
-__all__ = ["STORAGES", "CompressedValues", "SparseWeight", "Storage"]
+__all__ = ["SparseWeight"]
