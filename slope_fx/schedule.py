@@ -18,6 +18,7 @@ from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.sparse.agreement import check_agreement, groups_of
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.shards import gather, reshard
+from slope_fx.sparse.steps import after_step, check_alone, prepare
 from slope_fx.sparse.weight import SparseWeight
 from slope_fx.sparse.wrappers import check_idle
 
@@ -94,6 +95,7 @@ class Schedule:
         self._agreed = False
         for weight in self._weights:
             settle(weight)
+            check_alone(weight)
         self._has_adapters = any(weight.rank for weight in self._weights)
         if not self._weights:  # a stage of a pipeline without sparse layers keeps step
             sparse = not isinstance(self._method, Dense)
@@ -159,7 +161,7 @@ class Schedule:
         if due or self._method.steps:
             self._reshard()
         for weight in self._weights if self._method.steps else ():
-            self._method.after_step(weight)
+            after_step(weight, self.last_step, self.total_steps)
         if due:
             for weight in self._weights:
                 weight.refresh_backward_mask()
@@ -205,7 +207,7 @@ class Schedule:
             phase.scheduled = True
             phase.set(self.phase == "adapter")
         for weight in self._weights if self._method.steps else ():
-            self._method.prepare(weight, self.last_step, self.total_steps)
+            prepare(weight, self.last_step, self.total_steps)
         if not self._agreed and groups_of(self._weights):
             check_agreement(self._weights, self.state_dict())
             self._agreed = True

@@ -3,21 +3,15 @@
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from slope_fx import ops
-from slope_fx.kernels.errors import UnsupportedError
 from slope_fx.kernels.packing import pack, unpack
-from slope_fx.methods.method import Method, is_within
+from slope_fx.methods.method import Method, Read, is_within
 from slope_fx.ops.weights import expand_with_probe
-
-if TYPE_CHECKING:
-    from slope_fx.sparse.weight import SparseWeight
-
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +35,7 @@ class Evolve(Method):
     name: ClassVar[str] = "evolve"
     source: ClassVar[str] = "slope_fx; after RigL, arXiv 1911.11134"
     steps: ClassVar[bool] = True
+    alone: ClassVar[bool] = True
     interval: int = 100
     rate: float = 0.1
     end: float = 0.75
@@ -51,47 +46,40 @@ class Evolve(Method):
         self.check("rate", is_within(self.rate, 0, 1), "a fraction of the groups from 0 to 1")
         self.check("end", is_within(self.end, 0, 1), "a fraction of the steps from 0 to 1")
 
-    def weight(self, weight: "SparseWeight", kept: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
-        if weight.probe is None:
-            return super().weight(weight, kept, masks)
-        dense: Tensor = expand_with_probe(kept, weight.probe, masks[0], weight.n, weight.m)
+    def probes(self, step: int, total_steps: int) -> bool:
+        return (step + 1) % self.interval == 0 and step + 1 <= self.end * total_steps
+
+    def weight(self, kept: Tensor, read: Read) -> Tensor:
+        if read.probe is None:
+            return super().weight(kept, read)
+        n, m = read.pattern.n, read.pattern.m
+        dense: Tensor = expand_with_probe(kept, read.probe, read.forward_bits, n, m)
         return dense
 
-    def prepare(self, weight: "SparseWeight", step: int, total_steps: int) -> None:
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise UnsupportedError(
-                f'{weight.name}: method="evolve" runs on one process, and there are '
-                f"{dist.get_world_size()}: ranks would move their masks apart."
-            )
-        weight.probe = None
-        if (step + 1) % self.interval or step + 1 > self.end * total_steps:
-            return
-        rows, pruned = weight.values.shape[0], weight.d_in * (weight.m - weight.n) // weight.m
-        weight.probe = weight.values.new_zeros(rows, pruned).requires_grad_()
-        turn = math.cos(math.pi * (step + 1) / (self.end * total_steps))
-        weight.swaps = self.rate * 0.5 * (1 + turn)
+    def moves(self, read: Read) -> bool:
+        return read.probe is not None and read.probe.grad is not None
 
-    @torch.no_grad()
-    def after_step(self, weight: "SparseWeight") -> None:
-        if weight.probe is None or weight.probe.grad is None:
-            return
-        if not weight.probe.grad.isfinite().all():
-            log.info("%s: no swap, the gradient is not finite", weight.name)
-            return
-        values, bits = weight.values, weight.forward_bits
-        n, m, rows, d_in = weight.n, weight.m, values.shape[0], weight.d_in
-        mask = unpack(bits, d_in)
-        gradient = ops.expand(weight.probe.grad, pack(~mask), pack(~mask), m - n, m).float()
-        groups = (rows, d_in // m, m)
-        magnitude = ops.expand(values, bits, bits, n, m).abs().float().view(groups)
-        weakest, drop = magnitude.masked_fill(~mask.view(groups), math.inf).min(-1)
-        strongest, grow = gradient.abs().view(groups).masked_fill(mask.view(groups), -1).max(-1)
+    def next_mask(self, kept: Tensor, read: Read, step: int, total_steps: int) -> Tensor:
+        assert read.probe is not None
+        assert read.probe.grad is not None
+        if not read.probe.grad.isfinite().all():
+            log.info("step %d: no swap, a gradient is not finite", step)
+            return read.forward_bits
+        n, m, bits = read.pattern.n, read.pattern.m, read.forward_bits
+        rows, d_in = kept.shape[0], kept.shape[1] * m // n
+        mask, groups = unpack(bits, d_in), (rows, d_in // m, m)
+        pruned = pack(~mask)
+        gradient = ops.expand(read.probe.grad, pruned, pruned, m - n, m).float().abs()
+        magnitude = ops.expand(kept, bits, bits, n, m).abs().float()
+        mask = mask.view(groups)
+        weakest, drop = magnitude.view(groups).masked_fill(~mask, math.inf).min(-1, keepdim=True)
+        strongest, grow = gradient.view(groups).masked_fill(mask, -1).max(-1, keepdim=True)
         score = (strongest / weakest.clamp_min(torch.finfo(torch.float32).tiny)).flatten()
-        count = round(weight.swaps * score.numel())
+        turn = math.cos(math.pi * step / (self.end * total_steps))
+        count = round(self.rate * 0.5 * (1 + turn) * score.numel())
         chosen = torch.zeros_like(score, dtype=torch.bool)
         chosen[score.topk(count).indices] = True
-        moved = mask.view(groups).clone()
-        swapped = chosen.view(rows, -1, 1)
-        moved.scatter_(-1, drop.unsqueeze(-1), moved.gather(-1, drop.unsqueeze(-1)) & ~swapped)
-        moved.scatter_(-1, grow.unsqueeze(-1), moved.gather(-1, grow.unsqueeze(-1)) | swapped)
-        weight.move_values(pack(moved.view(rows, d_in)))
+        chosen = chosen.view(rows, -1, 1)
+        mask = mask.scatter(-1, drop, mask.gather(-1, drop) & ~chosen)
+        mask = mask.scatter(-1, grow, mask.gather(-1, grow) | chosen)
+        return pack(mask.view(rows, d_in))

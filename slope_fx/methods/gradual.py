@@ -8,11 +8,10 @@ from torch import Tensor
 
 from slope_fx import ops
 from slope_fx.kernels.packing import unpack_by_shifts
-from slope_fx.methods.method import DenseMaster, Method, is_within
+from slope_fx.methods.method import DenseMaster, Method, Read, is_within
 
 if TYPE_CHECKING:
     from slope_fx.planning.patterns import Pattern
-    from slope_fx.sparse.weight import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,15 @@ class Gradual(DenseMaster):
     ) -> Tensor:
         return ops.compress(kept, forward_bits, pattern.n, pattern.m)
 
-    def weight(self, weight: "SparseWeight", kept: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
-        factor = weight.factor
-        if factor is None or not weight.phase.fading:
-            return Method.weight(self, weight, kept, masks)
-        mask = unpack_by_shifts(masks[0], kept.shape[-1])
-        return torch.where(mask, kept, kept * factor.to(kept.dtype))
-
-    def after_step(self, weight: "SparseWeight") -> None:
-        if weight.phase.fading:
-            weight.choose_masks()
-
-    @torch.no_grad()
-    def prepare(self, weight: "SparseWeight", step: int, total_steps: int) -> None:
-        assert weight.factor is not None
+    def factor_at(self, step: int, total_steps: int) -> float | None:
         begin, end = self.start * total_steps, self.end * total_steps
-        factor = min(1.0, max(0.0, 1.0 - (step - begin) / max(end - begin, 1.0)))
-        weight.factor.fill_(factor)
-        weight.phase.fading = factor > 0  # without a look at the tensor, which may be on a GPU
+        return min(1.0, max(0.0, 1.0 - (step - begin) / max(end - begin, 1.0)))
+
+    def weight(self, kept: Tensor, read: Read) -> Tensor:
+        if read.factor is None or not read.fading:
+            return Method.weight(self, kept, read)
+        mask = unpack_by_shifts(read.forward_bits, kept.shape[-1])
+        return torch.where(mask, kept, kept * read.factor.to(kept.dtype))
+
+    def moves(self, read: Read) -> bool:
+        return read.fading

@@ -14,7 +14,28 @@ from slope_fx.ops.targets import EXPAND
 
 if TYPE_CHECKING:
     from slope_fx.planning.patterns import Pattern
-    from slope_fx.sparse.weight import SparseWeight
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a method reads a weight from, besides its parameter.
+
+    Attributes:
+        forward_bits: packed mask, uint8 (rows, ceil(d_in / 8)).
+        backward_bits: packed mask, uint8 (rows, ceil(d_in * N / M / 8)).
+        pattern: N:M.
+        factor: the number of the method, an fp32 tensor of shape (), or None.
+        fading: whether the pruned part takes part.
+        probe: zeros (rows, d_in * (M - N) / M) whose gradient is that of the pruned elements, in
+            a step for which the method wants it; else None.
+    """
+
+    forward_bits: Tensor
+    backward_bits: Tensor
+    pattern: "Pattern"
+    factor: Tensor | None = None
+    fading: bool = False
+    probe: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,7 @@ class Method:
     This class stores the kept values alone, (rows, d_in * N / M), in the order of the columns, and
     keeps the forward mask. To add a method, write a subclass in a file of its own and register it
     in :data:`METHODS`. Its fields are the numbers that a user may set; a checkpoint stores them.
+    All functions are of tensors: rows are those of all matrices of a stack, or of a shard.
 
     Attributes:
         name: the name in ``compile(method=...)``.
@@ -31,7 +53,8 @@ class Method:
         compressed: whether the parameter has the kept values alone. Otherwise it is dense, and
             :func:`slope_fx.compress_` ends the method.
         fades: whether the pruned part takes part until the factor of the weight is zero.
-        steps: whether :meth:`after_step` and :meth:`prepare` do anything.
+        steps: whether steps change masks, factor or probe.
+        alone: whether the method runs on one process only.
         when_expanded: what is lost if no pass rewrites the linear.
     """
 
@@ -40,6 +63,7 @@ class Method:
     compressed: ClassVar[bool] = True
     fades: ClassVar[bool] = False
     steps: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     when_expanded: ClassVar[str] = (
         "the loss is right, but the layer is slow and its input gradient is that of W^R, not of "
         "the double-pruned W^{R,C}"
@@ -57,7 +81,7 @@ class Method:
         """Returns the data of the parameter for a dense weight.
 
         Args:
-            matrix: (rows, d_in), with the rows of all matrices of a stack.
+            matrix: (rows, d_in).
             forward_bits: packed mask, uint8 (rows, ceil(d_in / 8)).
             pattern: N:M.
         """
@@ -70,38 +94,46 @@ class Method:
         """
         return None
 
+    def factor_at(self, step: int, total_steps: int) -> float | None:
+        """The method's number after ``step`` of ``total_steps`` steps; None if it stays."""
+        return None
+
+    def probes(self, step: int, total_steps: int) -> bool:
+        """Whether the next step after ``step`` needs the gradient of the pruned elements."""
+        return False
+
     def values(
         self, kept: Tensor, forward_bits: Tensor, factor: Tensor | None, pattern: "Pattern"
     ) -> Tensor:
         """The values (rows, d_in * N / M) of the pruned weight, with autograd."""
         return kept
 
-    def weight(self, weight: "SparseWeight", kept: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
-        """The matrix (rows, d_in) that a linear reads: a marker, which the passes find.
-
-        Args:
-            weight: the weight.
-            kept: its parameter.
-            masks: its packed forward and backward masks.
-        """
-        values = self.values(kept, masks[0], weight.factor, weight.pattern)
-        dense: Tensor = EXPAND(values, *masks, weight.n, weight.m)
+    def weight(self, kept: Tensor, read: Read) -> Tensor:
+        """The matrix (rows, d_in) that a linear reads: a marker, which the passes find."""
+        n, m = read.pattern.n, read.pattern.m
+        values = self.values(kept, read.forward_bits, read.factor, read.pattern)
+        dense: Tensor = EXPAND(values, read.forward_bits, read.backward_bits, n, m)
         return dense
 
-    def before_step(self, weight: "SparseWeight") -> None:
-        """Change the gradient of the parameter before a step of an optimizer."""
+    def change_gradient(self, gradient: Tensor, kept: Tensor, forward_bits: Tensor) -> None:
+        """Change the gradient of the parameter in place, before a step of an optimizer."""
 
-    def after_step(self, weight: "SparseWeight") -> None:
-        """Change masks and values after a step. :class:`~slope_fx.Schedule` calls it."""
+    def moves(self, read: Read) -> bool:
+        """Whether a step, in which the weight was read so, is followed by another forward mask."""
+        return False
 
-    def prepare(self, weight: "SparseWeight", step: int, total_steps: int) -> None:
-        """Set what depends on the number of steps alone. It is called again after a resume.
+    def next_mask(self, kept: Tensor, read: Read, step: int, total_steps: int) -> Tensor:
+        """Choose the forward mask after a step, if :meth:`moves` says so.
 
         Args:
-            weight: the weight.
-            step: number of steps so far.
-            total_steps: number of steps of the run.
+            kept: the parameter, after the step.
+            read: how it was read in the step.
+            step, total_steps: number of steps so far, and of the run.
+
+        Returns:
+            The packed forward mask.
         """
+        return read.forward_bits
 
     def check(self, field: str, good: bool, allowed: str) -> None:
         """Check a field, in ``__post_init__``.
@@ -148,13 +180,17 @@ class DenseMaster(Method):
     ) -> Tensor:
         return ops.compress(kept.detach(), forward_bits, pattern.n, pattern.m)
 
-    def weight(self, weight: "SparseWeight", kept: Tensor, masks: tuple[Tensor, Tensor]) -> Tensor:
-        values = self.values(kept, masks[0], weight.factor, weight.pattern)
-        dense: Tensor = EXPAND(values, *masks, weight.n, weight.m, kept)
+    def weight(self, kept: Tensor, read: Read) -> Tensor:
+        n, m = read.pattern.n, read.pattern.m
+        values = self.values(kept, read.forward_bits, read.factor, read.pattern)
+        dense: Tensor = EXPAND(values, read.forward_bits, read.backward_bits, n, m, kept)
         return dense
 
-    def after_step(self, weight: "SparseWeight") -> None:
-        weight.choose_masks()
+    def moves(self, read: Read) -> bool:
+        return True
+
+    def next_mask(self, kept: Tensor, read: Read, step: int, total_steps: int) -> Tensor:
+        return ops.magnitude_mask(kept, read.pattern.n, read.pattern.m)
 
 
 def is_within(value: object, least: float, most: float) -> bool:

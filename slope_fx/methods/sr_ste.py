@@ -2,16 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
+from torch import Tensor
 
 from slope_fx.kernels.packing import unpack
 from slope_fx.methods.method import DenseMaster, is_within
-from slope_fx.ops.dispatch import local
-
-if TYPE_CHECKING:
-    from slope_fx.sparse.weight import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,6 @@ class SRSTE(DenseMaster):
     def __post_init__(self) -> None:
         self.check("decay", is_within(self.decay, 0, math.inf), "a number from 0 up")
 
-    @torch.no_grad()
-    def before_step(self, weight: "SparseWeight") -> None:
-        parameter = local(weight.values)
-        gradient = weight.values.grad
-        if gradient is None or not self.decay:
-            return
-        pruned = ~unpack(local(weight.forward_bits), parameter.shape[-1])
-        local(gradient).add_(parameter * pruned, alpha=self.decay)
+    def change_gradient(self, gradient: Tensor, kept: Tensor, forward_bits: Tensor) -> None:
+        pruned = ~unpack(forward_bits, kept.shape[-1])
+        gradient.add_(kept * pruned, alpha=self.decay)

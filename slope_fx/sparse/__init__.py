@@ -4,6 +4,7 @@
 - ``install.py`` installs sparse weights in a model and removes them.
 - ``reading.py`` defines the tensor that ``layer.weight`` returns in eager code.
 - ``mask.py`` defines the parameter of a packed mask.
+- ``steps.py`` lets the method of a weight change it around the steps of an optimizer.
 - ``phase.py`` stores whether the adapters are active.
 - ``parallel.py`` splits layers for tensor parallelism.
 - ``fallback.py`` reports layers that run with their dense weight rebuilt.

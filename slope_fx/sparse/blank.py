@@ -183,4 +183,4 @@ def content(weight: "SparseWeight", kept: Tensor) -> Tensor:
     """The pruned weight as a plain tensor (stack * d_out, d_in), gathered if it is sharded."""
     tensors = (kept, weight.forward_bits, weight.backward_bits)
     kept, *masks = (t.full_tensor() if isinstance(t, DTensor) else t for t in tensors)
-    return weight.method.weight(weight, kept, (masks[0], masks[1]))
+    return weight.method.weight(kept, weight.read_from(*masks))

@@ -14,6 +14,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.mask import Mask
+from slope_fx.sparse.steps import before_step
 from slope_fx.sparse.trained import note_optimizer, note_trained
 from slope_fx.sparse.weight import find_alive
 from slope_fx.sparse.written import note_step
@@ -57,7 +58,7 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
     note_trained(optimizer.param_groups)
     held = {id(parameter) for parameter in parameters}
     for weight in find_alive(lambda weight: id(weight.values) in held):
-        weight.method.before_step(weight)
+        before_step(weight)
         if weight.probe is not None:
             note_optimizer(optimizer, [weight.values])
     for weight in find_alive(lambda weight: weight.start is not None):

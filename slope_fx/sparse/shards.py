@@ -75,19 +75,19 @@ def refresh_sharded(
     _put_local(bits, backward_bits, values)
 
 
-def choose_sharded(
-    matrix: DTensor, forward_bits: Tensor, choose: Callable[[Tensor], Tensor]
-) -> None:
-    """Choose the forward mask of a sharded dense weight. Each rank chooses that of its own part.
+def put_mask(mask: Tensor, like: Tensor, choose: Callable[[Tensor], Tensor]) -> None:
+    """Choose a mask of a weight, and write it. Each rank chooses that of its own part.
 
     Args:
-        matrix: (rows, d_in). Shards of the columns have whole groups.
-        forward_bits: uint8 (rows, ceil(d_in / 8)), sharded as the matrix or whole. It is written.
-        choose: maps a part of the matrix to its packed mask.
+        mask: the packed mask, sharded as the weight or whole. It is written.
+        like: the weight. Shards of the columns have whole groups.
+        choose: maps a part of the weight to its packed mask.
     """
-    part = matrix.to_local()
-    bits = choose(part) if len(part) else _local_part(forward_bits, matrix)
-    _put_local(bits, forward_bits, matrix)
+    if not isinstance(like, DTensor):
+        mask.copy_(choose(like.detach()))
+        return
+    part = like.to_local()
+    _put_local(choose(part) if len(part) else _local_part(mask, like), mask, like)
 
 
 def _put_local(bits: Tensor, mask: Tensor, like: DTensor) -> None:

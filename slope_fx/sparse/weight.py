@@ -13,7 +13,7 @@ from slope_fx import ops
 from slope_fx.errors import ArgumentError, StateError
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
-from slope_fx.methods import Method
+from slope_fx.methods import Method, Read
 from slope_fx.ops.dispatch import local
 from slope_fx.ops.targets import ADD_ADAPTER
 from slope_fx.ops.weights import expand_grad_observers
@@ -34,8 +34,7 @@ from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.parts import Parts, Shared
 from slope_fx.sparse.pipelines import refuse_tracer
 from slope_fx.sparse.reading import DenseWeight
-from slope_fx.sparse.shards import choose_sharded, refresh_sharded, whole
-from slope_fx.sparse.trained import states_of
+from slope_fx.sparse.shards import put_mask, refresh_sharded, whole
 from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for
 
 # Finds the layer of a tensor in a compiled graph.
@@ -66,13 +65,11 @@ class SparseWeight(nn.Module):
         start: the state of a weight without content; None for all other weights.
         probe: zeros (stack * d_out, d_in * (M - N) / M) whose gradient is that of the pruned
             elements, in the steps for which a method asks for it.
-        swaps: the fraction of the groups that change their mask after such a step.
         parts: the numbers of parts into which tensor parallelism splits d_out and d_in.
     """
 
     parts: tuple[int, int] = (1, 1)
     probe: Tensor | None = None
-    swaps: float = 0.0
     forward_bits: nn.Parameter
     backward_bits: nn.Parameter
     lora_A: nn.Parameter | None  # noqa: N815
@@ -192,42 +189,18 @@ class SparseWeight(nn.Module):
             backward.copy_(self.chosen_backward_mask(values, forward))
 
     @torch.no_grad()
-    def choose_masks(self) -> None:
-        """Choose both masks from the magnitudes of a stored dense weight."""
-        check_filled(self)
+    def choose_forward_mask(self) -> None:
+        """Choose the forward mask from the magnitudes of a stored dense weight."""
 
         def chosen(kept: Tensor) -> Tensor:
             return ops.magnitude_mask(kept, self.n, self.m)
 
-        if isinstance(self.values, DTensor):
-            choose_sharded(self.values, self.forward_bits, chosen)
-        else:
-            self.forward_bits.copy_(chosen(self.values.detach()))
-        self.refresh_backward_mask()
+        put_mask(self.forward_bits, self.values, chosen)
 
-    @torch.no_grad()
-    def move_values(self, forward_bits: Tensor) -> None:
-        """Change the forward mask of compressed values, to a packed mask. New elements are zero.
-
-        The states of the optimizer follow: those of new elements are zero. A mean of squared
-        gradients, by which an optimizer divides, is that of the group's elements before.
-        """
-        old, n, m = self.forward_bits.detach().clone(), self.n, self.m
-        new = unpack(forward_bits, self.d_in) & ~unpack(old, self.d_in)
-
-        def moved(tensor: Tensor, *, squares: bool = False) -> Tensor:
-            dense = ops.expand(tensor, old, old, n, m)
-            if squares:
-                means = dense.unflatten(-1, (-1, m)).sum(-1) / n
-                dense = torch.where(new, means.repeat_interleave(m, -1), dense)
-            return ops.compress(dense, forward_bits, n, m)
-
-        for name, state in states_of(self.values):
-            state.copy_(moved(state, squares=name.endswith("_sq")))
-        self.values.copy_(moved(self.values.detach()))
-        self.forward_bits.copy_(forward_bits)
-        self.note_write()
-        self.refresh_backward_mask()
+    def read_from(self, forward_bits: Tensor, backward_bits: Tensor) -> Read:
+        """What the method reads the weight from, with these masks."""
+        state = self.factor, self.phase.fading, self.probe
+        return Read(forward_bits, backward_bits, self.pattern, *state)
 
     def note_factor(self) -> None:
         """Note whether the pruned part takes part, after a change of the factor."""
@@ -298,7 +271,7 @@ class SparseWeight(nn.Module):
             return DenseWeight.of(self, dense, self.layout.to_parameter(dense))
 
     def _expanded(self, kept: Tensor) -> Tensor:
-        return self.method.weight(self, kept, (self.forward_bits, self.backward_bits))
+        return self.method.weight(kept, self.read_from(self.forward_bits, self.backward_bits))
 
     def _markers(self, kept: Tensor) -> Tensor:
         weight = self._expanded(kept)
@@ -349,10 +322,9 @@ class SparseWeight(nn.Module):
             return
         put(values, self.method.keep(matrix, whole(self.forward_bits), self.pattern))
         self.note_write()
-        if self.method.compressed:
-            self.refresh_backward_mask()
-        else:
-            self.choose_masks()
+        if not self.method.compressed:
+            self.choose_forward_mask()
+        self.refresh_backward_mask()
 
     def note_write(self) -> None:
         """Note a write to the values that does not change their version counter.

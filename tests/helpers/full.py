@@ -13,10 +13,13 @@ import time
 import xml.etree.ElementTree as ElementTree
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MATRIX = "benchmarks/results/consistency.json"
-ON_RANKS = "benchmarks/results/ranks.json"
+PARTS = (
+    ("matrix", "tests/helpers/consistency.py", "benchmarks/results/consistency.json"),
+    ("ranks", "tests/helpers/ranks_matrix.py", "benchmarks/results/ranks.json"),
+)
 
 
 def main() -> None:
@@ -30,35 +33,41 @@ def main() -> None:
          "--junitxml", str(report)],
         cwd=ROOT,
     )  # fmt: skip
-    seconds = time.perf_counter() - begun
-    matrix = subprocess.run(
-        [sys.executable, "tests/helpers/consistency.py", "--write", MATRIX], cwd=ROOT
-    )
-    on_ranks = subprocess.run(
-        [sys.executable, "tests/helpers/ranks_matrix.py", "--write", ON_RANKS], cwd=ROOT
-    )
-    suite = ElementTree.parse(report).getroot()[0].attrib
-    failed = int(suite["failures"]) + int(suite["errors"])
+    results = {**about(), **counts(report), "seconds": round(time.perf_counter() - begun)}
+    codes = [tests.returncode]
+    # After each part, so that a run that is stopped keeps what it has.
+    write(options.write, results)
+    for name, program, file in PARTS:
+        part = subprocess.run([sys.executable, program, "--write", file], cwd=ROOT)
+        codes.append(part.returncode)
+        results[name] = {"file": file, "agrees": part.returncode == 0}
+        write(options.write, results)
+    sys.exit(max(codes))
+
+
+def about() -> dict[str, Any]:
+    """What was tested, and with which versions."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
-    results = {
+    return {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "triton")},
-        "passed": int(suite["tests"]) - failed - int(suite["skipped"]),
-        "failed": failed,
-        "skipped": int(suite["skipped"]),
-        "seconds": round(seconds),
-        "matrix": MATRIX,
-        "matrix_agrees": matrix.returncode == 0,
-        "ranks": ON_RANKS,
-        "ranks_agree": on_ranks.returncode == 0,
     }
-    options.write.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results))
-    sys.exit(tests.returncode or matrix.returncode or on_ranks.returncode)
+
+
+def counts(report: Path) -> dict[str, int]:
+    """The numbers of tests in a JUnit report."""
+    suite = ElementTree.parse(report).getroot()[0].attrib
+    failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
+    return {"passed": int(suite["tests"]) - failed - skipped, "failed": failed, "skipped": skipped}
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results), flush=True)
 
 
 if __name__ == "__main__":

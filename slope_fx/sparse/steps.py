@@ -1,0 +1,89 @@
+"""What a method changes in a sparse weight around the steps of an optimizer."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slope_fx import ops
+from slope_fx.errors import UnsupportedError
+from slope_fx.kernels.packing import unpack
+from slope_fx.ops.dispatch import local
+from slope_fx.sparse.shards import put_mask
+from slope_fx.sparse.trained import states_of
+from slope_fx.sparse.weight import SparseWeight
+
+
+def check_alone(weight: SparseWeight) -> None:
+    """Check that a method for one process runs on one.
+
+    Raises:
+        UnsupportedError: there are several.
+    """
+    if not (weight.method.alone and dist.is_available() and dist.is_initialized()):
+        return
+    if dist.get_world_size() > 1:
+        raise UnsupportedError(
+            f'{weight.name}: method="{weight.method.name}" runs on one process, and there are '
+            f"{dist.get_world_size()}: ranks would move their masks apart."
+        )
+
+
+@torch.no_grad()
+def before_step(weight: SparseWeight) -> None:
+    """Let the method change the gradient, before a step of an optimizer."""
+    gradient, bits = weight.values.grad, weight.forward_bits
+    if gradient is not None:
+        weight.method.change_gradient(local(gradient), local(weight.values.detach()), local(bits))
+
+
+@torch.no_grad()
+def after_step(weight: SparseWeight, step: int, total_steps: int) -> None:
+    """Let the method choose the forward mask after a step, and choose the backward mask for it."""
+    masks = weight.forward_bits.detach(), weight.backward_bits.detach()
+    read = weight.read_from(*(local(mask).as_subclass(Tensor) for mask in masks))
+    if not weight.method.moves(read):
+        return
+
+    def chosen(kept: Tensor) -> Tensor:
+        bits = weight.method.next_mask(kept, read, step, total_steps)
+        if weight.method.compressed:
+            _move_values(weight, bits)
+        return bits
+
+    put_mask(weight.forward_bits, weight.values, chosen)
+    weight.refresh_backward_mask()
+
+
+@torch.no_grad()
+def prepare(weight: SparseWeight, step: int, total_steps: int) -> None:
+    """Set what depends on the number of steps alone. It is called again after a resume."""
+    factor = weight.method.factor_at(step, total_steps)
+    if factor is not None and weight.factor is not None:
+        weight.factor.fill_(factor)
+        weight.phase.fading = factor > 0  # without a look at the tensor, which may be on a GPU
+    weight.probe = None
+    if weight.method.probes(step, total_steps):
+        rows, pruned = weight.values.shape[0], weight.d_in * (weight.m - weight.n) // weight.m
+        weight.probe = weight.values.new_zeros(rows, pruned).requires_grad_()
+
+
+def _move_values(weight: SparseWeight, forward_bits: Tensor) -> None:
+    """Reorder compressed values for a new forward mask. New elements are zero.
+
+    The states of the optimizer follow: those of new elements are zero. A mean of squared
+    gradients, by which an optimizer divides, is that of the group's elements before.
+    """
+    old, n, m = weight.forward_bits.detach().clone(), weight.n, weight.m
+    new = unpack(forward_bits, weight.d_in) & ~unpack(old, weight.d_in)
+
+    def moved(tensor: Tensor, *, squares: bool = False) -> Tensor:
+        dense = ops.expand(tensor, old, old, n, m)
+        if squares:
+            means = dense.unflatten(-1, (-1, m)).sum(-1) / n
+            dense = torch.where(new, means.repeat_interleave(m, -1), dense)
+        return ops.compress(dense, forward_bits, n, m)
+
+    for name, state in states_of(weight.values):
+        state.copy_(moved(state, squares=name.endswith("_sq")))
+    weight.values.copy_(moved(weight.values.detach()))
+    weight.note_write()
