@@ -33,8 +33,8 @@ class Rung:
 
 
 RUNGS = {
-    "quick": Rung(2, 64, 32), "small": Rung(4, 80, 32), "medium": Rung(4, 128, 32),
-    "large": Rung(6, 192, 64),
+    "quick": Rung(2, 64, 8), "small": Rung(4, 80, 8), "medium": Rung(4, 128, 16),
+    "large": Rung(6, 192, 32),
 }  # fmt: skip
 
 
