@@ -113,6 +113,7 @@ def make(arm: Arm, rung: Rung, context: int, steps: int) -> tuple[nn.Module, Any
     config = GPT2Config(
         n_layer=rung.layers, n_head=HEADS, n_embd=width, vocab_size=256, n_positions=context,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.02 * (768 / width) ** 0.5,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"
