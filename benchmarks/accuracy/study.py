@@ -40,7 +40,7 @@ LINES = RESULTS / "accuracy.jsonl"
 CONTEXT, HELD_OUT_ROWS, EVALUATIONS = 256, 2048, 10
 RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 TUNED_ON = "quick"
-QUICK = {"dense": 16e-3, "slope": 16e-3, "transposable": 16e-3}
+QUICK = {"dense": 8e-3, "slope": 16e-3, "transposable": 16e-3}
 """The arms of "quick", with rates that are near the best."""
 Key = tuple[str, str, float, int]
 """An arm, a rung, a learning rate and a seed."""
