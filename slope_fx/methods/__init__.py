@@ -10,7 +10,7 @@ from slope_fx.kernels.errors import ArgumentError
 from slope_fx.methods.dense import Dense
 from slope_fx.methods.evolve import Evolve
 from slope_fx.methods.gradual import Gradual
-from slope_fx.methods.method import DenseMaster, Method, Read
+from slope_fx.methods.method import DenseMaster, Method, WeightState
 from slope_fx.methods.s_ste import SSTE
 from slope_fx.methods.slope import Slope
 from slope_fx.methods.sr_ste import SRSTE
@@ -52,7 +52,7 @@ __all__ = [
     "Evolve",
     "Gradual",
     "Method",
-    "Read",
     "Slope",
+    "WeightState",
     "method_of",
 ]

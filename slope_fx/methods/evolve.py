@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slope_fx import ops
 from slope_fx.kernels.packing import pack, unpack
-from slope_fx.methods.method import Method, Read, is_within
+from slope_fx.methods.method import Method, WeightState, is_within
 from slope_fx.ops.weights import expand_with_probe
 
 log = logging.getLogger(__name__)
@@ -49,17 +49,17 @@ class Evolve(Method):
     def probes(self, step: int, total_steps: int) -> bool:
         return (step + 1) % self.interval == 0 and step + 1 <= self.end * total_steps
 
-    def weight(self, kept: Tensor, read: Read) -> Tensor:
+    def weight(self, kept: Tensor, read: WeightState) -> Tensor:
         if read.probe is None:
             return super().weight(kept, read)
         n, m = read.pattern.n, read.pattern.m
         dense: Tensor = expand_with_probe(kept, read.probe, read.forward_bits, n, m)
         return dense
 
-    def moves(self, read: Read) -> bool:
+    def moves(self, read: WeightState) -> bool:
         return read.probe is not None and read.probe.grad is not None
 
-    def next_mask(self, kept: Tensor, read: Read, step: int, total_steps: int) -> Tensor:
+    def next_mask(self, kept: Tensor, read: WeightState, step: int, total_steps: int) -> Tensor:
         assert read.probe is not None
         assert read.probe.grad is not None
         if not read.probe.grad.isfinite().all():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slope_fx import ops
 from slope_fx.kernels.packing import unpack_by_shifts
-from slope_fx.methods.method import DenseMaster, Method, Read, is_within
+from slope_fx.methods.method import DenseMaster, Method, WeightState, is_within
 
 if TYPE_CHECKING:
     from slope_fx.planning.patterns import Pattern
@@ -51,11 +51,11 @@ class Gradual(DenseMaster):
         begin, end = self.start * total_steps, self.end * total_steps
         return min(1.0, max(0.0, 1.0 - (step - begin) / max(end - begin, 1.0)))
 
-    def weight(self, kept: Tensor, read: Read) -> Tensor:
+    def weight(self, kept: Tensor, read: WeightState) -> Tensor:
         if read.factor is None or not read.fading:
             return Method.weight(self, kept, read)
         mask = unpack_by_shifts(read.forward_bits, kept.shape[-1])
         return torch.where(mask, kept, kept * read.factor.to(kept.dtype))
 
-    def moves(self, read: Read) -> bool:
+    def moves(self, read: WeightState) -> bool:
         return read.fading

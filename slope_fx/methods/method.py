@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Read:
+class WeightState:
     """What a method reads a weight from, besides its parameter.
 
     Attributes:
@@ -108,7 +108,7 @@ class Method:
         """The values (rows, d_in * N / M) of the pruned weight, with autograd."""
         return kept
 
-    def weight(self, kept: Tensor, read: Read) -> Tensor:
+    def weight(self, kept: Tensor, read: WeightState) -> Tensor:
         """The matrix (rows, d_in) that a linear reads: a marker, which the passes find."""
         n, m = read.pattern.n, read.pattern.m
         values = self.values(kept, read.forward_bits, read.factor, read.pattern)
@@ -118,11 +118,11 @@ class Method:
     def change_gradient(self, gradient: Tensor, kept: Tensor, forward_bits: Tensor) -> None:
         """Change the gradient of the parameter in place, before a step of an optimizer."""
 
-    def moves(self, read: Read) -> bool:
+    def moves(self, read: WeightState) -> bool:
         """Whether a step, in which the weight was read so, is followed by another forward mask."""
         return False
 
-    def next_mask(self, kept: Tensor, read: Read, step: int, total_steps: int) -> Tensor:
+    def next_mask(self, kept: Tensor, read: WeightState, step: int, total_steps: int) -> Tensor:
         """Choose the forward mask after a step, if :meth:`moves` says so.
 
         Args:
@@ -180,16 +180,16 @@ class DenseMaster(Method):
     ) -> Tensor:
         return ops.compress(kept.detach(), forward_bits, pattern.n, pattern.m)
 
-    def weight(self, kept: Tensor, read: Read) -> Tensor:
+    def weight(self, kept: Tensor, read: WeightState) -> Tensor:
         n, m = read.pattern.n, read.pattern.m
         values = self.values(kept, read.forward_bits, read.factor, read.pattern)
         dense: Tensor = EXPAND(values, read.forward_bits, read.backward_bits, n, m, kept)
         return dense
 
-    def moves(self, read: Read) -> bool:
+    def moves(self, read: WeightState) -> bool:
         return True
 
-    def next_mask(self, kept: Tensor, read: Read, step: int, total_steps: int) -> Tensor:
+    def next_mask(self, kept: Tensor, read: WeightState, step: int, total_steps: int) -> Tensor:
         return ops.magnitude_mask(kept, read.pattern.n, read.pattern.m)
 
 

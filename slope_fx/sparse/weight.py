@@ -13,7 +13,7 @@ from slope_fx import ops
 from slope_fx.errors import ArgumentError, StateError
 from slope_fx.kernels.engines import forget_operands
 from slope_fx.kernels.packing import unpack
-from slope_fx.methods import Method, Read
+from slope_fx.methods import Method, WeightState
 from slope_fx.ops.dispatch import local
 from slope_fx.ops.targets import ADD_ADAPTER
 from slope_fx.ops.weights import expand_grad_observers
@@ -197,10 +197,10 @@ class SparseWeight(nn.Module):
 
         put_mask(self.forward_bits, self.values, chosen)
 
-    def read_from(self, forward_bits: Tensor, backward_bits: Tensor) -> Read:
+    def read_from(self, forward_bits: Tensor, backward_bits: Tensor) -> WeightState:
         """What the method reads the weight from, with these masks."""
         state = self.factor, self.phase.fading, self.probe
-        return Read(forward_bits, backward_bits, self.pattern, *state)
+        return WeightState(forward_bits, backward_bits, self.pattern, *state)
 
     def note_factor(self) -> None:
         """Note whether the pruned part takes part, after a change of the factor."""

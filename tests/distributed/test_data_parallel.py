@@ -14,9 +14,9 @@ CASES = [
     pytest.param("DDP, bucket views", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP, unused", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP, made again", "llama", "eager", 2, 1, marks=FULL),
-    ("DDP, within", "llama", "eager", 2, 1),
+    pytest.param("DDP, within", "llama", "eager", 2, 1, marks=FULL),
     ("DDP, checkpointing", "llama", "eager", 2, 1),
-    ("DDP", "llama", "eager", 2, 2),
+    pytest.param("DDP", "llama", "eager", 2, 2, marks=FULL),
     pytest.param("FSDP2", "gpt2", "aot_eager", 2, 1, marks=FULL),
     pytest.param(
         "FSDP2", "llama", "eager", 3, 1, marks=FULL

@@ -19,6 +19,9 @@ from slope_fx.record import record_of
 STEPS = 8
 ALL = [SRSTE(decay=0.01), SSTE(), Gradual(end=0.6), Evolve(interval=2, rate=0.3)]
 MASTERS = ALL[:3]
+FULL = pytest.mark.full
+HARDEST = [pytest.param(m, marks=() if m.name in ("gradual", "evolve") else FULL) for m in ALL]
+"""Those with most state, which CI runs; the others run in make test-full."""
 
 
 def named(method):
@@ -49,7 +52,7 @@ def train(model, parts, first, last):
     return losses
 
 
-@pytest.mark.parametrize("method", ALL, ids=named)
+@pytest.mark.parametrize("method", HARDEST, ids=named)
 @pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full)])
 def test_resumed_equals_uninterrupted(method, stop, tmp_path):
     whole, parts = start(method)
@@ -80,7 +83,7 @@ def test_killed_and_resumed(method, tmp_path, monkeypatch):
     assert result["identical"]
 
 
-@pytest.mark.parametrize("method", ALL, ids=named)
+@pytest.mark.parametrize("method", HARDEST, ids=named)
 def test_each_way_out_agrees(method, tmp_path):
     model, parts = start(method)
     train(model, parts, 0, 2)
@@ -117,7 +120,11 @@ def test_each_way_out_agrees(method, tmp_path):
     torch.testing.assert_close(logits(slope_fx.freeze(model)), want)
 
 
-@pytest.mark.parametrize("method", MASTERS, ids=named)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m.name == "s-ste" else FULL) for m in MASTERS],
+    ids=named,
+)
 def test_compressed_model_is_saved_and_read(method, tmp_path):
     model, parts = start(method)
     train(model, parts, 0, STEPS)
