@@ -74,6 +74,7 @@ class Schedule:
     Raises:
         ArgumentError: ``total_steps``, ``adapter_start`` or ``backward_mask_interval`` is out of
             range.
+        UnsupportedError: the method runs on one process, and there are several.
         StateError: ``model`` is not the object that ``compile`` returned, or is frozen, or it was
             compiled on the meta device and a layer is not initialized.
     """

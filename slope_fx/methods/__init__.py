@@ -1,6 +1,6 @@
 """Training methods, one a file: ``compile(method=...)``.
 
-The room is below ``sparse``: a method is given tensors, or a sparse weight.
+The room is below ``sparse``: a method is given tensors, and knows nothing of modules.
 """
 
 from collections.abc import Mapping

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Gradual(DenseMaster):
     """The forward reads ``W * (M + f * (1 - M))``, with a factor f that falls from 1 to 0.
 
-    M keeps the top N magnitudes of each M, chosen anew after each step until f is 0. Gradients
-    are those of the formula, so that of a pruned element fades too. While f is above 0 all three
-    products are dense. Then the masks are kept, and the products are those of SLoPe.
+    The mask M keeps the top N magnitudes of each group. Each step chooses it again, until f is 0.
+    Gradients are those of the formula, so that of a pruned element fades too. While f is above 0
+    all three products are dense. Then the masks are kept, and the products are those of SLoPe.
 
     Attributes:
         start, end: fractions of the steps between which f falls linearly (MdGf-Linear of the

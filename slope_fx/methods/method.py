@@ -162,7 +162,7 @@ class DenseMaster(Method):
 
     The forward product is sparse. The input gradient is exact, and the gradient of the weight
     is dense: it reaches all elements of the dense weight, as if the pruning were the identity
-    (the straight-through estimator). After each step the masks are chosen anew.
+    (the straight-through estimator). Each step chooses the masks again.
     """
 
     compressed: ClassVar[bool] = False

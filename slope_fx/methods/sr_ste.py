@@ -12,7 +12,7 @@ from slope_fx.methods.method import DenseMaster, is_within
 
 @dataclass(frozen=True)
 class SRSTE(DenseMaster):
-    """The forward reads the top N magnitudes of each M, chosen anew after each step.
+    """The forward reads the top N magnitudes of each M. Each step chooses them again.
 
     The gradient of the pruned elements gets ``decay`` times the elements (equation 10 of the
     paper), once for each step of the optimizer, after clipping and unscaling.

@@ -117,7 +117,10 @@ class SparseWeight(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """The trained parameter: the kept values (stack * d_out, d_in * N / M)."""
+        """The trained parameter: the kept values (stack * d_out, d_in * N / M).
+
+        With a method that stores dense weights: all elements, (stack * d_out, d_in).
+        """
         # During torch.func.functional_call this is a plain tensor.
         return self._owner[0]._parameters[self._values_name]  # type: ignore[return-value]
 
