@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -252,7 +253,7 @@ def all_cells(architecture: str) -> Iterator[Cell]:
                 yield from cells(architecture, phase, dtype, road, cases)
 
 
-# The whole matrix, one process an architecture.
+# The whole matrix, one process an architecture, as many at once as there are cores.
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -276,7 +277,7 @@ def one(architecture: str, path: Path) -> None:
     for cell in all_cells(architecture):
         found.append(asdict(cell))
         said = cell.wrong or cell.outcome or f"{max(cell.errors.values()):.0e}"
-        where = f"{cell.phase:8} {cell.road:17} {cell.dtype:8} {cell.case:32}"
+        where = f"{architecture:24} {cell.phase:8} {cell.road:17} {cell.dtype:8} {cell.case:32}"
         print(
             f"  {where} {cell.seconds:5.1f} s  {'WRONG ' if cell.wrong else ''}{said}", flush=True
         )
@@ -302,15 +303,21 @@ def main() -> None:
         **os.environ, "SLOPE_FX_ENGINES": "cpu", "OMP_NUM_THREADS": "1",
         "SLOPE_FX_CACHE_DIR": str(ROOT / "build" / "cache"),
     }  # fmt: skip
-    found: list[dict[str, Any]] = []
-    for name in args.only:
+
+    def compared(name: str) -> list[dict[str, Any]]:
+        """The cells of an architecture, from a process of its own."""
         slug = "".join(c if c.isalnum() else "_" for c in name)
         part = ROOT / "build" / "consistency" / f"{slug}-{same}.json"
-        print(name, "(compared before)" if part.exists() and not args.again else "", flush=True)
         if args.again or not part.exists():
             command = [sys.executable, __file__, "--only", name, "--cells", str(part)]
             subprocess.run(command, env=environment, check=True)
-        found += json.loads(part.read_text())
+        else:
+            print(name, "(compared before)", flush=True)
+        cells: list[dict[str, Any]] = json.loads(part.read_text())
+        return cells
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+        found = [cell for cells in pool.map(compared, args.only) for cell in cells]
     wrong = [cell for cell in (Cell(**c) for c in found) if cell.wrong]
     for cell in wrong:
         print(f"WRONG: {cell.architecture}, {cell.phase}, {cell.road}, {cell.dtype}, {cell.case}: "

@@ -30,7 +30,7 @@ def main() -> None:
     begun = time.perf_counter()
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "-m", "",
-         "--junitxml", str(report)],
+         "--durations", "200", "--junitxml", str(report)],
         cwd=ROOT,
     )  # fmt: skip
     results = {**about(), **counts(report), "seconds": round(time.perf_counter() - begun)}
