@@ -91,6 +91,23 @@ def write(name: str, args: argparse.Namespace, **results: Any) -> None:
     print(f"Written to {path}.")
 
 
+def rest(
+    name: str, key: str, args: argparse.Namespace, **chosen: list[str]
+) -> list[dict[str, Any]]:
+    """The rows of a results file that a run of some models doesn't measure again.
+
+    Rows of another processor are left out: a table is of one machine.
+    """
+    path = args.out / f"{name}.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    if (found["device"], found["threads"]) != (processor(), torch.get_num_threads()):
+        return []
+    rows: list[dict[str, Any]] = found[key]
+    return [row for row in rows if any(row[field] not in of for field, of in chosen.items())]
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the argument that all benchmarks take."""
     made = argparse.ArgumentParser(

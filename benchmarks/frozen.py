@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import agree, compare, gpt2, interleave, parser, write
+from common import agree, commit, compare, gpt2, interleave, parser, rest, write
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -191,10 +191,11 @@ def main() -> None:
     arguments.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     arguments.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     args = arguments.parse_args()
-    found: list[dict[str, Any]] = []
+    found = rest("frozen", "frozen", args, model=args.models, dtype=args.dtypes)
     for dtype in args.dtypes:
         for name in args.models:
-            found.append(measure(args, name, getattr(torch, dtype)))
+            measured = measure(args, name, getattr(torch, dtype))
+            found.append({"commit": commit(), "rounds": args.rounds, **measured})
             gc.collect()
             write("frozen", args, frozen=found)
     rows = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, write
+from common import commit, parser, rest, write
 from frozen import MODELS
 from tabulate import tabulate
 from tqdm import tqdm
@@ -119,17 +119,17 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     args = arguments.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows = rest("frozen_start", "rows", args, model=args.models)
     for name in args.models:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             for side, (road, path) in tqdm(save(name, folder).items(), desc=name):
                 for kind in ("cold", "warm"):
                     cache = folder / f"cache-{len(rows) // 2}"  # g++ takes no space in a path
-                    rows.append({"model": name, "side": side, "start": kind,
+                    rows.append({"model": name, "side": side, "start": kind, "commit": commit(),
                                  **run(road, path, cache)})  # fmt: skip
                     print(rows[-1], flush=True)
-    write("frozen_start", args, rows=rows)
+        write("frozen_start", args, rows=rows)
     print(tabulate(rows, headers="keys", floatfmt=".2f"))
 
 

@@ -107,4 +107,7 @@ def peer(result: Result) -> str:
 
 
 def _at(result: Result) -> str:
-    return taken(result).removesuffix(".")
+    """Where and when; a file may have rows of several runs, each with its commit."""
+    rows = result.get("frozen", result.get("rows", []))
+    commits = dict.fromkeys(row.get("commit", result["commit"]) for row in rows)
+    return taken({**result, "commit": ", ".join(commits or [result["commit"]])}).removesuffix(".")
