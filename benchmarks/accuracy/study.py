@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "accuracy"
 LINES = RESULTS / "accuracy.jsonl"
 CONTEXT, HELD_OUT_ROWS, EVALUATIONS = 256, 2048, 10
-RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+RATES = (4e-3, 8e-3, 16e-3)
+"""Where the grid begins; it grows by a factor of two where the best rate is at its edge."""
 TUNED_ON = "quick"
 QUICK = {"dense": 8e-3, "slope": 16e-3, "transposable": 16e-3}
 """The arms of "quick", with rates that are near the best."""
@@ -59,39 +60,52 @@ def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
     if stage == "quick":
         yield from ((arm, TUNED_ON, rate, 0) for arm, rate in QUICK.items())
     elif stage == "tune":
-        for rate in sorted(RATES, key=lambda r: abs(math.log(r / 8e-3))):
+        for rate in RATES:
             yield from ((arm, TUNED_ON, rate, 0) for arm in ARMS)
+        tuned = _tuned(results)
+        for arm in ARMS:
+            if set(RATES) <= tuned.get(arm, {}).keys():
+                yield from ((arm, TUNED_ON, rate, 0) for rate in _further(tuned[arm]))
     else:
         best = best_rates(results)
-        if missing := [arm for arm in ARMS if arm not in best]:
-            raise SystemExit(f"{missing[0]!r} has no rate yet: run the stage tune first.")
         rungs, seeds, arms = ("small", "medium"), (1, 2, 3), list(ARMS)
         if stage == "large":
             rungs, seeds, arms = ("large",), (1, 2), ["dense", "slope", *_leaders(results)]
-        for seed in seeds:
-            yield from ((arm, rung, best[arm], seed) for rung in rungs for arm in arms)
+        for rung in rungs:
+            for seed in seeds:
+                yield from ((arm, rung, best[arm], seed) for arm in arms)
 
 
-def best_rates(results: dict[Key, dict[str, Any]]) -> dict[str, float]:
-    """The learning rate with the smallest loss of each arm, on the smallest rung with seed 0.
-
-    Raises:
-        SystemExit: the best rate of an arm is at the edge of those that were run.
-    """
+def _tuned(results: dict[Key, dict[str, Any]]) -> dict[str, dict[float, float]]:
+    """The losses of each arm by learning rate, on the rung of the stage tune with seed 0."""
     tuned: dict[str, dict[float, float]] = {}
     for (arm, rung, rate, seed), result in results.items():
         if rung == TUNED_ON and seed == 0:
             tuned.setdefault(arm, {})[rate] = result["loss"]
-    best = {}
-    for arm, losses in tuned.items():
-        best[arm] = min(losses, key=lambda rate: losses[rate])
-        if best[arm] in (min(losses), max(losses)):
-            further = best[arm] * 2 if best[arm] == max(losses) else best[arm] / 2
-            raise SystemExit(
-                f"The best rate of {arm!r}, {best[arm]:g}, is at the edge. Run it with "
-                f"--lr {further:g} too: study.py run --arm {arm!r} --rung {TUNED_ON} --seed 0"
-            )
-    return best
+    return tuned
+
+
+def _further(losses: dict[float, float]) -> list[float]:
+    """The next rate, if the best one is at the edge of the grid."""
+    best = min(losses, key=lambda rate: losses[rate])
+    if best == max(losses):
+        return [best * 2]
+    return [best / 2] if best == min(losses) else []
+
+
+def best_rates(results: dict[Key, dict[str, Any]]) -> dict[str, float]:
+    """The learning rate with the smallest loss of each arm.
+
+    Raises:
+        SystemExit: the stage tune has not ended: an arm lacks rates, or its best one is at the
+            edge of those that were run.
+    """
+    tuned = _tuned(results)
+    for arm in ARMS:
+        losses = tuned.get(arm, {})
+        if not set(RATES) <= losses.keys() or _further(losses):
+            raise SystemExit(f"{arm!r} has no best rate yet: let the stage tune end first.")
+    return {arm: min(losses, key=lambda r: losses[r]) for arm, losses in tuned.items()}
 
 
 def _leaders(results: dict[Key, dict[str, Any]]) -> list[str]:
@@ -105,8 +119,7 @@ def _leaders(results: dict[Key, dict[str, Any]]) -> list[str]:
 
 def queue(stage: str, lines: Path, workers: int, device: str, limit: float) -> None:
     """Run what a stage lacks, so many runs at a time. After ``limit`` seconds no run begins."""
-    results, begun = done(lines), time.monotonic()
-    left = [key for key in planned(stage, results) if key not in results]
+    begun = time.monotonic()
     rows(CACHE)  # once, and not in each process
 
     def start(key: Key) -> None:
@@ -123,12 +136,19 @@ def queue(stage: str, lines: Path, workers: int, device: str, limit: float) -> N
         if failed:
             tqdm.write(f"{key} failed: see {log}.")
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(tqdm(pool.map(start, left), total=len(left), desc=stage, unit="run"))
-    after = done(lines)
+    tried: set[Key] = set()
+    while True:  # the results of a round may ask for more runs: a grid of rates that grows
+        results = done(lines)
+        left = [k for k in planned(stage, results) if k not in results and k not in tried]
+        if not left:
+            break
+        tried.update(left)
+        with ThreadPoolExecutor(workers) as pool:
+            list(tqdm(pool.map(start, left), total=len(left), desc=stage, unit="run"))
     for key in planned(stage, results):
-        if key in after:
-            print(f"{after[key]['loss']:.4f} nats a byte  {after[key]['seconds']:5.0f} s  {key}")
+        if key in results:
+            result = results[key]
+            print(f"{result['loss']:.4f} nats a byte  {result['seconds']:5.0f} s  {key}")
 
 
 def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, Any]:

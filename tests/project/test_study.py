@@ -100,15 +100,26 @@ def test_differences_are_paired_by_seed(page):
     assert "quick" not in text
 
 
-def _results(losses):
-    return {("slope", study.TUNED_ON, rate, 0): {"loss": loss} for rate, loss in losses.items()}
+def _results(arm, losses):
+    return {(arm, study.TUNED_ON, rate, 0): {"loss": loss} for rate, loss in losses.items()}
 
 
-def test_a_best_rate_at_the_edge_is_refused():
-    best = study.best_rates(_results({4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.25}))
-    assert best == {"slope": 8e-3}
-    with pytest.raises(SystemExit, match=r"at the edge.*--lr 0\.032"):
-        study.best_rates(_results({4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.1}))
+def test_the_grid_of_rates_grows_until_the_best_is_inside(monkeypatch):
+    monkeypatch.setattr(study, "ARMS", {"slope": None})
+    losses = {2e-3: 1.4, 4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.1, 32e-3: 1.0, 64e-3: 1.05}
+    begun = _results("slope", {rate: losses[rate] for rate in study.RATES})
+    for further in (32e-3, 64e-3):
+        with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
+            study.best_rates(begun)
+        (key,) = set(study.planned("tune", begun)) - set(begun)
+        assert key == ("slope", study.TUNED_ON, further, 0)
+        begun |= _results("slope", {further: losses[further]})
+    assert set(study.planned("tune", begun)) <= set(begun)
+    assert study.best_rates(begun) == {"slope": 32e-3}
+    low = _results("slope", {4e-3: 1.0, 8e-3: 1.1, 16e-3: 1.2})
+    assert ("slope", study.TUNED_ON, 2e-3, 0) in set(study.planned("tune", low))
+    with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
+        study.best_rates(_results("slope", {8e-3: 1.2}))
 
 
 def test_a_stage_runs_what_is_not_there_yet(tmp_path, monkeypatch):
@@ -134,3 +145,25 @@ def test_a_stage_runs_what_is_not_there_yet(tmp_path, monkeypatch):
     study.queue("quick", lines, 1, "cpu", float("inf"))
     first, _, last = study.QUICK
     assert started[3:] == [first, last]
+
+
+def test_a_stage_goes_on_while_results_ask_for_more(tmp_path, monkeypatch):
+    lines = tmp_path / "lines.jsonl"
+    started = []
+
+    def process(command, **_):
+        given = dict(zip(command[3::2], command[4::2], strict=True))
+        started.append(float(given["--lr"]))
+        result = {"arm": given["--arm"], "rung": given["--rung"], "lr": started[-1], "seed": 0,
+                  "loss": abs(started[-1] - 32e-3), "seconds": 1.0}  # fmt: skip
+        if started[-1] != 64e-3:  # this one fails, and is not begun again
+            with lines.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        return type("Done", (), {"returncode": int(started[-1] == 64e-3)})
+
+    monkeypatch.setattr(study, "ARMS", {"slope": None})
+    monkeypatch.setattr(study.subprocess, "run", process)
+    monkeypatch.setattr(study, "rows", lambda cache: None)
+    monkeypatch.setattr(study, "CACHE", tmp_path)
+    study.queue("tune", lines, 1, "cpu", float("inf"))
+    assert started == [*study.RATES, 32e-3, 64e-3]
