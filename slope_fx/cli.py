@@ -27,7 +27,7 @@ _CONVERT = """example:
   slope-fx convert my-adapter my-model-2-4 --to sparse                  and back
   slope-fx convert my-dcp my-model-2-4 --to sparse      of torch.distributed.checkpoint
   slope-fx convert my-model-2-4 my-dcp --to dcp                         and back
-  slope-fx convert my-model-2-4 my-frozen --to sparse --freeze --values int8 --dtype bfloat16
+  slope-fx convert my-model-2-4 my-frozen --freeze --values int8 --dtype bfloat16
 """
 _GENERATE = """example:
   slope-fx generate runs/gpt2/checkpoint "To be, or not to be" --tokens 40
@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("source", metavar="SOURCE", help="folder of a model, or a hub name")
     convert.add_argument("target", metavar="TARGET", help="folder to write, new or empty")
-    convert.add_argument("--to", required=True, choices=("sparse", "dense", "peft", "dcp"))
+    convert.add_argument(
+        "--to", choices=("sparse", "dense", "peft", "dcp"), help="(default with --freeze: sparse)"
+    )
     _pattern_options(convert)
     convert.add_argument(
         "--adapters", choices=("merge", "drop"), default="merge",
@@ -123,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter-init", choices=("zero", "svd"), default="zero",
         help="to sparse, with --adapter-rank: what the adapters start from (default: %(default)s)",
     )  # fmt: skip
-
     convert.add_argument(
         "--freeze", action="store_true",
         help="to sparse: for inference, without what training needs",
@@ -132,7 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         "--values", choices=("float", "int8", "int4"), default="float",
         help="with --freeze: the format of the values (default: %(default)s)",
     )  # fmt: skip
+    convert.add_argument(
+        "--group", type=int, help="with int8 or int4: values that share a scale, 32, 64 or 128"
+    )
     convert.add_argument("--dtype", help="with --freeze: dtype of the parameters")
+    convert.set_defaults(error=convert.error)
 
     generate = command("generate", _generate, "Write text with a checkpoint.", _GENERATE)
     generate.add_argument("source", metavar="CHECKPOINT", help="a folder with a tokenizer")
@@ -204,11 +209,14 @@ def _explain(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _convert(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from slope_fx.convert import convert
 
+    to: Any = options.to or ("sparse" if options.freeze else None)
+    if to is None:
+        options.error("the following arguments are required: --to (or --freeze)")
     written = convert(
-        options.source, options.target, options.to, sparsity=_sparsity(options.sparsity),
+        options.source, options.target, to, sparsity=_sparsity(options.sparsity),
         adapter_rank=options.adapter_rank, adapter_init=options.adapter_init,
         adapters=options.adapters, freeze=options.freeze, values=options.values,
-        dtype=options.dtype,
+        group=options.group, dtype=options.dtype,
     )  # fmt: skip
     text = "\n".join(f"{kind}: {folder}" for kind, folder in written.items())
     return text, {kind: str(folder) for kind, folder in written.items()}

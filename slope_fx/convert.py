@@ -36,6 +36,7 @@ def convert(
     adapters: Literal["merge", "drop"] = "merge",
     freeze: bool = False,
     values: Values = "float",
+    group: int | None = None,
     dtype: str | None = None,
 ) -> dict[str, Path]:
     """Convert the model in ``source`` to another kind of checkpoint in ``target``.
@@ -55,7 +56,8 @@ def convert(
         adapters: for "dense": "merge" adds the adapters to the weights, "drop" omits them.
         freeze: for "sparse": whether to freeze the model (:func:`slope_fx.freeze`). The source may
             then be a sparse checkpoint too.
-        values, dtype: with ``freeze``, as for :func:`slope_fx.freeze`.
+        values, group, dtype: with ``freeze``, as for :func:`slope_fx.freeze`. With quantised
+            values, ``adapter_rank`` is the rank of the adapters that make up for the error.
 
     Returns:
         Kind -> written folder.
@@ -76,17 +78,17 @@ def convert(
         raise ArgumentError(f"{source} is {to} already.")
     if freeze and to != "sparse":
         raise ArgumentError(f'freeze was given with to={to!r}; it needs to="sparse".')
-    if not freeze and (values != "float" or dtype is not None):
-        given_name = "dtype" if dtype is not None else "values"
-        raise ArgumentError(f"{given_name} was given without freeze, which it belongs to.")
+    more = {"dtype": dtype, "values": None if values == "float" else values, "group": group}
+    for name, argument in more.items():
+        if argument is not None and not freeze:
+            raise ArgumentError(f"{name} was given without freeze, which it belongs to.")
     given = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
              "adapter_init": adapter_init != "zero", "adapters": adapters != "merge"}  # fmt: skip
-    used = {"dense": {"adapters"}, "sparse": {"sparsity"}, "peft": set(), "dcp": set()}[to]
-    if kind == "dense":
-        used = used | {"adapter_rank", "adapter_init"}
-    exported = kind == "peft" and (source / MANIFEST).is_file()
-    if exported or (kind, to) in (("peft", "dense"), ("dcp", "sparse")):
-        used = set()
+    used = _used(source, kind, to)
+    if freeze and values != "float":
+        used.add("adapter_rank")
+    elif freeze and adapter_init == "zero":
+        used.discard("adapter_rank")  # an adapter that was never trained is not kept
     for argument in (name for name, is_given in given.items() if is_given and name not in used):
         warnings.warn(
             f"{argument} has no effect on the way from {kind} to {to}.",
@@ -103,14 +105,19 @@ def convert(
         raise ArgumentError(f"there is no way from {kind} to {to}. Convert to sparse first.")
     tokenizer = _tokenizer(source)
     if to == "sparse":
+        if kind == "sparse" and values == "float" and group is None:
+            # Without what training needs, and mapped.
+            model = load_pretrained(source, frozen=True, dtype=dtype, backend=None)
+            return {"sparse": save_pretrained(model, target, tokenizer=tokenizer)}
         if kind == "sparse":
             model = load_pretrained(source, backend=None)
-        elif exported:
+        elif _is_pair(source, kind):
             model = sparse_of_pair(_dense(_base_of(source)), source)
         else:
             model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
         if freeze:
-            freeze_(model, dtype=dtype, values=values)
+            rank = adapter_rank if values != "float" else None
+            freeze_(model, dtype=dtype, values=values, group=group, adapter_rank=rank)
         return {"sparse": save_pretrained(model, target, tokenizer=tokenizer)}
     if kind != "sparse":
         if to == "dense":
@@ -124,6 +131,20 @@ def convert(
         return {"dense": _save_dense(densify(model, adapters, inplace=True), target, tokenizer)}
     export_peft(model, target, base_model=str(base.absolute()))
     return {"peft": target, "dense": _save_dense(densify(model, "drop"), base, tokenizer)}
+
+
+def _is_pair(source: Path, kind: Kind) -> bool:
+    """Whether a PEFT adapter is one that ``export_peft`` wrote."""
+    return kind == "peft" and (source / MANIFEST).is_file()
+
+
+def _used(source: Path, kind: Kind, to: Kind) -> set[str]:
+    """The arguments that have an effect on the way from a kind to another."""
+    if kind == "dense" and to == "sparse":
+        return {"sparsity", "adapter_rank", "adapter_init"}
+    if kind == "peft" and to == "sparse" and not _is_pair(source, kind):
+        return {"sparsity"}
+    return {"adapters"} if kind == "sparse" and to == "dense" else set()
 
 
 def _kind_of(source: Path) -> Kind:

@@ -16,6 +16,7 @@ from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError
 from slope_fx.frozen.warm import request
 from slope_fx.hub import transformers
+from slope_fx.progress import progress
 
 ROUNDS = 5
 
@@ -34,7 +35,8 @@ def generate_text(
         dtype: dtype of the model; None keeps the stored one.
 
     Raises:
-        ArgumentError: the checkpoint has no tokenizer, or an argument is not allowed.
+        ArgumentError: the checkpoint has no tokenizer, the prompt has no tokens, the text would be
+            longer than the model's positions, or an argument is not allowed.
         CheckpointError: as for ``load_pretrained``.
     """
     if tokens < 1 or temperature < 0:
@@ -48,6 +50,9 @@ def generate_text(
     _check_generates(model, source)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ArgumentError(f"prompt={prompt!r} has no tokens. Pass a text to go on from.")
+    _check_positions(model, inputs["input_ids"].shape[1], tokens)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -92,7 +97,8 @@ def bench(
         "frozen" and "dense": the fields of :class:`Side`. "speedup": of the tokens per second.
 
     Raises:
-        ArgumentError: the model can't generate, or an argument is not allowed.
+        ArgumentError: the model can't generate, a request would be longer than the model's
+            positions, or an argument is not allowed.
         CheckpointError: as for ``load_pretrained``.
     """
     for name, value, least in (("batch", batch, 1), ("length", length, 1), ("tokens", tokens, 2)):
@@ -100,20 +106,21 @@ def bench(
             raise ArgumentError(f"{name}={value}; allowed is a whole number from {least} up.")
     model = load_pretrained(source, frozen=True, dtype=dtype)
     _check_generates(model, source)
+    _check_positions(model, length, tokens)
     models = {"frozen": model}
     if dense:
         models["dense"] = densify(copy.deepcopy(model), inplace=True)
         models["dense"].compile()
     cache = {"cache_implementation": "static"}
     compiled = {}
-    for name, each in models.items():
+    for name, each in progress(models.items(), "compile", "model", delay=0.0):
         started = time.perf_counter()
         for count in (tokens, 1):
             request(each, batch, length, count, **cache)
             request(each, batch, length, count, **cache)
         compiled[name] = time.perf_counter() - started
     taken: dict[str, dict[int, list[float]]] = {name: {1: [], tokens: []} for name in models}
-    for _ in range(ROUNDS):
+    for _ in progress(range(ROUNDS), "measure", "round"):
         for name, each in models.items():
             for count in (1, tokens):
                 taken[name][count].append(
@@ -167,6 +174,16 @@ def _check_generates(model: Any, source: str) -> None:
         raise ArgumentError(
             f"source={source!r} holds a {type(model).__name__}, which can't generate text. Pass a "
             "checkpoint of a causal language model of transformers."
+        )
+
+
+def _check_positions(model: Any, length: int, tokens: int) -> None:
+    """Check that a prompt and its new tokens fit into the model."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length + tokens > limit:
+        raise ArgumentError(
+            f"length={length}, tokens={tokens}: a prompt of {length} tokens and {tokens} new ones "
+            f"are {length + tokens}, and the model has {limit} positions. Ask for fewer."
         )
 
 

@@ -19,6 +19,7 @@ from slope_fx.planning.adapters import low_rank
 from slope_fx.planning.calibration import Calibration, observe
 from slope_fx.planning.config import AdapterRank, check_choice, parse_dtype
 from slope_fx.planning.plan import SparsePlan, layer_rank
+from slope_fx.progress import progress
 from slope_fx.record import Frozen, sparse_weights, trainable_record_of
 from slope_fx.sparse.blank import check_filled
 from slope_fx.sparse.install import plain_modes
@@ -92,7 +93,7 @@ def freeze(
     places = sparse_places(model)
     detach(model)
     with torch.no_grad(), plain_modes():
-        for name in list(weights):
+        for name in progress(list(weights), "freeze", "layer"):
             weight = weights.pop(name)
             parts = parts_of(weight, to)
             if frozen.group:

@@ -1,5 +1,6 @@
 """The commands for a frozen checkpoint: convert --freeze, generate, bench and package."""
 
+import functools
 import json
 
 import pytest
@@ -13,6 +14,7 @@ import slope_fx
 from models import VOCABULARY, awake, llama
 from slope_fx import cli
 from slope_fx.frozen import FrozenWeight
+from slope_fx.record import Frozen, record_of
 
 PROMPT = "w1 w2 w3"
 
@@ -54,7 +56,7 @@ def test_sampling_follows_the_seed(checkpoint, capsys):
 @pytest.mark.parametrize("values", ["float", "int8"])
 def test_convert_freezes_a_checkpoint(checkpoint, values, tmp_path, capsys):
     target, more = tmp_path / "frozen", ("--values", values, "--dtype", "bfloat16")
-    run(capsys, "convert", checkpoint[0], target, "--to", "sparse", "--freeze", *more)
+    run(capsys, "convert", checkpoint[0], target, "--freeze", *more)
     model = slope_fx.load_pretrained(target, backend=None)
     assert model.dtype is torch.bfloat16
     for weight in slope_fx.sparse_weights(model).values():
@@ -62,6 +64,39 @@ def test_convert_freezes_a_checkpoint(checkpoint, values, tmp_path, capsys):
         assert weight.values.dtype is (torch.bfloat16 if values == "float" else torch.int8)
     text = run(capsys, "generate", target, PROMPT, "--tokens", 2)["text"]
     assert text.startswith(PROMPT)
+
+
+def test_convert_makes_adapters_of_another_rank_for_codes(checkpoint, tmp_path, capsys):
+    target, more = tmp_path / "frozen", ("--values", "int4", "--group", 64, "--adapter-rank", 2)
+    run(capsys, "convert", checkpoint[0], target, "--freeze", *more)
+    model = slope_fx.load_pretrained(target, backend=None)
+    assert {weight.rank for weight in slope_fx.sparse_weights(model).values()} == {2}
+    assert record_of(model).frozen == Frozen("int4", 64)
+
+
+@pytest.mark.parametrize("given", [("--sparsity", "1:4"), ("--adapter-rank", "2")])
+def test_convert_tells_what_a_frozen_checkpoint_does_not_take(checkpoint, given, tmp_path, capsys):
+    """The pattern is that of the source, and floating-point values keep their adapters."""
+    assert cli.main(["convert", str(checkpoint[0]), str(tmp_path / "f"), "--freeze", *given]) == 0
+    name = given[0].removeprefix("--").replace("-", "_")
+    assert f"{name} has no effect on the way from sparse to sparse" in capsys.readouterr().err
+    weights = slope_fx.sparse_weights(slope_fx.load_pretrained(tmp_path / "f", backend=None))
+    assert {(str(w.pattern), w.rank) for w in weights.values()} == {("2:4", 4)}
+
+
+def test_convert_needs_a_kind(checkpoint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["convert", str(checkpoint[0]), "new"])
+    assert stopped.value.code == cli.MISUSED
+    assert "--to (or --freeze)" in capsys.readouterr().err
+
+
+def test_bench_without_the_dense_model(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("slope_fx.frozen.bench.load_pretrained", functools.partial(
+        slope_fx.load_pretrained, backend="eager"))  # fmt: skip
+    report = run(capsys, "bench", checkpoint[0], "--length", 6, "--tokens", 4, "--no-dense")
+    assert list(report) == ["frozen"]
+    assert report["frozen"]["tokens_per_second"] > 0
 
 
 @pytest.mark.full
@@ -89,9 +124,14 @@ def test_package_writes_what_a_bare_process_loads(checkpoint, tmp_path, capsys):
     [
         (("generate", "nowhere", "a"), "source='nowhere' is not a folder"),
         (("generate", "{}", "a", "--tokens", "0"), "tokens=0"),
+        (("generate", "{}", "w1 w2 w3", "--tokens", "30"), "33, and the model has 32 positions"),
+        (("generate", "{}", ""), "prompt='' has no tokens"),
+        (("bench", "{}", "--length", "32"), "length=32, tokens=32: "),
         (("bench", "{}", "--tokens", "1"), "tokens=1; allowed is a whole number from 2"),
         (("convert", "{}", "new", "--to", "dense", "--freeze"), "freeze was given with to='dense'"),
         (("convert", "{}", "new", "--to", "dense", "--dtype", "bfloat16"), "without freeze"),
+        (("convert", "{}", "new", "--to", "dense", "--group", "32"), "group was given without"),
+        (("convert", "{}", "new", "--freeze", "--group", "32"), 'with values="float"'),
         (("package", "{}", "model.so"), "pt2"),
     ],
 )

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torchao import quantization
 
 import models
 import slope_fx
@@ -30,9 +31,13 @@ def oracle(model, ids):
 # --- threads and processes ----------------------------------------------------------------------
 
 
-def test_threads_share_a_model():
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.full])],
+)
+def test_threads_share_a_model(backend):
     """From the first call, which compiles, with different batches and lengths."""
-    model, failures = frozen(), []
+    model, failures = frozen(backend=backend), []
     inputs = [models.batch(i, 1 + i % 3, 4 + i) for i in range(6)]
     want = [oracle(model, ids) for ids in inputs]
     begin = threading.Barrier(len(inputs))
@@ -102,13 +107,12 @@ def test_casts_afterwards(dtype, tolerance, called):
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_torchao(freeze):
-    torchao = pytest.importorskip("torchao.quantization")
     model, ids = frozen() if freeze else awake(), models.batch(1)
     want = oracle(model, ids)
     dense = slope_fx.densify(model)
     with pytest.raises(UnsupportedError, match=r"quantise.*densify\(model\)"):
-        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    torchao.quantize_(dense, torchao.Int8WeightOnlyConfig())
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(dense, quantization.Int8WeightOnlyConfig())
     error = (dense(ids).logits - want).abs().max()
     assert 0 < error < 0.05 * want.abs().max()
 

@@ -199,7 +199,7 @@ def test_mistakes(arguments, code, words, dense, tmp_path, capsys):
 
 def test_help_has_an_example_of_each_command():
     """As installed; and as a module."""
-    for command in ("explain", "convert", "inspect"):
+    for command in ("explain", "convert", "inspect", "generate", "bench", "package"):
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
         assert ended.value.code == 0
