@@ -15,7 +15,7 @@ from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, Training
 from slope_fx.methods import Dense, method_of
 from slope_fx.ops.dispatch import local
 from slope_fx.record import sparse_weights, trainable_record_of
-from slope_fx.sparse.agreement import check_agreement, groups_of
+from slope_fx.sparse.agreement import check_agreement, check_stages, groups_of
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.shards import gather, reshard
 from slope_fx.sparse.steps import after_step, check_alone, prepare
@@ -144,7 +144,8 @@ class Schedule:
         """Count an optimizer step. Refreshes backward masks and starts the adapter phase when due.
 
         Raises:
-            StateError: ``total_steps`` steps were already taken.
+            StateError: ``total_steps`` steps were already taken; or at the first step of a stage of
+                a pipeline, the Schedule of another stage is different.
             UnsupportedError: at the first step, DeepSpeed's ZeRO holds adapters that are not active
                 yet.
         """
@@ -157,6 +158,8 @@ class Schedule:
             self._warn_if_trained()
         self._progress.step += 1
         self._progress.here += 1
+        if self._progress.here == 1:
+            check_stages(self._weights, self.state_dict())
         interval = self.backward_mask_interval
         due = interval is not None and self.last_step % interval == 0
         if due or self._method.steps:
@@ -182,8 +185,11 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a Schedule, and set the phase of the model.
 
+        All ranks that train the model together call this, and are compared.
+
         Raises:
-            StateError: ``state`` is from a Schedule with other arguments.
+            StateError: ``state`` is from a Schedule with other arguments, or that of another rank
+                is different.
             ArgumentError: ``state`` is not the state of a Schedule.
         """
         mine = self.state_dict()
@@ -201,6 +207,7 @@ class Schedule:
             raise ArgumentError(f"state has last_step={step!r}, outside of 0..{self.total_steps}.")
         self._progress.step = step
         self._resumed = True
+        self._agreed = False
         self._apply_phase()
 
     def _apply_phase(self) -> None:

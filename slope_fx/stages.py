@@ -3,6 +3,7 @@
 import warnings
 import weakref
 
+import torch.distributed as dist
 from torch import nn
 
 from slope_fx.backend.noting import first_runs
@@ -21,10 +22,15 @@ def watch_stages() -> None:
 
 
 def _check_roles() -> None:
-    """Warn if the running stage was compiled alone, with the roles of a whole model."""
+    """Warn if the running stage was compiled alone, with the roles of a whole model.
+
+    The Schedule of the stage then knows that it is one.
+    """
     stage = running_stage()
     if stage is None:
         return
+    for weight in sparse_weights_in(stage.submod).values():
+        weight.phase.pipeline = stage.group or dist.group.WORLD
     for model in compiled_models(stage.submod):
         if model in _checked:
             continue

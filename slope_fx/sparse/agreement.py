@@ -51,8 +51,7 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
         StateError: on all ranks, if one differs from the others.
     """
     for group in groups_of(weights):
-        mine = {"the version of slope_fx": __version__}
-        mine |= {f"the Schedule's {name}": str(value) for name, value in schedule.items()}
+        mine = _of_schedule(schedule)
         for weight in weights:
             if group in _groups(weight):
                 mine[f"layer {weight.name}"] = _described(weight)
@@ -62,7 +61,39 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
         if len(set(digests)) > 1:
             all_of_them: list[dict[str, str]] = [{}] * group.size()
             dist.all_gather_object(all_of_them, mine, group=group)
-            raise StateError(_difference(all_of_them, group))
+            raise StateError(_difference(dict(enumerate(all_of_them)), group))
+
+
+def check_stages(weights: Sequence[SparseWeight], schedule: Mapping[str, object]) -> None:
+    """Compare the schedule and the version with those of the other stages of a pipeline.
+
+    No rank waits for another one: a stage without sparse layers may have no Schedule. So the later
+    one of two ranks that differ raises.
+
+    Args:
+        weights: the sparse weights of the stage.
+        schedule: the state of its Schedule.
+
+    Raises:
+        StateError: a stage that compared before is different.
+    """
+    for group in {weight.phase.pipeline for weight in weights} - {None}:
+        mine, store = _of_schedule(schedule), dist.distributed_c10d._get_default_store()
+        told = {}
+        for i, rank in enumerate(dist.get_process_group_ranks(group)):
+            key = f"slope_fx/{group.group_name}/{schedule['last_step']}/{rank}"
+            if rank == dist.get_rank():
+                store.set(key, json.dumps(mine))
+                told[i] = mine
+            elif store.check([key]):
+                told[i] = json.loads(store.get(key))
+        if any(one != mine for one in told.values()):
+            raise StateError(_difference(told, group))
+
+
+def _of_schedule(schedule: Mapping[str, object]) -> dict[str, str]:
+    told = {f"the Schedule's {name}": str(value) for name, value in schedule.items()}
+    return {"the version of slope_fx": __version__, **told}
 
 
 def _described(weight: SparseWeight) -> str:
@@ -70,14 +101,20 @@ def _described(weight: SparseWeight) -> str:
     return f"{weight.pattern} {shape}, adapter rank {rank}, mask {_fingerprint(weight):016x}"
 
 
-def _difference(all_of_them: Sequence[Mapping[str, str]], group: dist.ProcessGroup) -> str:
-    names = list(dict.fromkeys(name for one in all_of_them for name in one))
-    wrong = [name for name in names if len({one.get(name) for one in all_of_them}) > 1]
+def _difference(told: Mapping[int, Mapping[str, str]], group: dist.ProcessGroup) -> str:
+    """What to say of ranks that differ.
+
+    Args:
+        told: rank in the group -> what it has.
+        group: the process group.
+    """
+    names = list(dict.fromkeys(name for one in told.values() for name in one))
+    wrong = [name for name in names if len({one.get(name) for one in told.values()}) > 1]
     name = wrong[0]
-    (usual, _), *_ = Counter(one.get(name, "absent") for one in all_of_them).most_common()
+    (usual, _), *_ = Counter(one.get(name, "absent") for one in told.values()).most_common()
     others = [
         f"rank {dist.get_global_rank(group, i)}: {one.get(name, 'absent')}"
-        for i, one in enumerate(all_of_them)
+        for i, one in told.items()
         if one.get(name, "absent") != usual
     ]
     shown = "; ".join(others[:4]) + ("; and others" if len(others) > 4 else "")

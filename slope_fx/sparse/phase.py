@@ -17,11 +17,13 @@ class Phase:
             guards on it.
         scheduled: whether a Schedule was made for the model.
         told: whether a warning was given that the model has adapters and no Schedule.
+        pipeline: the process group of the pipeline that the model runs in as a stage, or None.
     """
 
     def __init__(self, active: bool = False, fading: bool = False) -> None:
         self.active, self.fading = active, fading
         self.scheduled = self.told = False
+        self.pipeline: Any = None
         self._copies: weakref.WeakSet[Phase] = weakref.WeakSet()
 
     def set(self, active: bool) -> None:

@@ -1,16 +1,22 @@
 """Ranks that disagree are found at the first step, and named; so is what can't be sharded."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
 import models
 import slope_fx
 from parallel import batch, compiled, schedule_of
+from slope_fx.sparse import agreement
+from slope_fx.version import __version__
 
 
 def disagreement(kind, wrap):
@@ -27,6 +33,8 @@ def disagreement(kind, wrap):
         schedule["backward_mask_interval"] = 5 if odd else 3
     elif kind == "phase":
         schedule["adapter_start"] = 0.0 if odd else 0.5
+    elif kind == "version":
+        agreement.__version__ = "0.1.9" if odd else __version__
     model = compiled("gpt2", "eager", **options)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     try:
@@ -37,8 +45,12 @@ def disagreement(kind, wrap):
         schedule = schedule_of(model, **schedule)
         models.loss_of(model_to_call, batch(0, dist.get_rank())).backward()
         schedule.step()
+        if kind == "resumed":
+            schedule.load_state_dict({**schedule.state_dict(), "last_step": 12 if odd else 2})
     except slope_fx.errors.StateError as error:
         return str(error)
+    finally:
+        agreement.__version__ = __version__
     return ""
 
 
@@ -50,6 +62,10 @@ def disagreement(kind, wrap):
         ("seed", "fsdp", r"about layer transformer\.h\.0\.attn\.c_proj: rank 1: .* mask .* 6 more"),
         ("schedule", "ddp", r"the Schedule's backward_mask_interval: rank 1: 5; .* 3\."),
         ("phase", "fsdp", r"the Schedule's adapter_step: rank 1: 0; .* 10\."),
+        ("rank", "fsdp", r"\.attn\.c_proj: rank 1: .* adapter rank 4, .*: 2:4 .* adapter rank 2,"),
+        ("version", "ddp", r"the version of slope_fx: rank 1: 0\.1\.9; "),
+        ("resumed", "ddp", r"the Schedule's last_step: rank 1: 12; .* 2\."),
+        ("resumed", "fsdp", r"the Schedule's last_step: rank 1: 12; .* 2\."),
     ],
 )
 def test_who_disagrees_about_what(ranks, kind, wrap, message):
@@ -63,6 +79,44 @@ def test_agreement_says_nothing(ranks):
     """Other seeds in DDP, which gives all ranks the tensors of rank 0, are no disagreement."""
     assert ranks.run(2, disagreement, "nothing", "fsdp") == ["", ""]
     assert ranks.run(2, disagreement, "seed", "ddp") == ["", ""]
+
+
+def stages(kind):
+    """What the first step of two stages says, whose Schedules differ if ``kind`` says so."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    part = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+    x = torch.randn(4, 16)
+    roles = {"skip_first": rank == 0, "skip_head": rank == 1}
+    slope_fx.compile(part, example_inputs=x, adapter_rank=2, backend="aot_eager", **roles)
+    interval = 5 if kind == "schedule" and rank else 3
+    schedule = slope_fx.Schedule(part, 20, backward_mask_interval=interval)
+    if kind == "resumed":
+        schedule.load_state_dict({**schedule.state_dict(), "last_step": 4 + rank})
+    stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+    run = ScheduleGPipe(stage, 2, lambda y, wanted: (y - wanted).mean())
+    run.step(*[x] * (rank == 0), **({"target": x} if rank == 1 else {}))
+    if rank == 1:
+        dist.barrier()  # the later one raises
+    try:
+        schedule.step()
+    except slope_fx.errors.StateError as error:
+        return str(error)
+    finally:
+        if rank == 0:
+            dist.barrier()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("schedule", r"the Schedule's backward_mask_interval: rank 1: 5; .* 3\."), ("nothing", "")],
+)
+def test_stages_of_a_pipeline_are_compared(ranks, kind, message):
+    first, second = ranks.run(2, stages, kind)
+    assert first == ""
+    assert re.search(message, second)
+    assert bool(second) == bool(message)
 
 
 def refusals():
