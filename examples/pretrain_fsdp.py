@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from checkpoints import delete_all_but, keep_arguments, latest_of_ranks
-from text_data import Batches, add_arguments, prepare_rows
+from text_data import ROWS, Batches, add_arguments, mapped_rows, prepare_rows
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -26,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import slope_fx
 
-FREE_TO_CHANGE = ("save_every", "out", "replicas", "prompt")  # when a run goes on
+FREE_TO_CHANGE = ("save_every", "out", "replicas", "prompt", "prepare_only")  # when a run goes on
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,6 +59,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--save-every", 50, "steps between checkpoints")
     option("--out", "runs/fsdp", "folder of the run, which all ranks reach")
     option("--prompt", "HAMLET.\n", "what the sample begins with")
+    parser.add_argument(
+        "--prepare-only", action="store_true", help="tokenise the text into OUT, without torchrun"
+    )
     return parser.parse_args()
 
 
@@ -72,18 +76,20 @@ class Run:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
+        if os.environ["RANK"] == "0":
+            prepare_rows(args, self.out)
+        while not (self.out / ROWS).exists():
+            # Not in a collective, which would give up after half an hour.
+            time.sleep(1.0)
         dist.init_process_group(backend)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if args.batch_size % self.world or self.world % args.replicas:
             raise SystemExit(f"{self.world} ranks don't divide --batch-size, or into --replicas.")
         if self.rank == 0:
-            prepare_rows(args, self.out)
             keep_arguments(self.out, vars(args), FREE_TO_CHANGE)
         dist.barrier()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.out / "tokenizer")
-        # Mapped, so that a rank reads the rows of its own part only.
-        rows = torch.load(self.out / "rows.pt", mmap=True, weights_only=True)
-        self.batches = Batches(rows, args.batch_size, args.seed)
+        self.batches = Batches(mapped_rows(self.out), args.batch_size, args.seed)
         self.model = self._make_model()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, args.lr, (0.9, 0.95), weight_decay=0.1)
@@ -187,7 +193,11 @@ def check_launch() -> None:
 
 
 def main() -> None:
-    run = Run(parse_arguments())
+    args = parse_arguments()
+    if args.prepare_only:
+        prepare_rows(args, Path(args.out))
+        return
+    run = Run(args)
     run.train()
     run.finish()
 

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+ROWS = "rows.npy"
+TOKENIZER_ROWS = 1_000_000
+"""Lines or documents that a tokenizer is trained on, at most."""
 HELD_OUT_PLAYS = ("hamlet_gut.txt", "macbeth_gut.txt")
 
 
@@ -74,31 +78,52 @@ def train_tokenizer(train: Dataset, vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def pack(text: Dataset, tokenizer: PreTrainedTokenizerFast, length: int) -> torch.Tensor:
-    """All of ``text`` as rows of ``length`` token ids: int64 (rows, length)."""
+def pack(
+    text: Dataset, tokenizer: PreTrainedTokenizerFast, length: int, file: Path | None = None
+) -> torch.Tensor:
+    """All of ``text`` as rows of ``length`` token ids: int64 (rows, length).
+
+    With ``file`` the rows are in a file of numpy, int32, and mapped: they may exceed the memory.
+    """
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         return {"ids": [ids for ids in tokenizer(batch["text"])["input_ids"] if ids]}
 
     tokens = text.map(tokenize, batched=True, remove_columns=text.column_names)
-    flat = torch.tensor([i for ids in tokens["ids"] for i in ids], dtype=torch.long)
-    rows = len(flat) // length
-    if rows == 0:
-        raise SystemExit(f"The text has {len(flat)} tokens, less than one context of {length}.")
-    return flat[: rows * length].view(rows, length)
+    parts = [chunk.flatten() for chunk in tokens.data.column("ids").chunks]
+    count = sum(map(len, parts))
+    if count < length:
+        raise SystemExit(f"The text has {count} tokens, less than one context of {length}.")
+    shape = (count // length, length)
+    if file is None:
+        rows = np.empty(shape, np.int64)
+    else:
+        rows = np.lib.format.open_memmap(file, "w+", np.int32, shape)
+    flat, done = rows.reshape(-1), 0
+    for part in parts:
+        ids = part.to_numpy()[: flat.size - done]
+        flat[done : done + ids.size] = ids
+        done += ids.size
+    return torch.from_numpy(rows)
 
 
 def prepare_rows(args: argparse.Namespace, out: Path) -> None:
     """Write the packed rows of the training text and the tokenizer to a folder, once."""
-    rows, partial = out / "rows.pt", out / "rows.partial"
-    if rows.exists():
+    if (out / ROWS).exists():
         return
     out.mkdir(parents=True, exist_ok=True)
     train = load_text(args)["train"]
-    tokenizer = train_tokenizer(train, args.vocab_size)
+    few = train.select(range(min(len(train), TOKENIZER_ROWS)))
+    tokenizer = train_tokenizer(few, args.vocab_size)
     tokenizer.save_pretrained(out / "tokenizer")
-    torch.save(pack(train, tokenizer, args.context), partial)
-    partial.rename(rows)  # last, so that what has this name is whole
+    partial = out / f"partial-{ROWS}"
+    pack(train, tokenizer, args.context, partial)
+    partial.rename(out / ROWS)  # last, so that what has this name is whole
+
+
+def mapped_rows(out: Path) -> torch.Tensor:
+    """The rows that :func:`prepare_rows` wrote. What is not used is not read."""
+    return torch.from_numpy(np.load(out / ROWS, mmap_mode="c"))
 
 
 class Batches:
@@ -118,7 +143,7 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.rows), generator=generator)
         batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-        return self.rows[batch[part]]
+        return self.rows[batch[part]].long()
 
 
 def _files(args: argparse.Namespace) -> dict[str, list[str]]:

@@ -93,6 +93,29 @@ def test_the_commands_of_the_page(kill_ranks, tmp_path, index):
     whole(tmp_path / "out", 4)
 
 
+def test_the_text_is_prepared_without_ranks(monkeypatch, tmp_path):
+    """The rows are those that a tokenizer makes of the whole text, cut into contexts."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import pretrain_fsdp
+    import text_data
+    from transformers import PreTrainedTokenizerFast
+
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(f"line {i} of a text, and {i * i} more\n" for i in range(3000)))
+    options = ["--text-files", str(text), "--context", "32", "--vocab-size", "300"]
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain_fsdp.py", "--prepare-only", "--out", str(out), *options]
+    )
+    pretrain_fsdp.main()
+    rows = text_data.mapped_rows(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    lines = text.read_text().splitlines(keepends=True)[: 3000 - 150]
+    want = [i for line in lines for i in tokenizer(line)["input_ids"]]
+    assert rows.shape == (len(want) // 32, 32)
+    assert rows.flatten().tolist() == want[: rows.numel()]
+    assert sorted(p.name for p in out.iterdir()) == ["rows.npy", "tokenizer"]
+
+
 @pytest.mark.full
 def test_ranks_that_are_killed(kill_ranks, tmp_path):
     """``measure`` compares with a run without kills, bit for bit."""
