@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 from torchtitan.components.quantization.utils import has_quantization
@@ -24,6 +25,10 @@ from slope_fx.planning.plan import sparse_name, values_name
 from slope_fx.record import sparse_weights, sparsity_of
 from slope_fx.schedule import Schedule
 from slope_fx.sparse.weight import SparseWeight
+
+if not hasattr(dist, "set_timeout"):
+    # torchtitan 0.3 calls it after the first step. Releases of PyTorch up to 2.13 have it so:
+    dist.set_timeout = dist.distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
 
 
 class SlopeConverter(ModelConfigConverter):  # type: ignore[misc]

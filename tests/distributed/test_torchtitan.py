@@ -68,6 +68,30 @@ def sparse_config(folder, backend="aot_eager", **given):
     return config
 
 
+def configs_of_the_example():
+    """Names, patterns and sizes of the configs that the page names, as torchtitan finds them."""
+    sys.path[:0] = [str(EXAMPLES), str(EXAMPLES.parent / "tests" / "helpers")]
+    importlib.import_module("torchtitan_cpu")
+    from torchtitan.config import ConfigManager
+
+    found = {}
+    for name in ("llama3_8b_sparse", "llama3_debugmodel_sparse"):
+        arguments = ["--module", "torchtitan_llama", "--config", name, "--training.steps", "7"]
+        config = ConfigManager().parse_args(arguments)
+        slope = config.model_spec.model.slope
+        found[name] = (slope.sparsity, slope.options, config.training.steps)
+    return found
+
+
+def test_the_configs_of_the_example(titan):
+    assert titan.run(1, configs_of_the_example) == [
+        {
+            "llama3_8b_sparse": ("2:4", {"adapter_rank": 64}, 7),
+            "llama3_debugmodel_sparse": ("2:4", {"adapter_rank": 8}, 7),
+        }
+    ]
+
+
 def make_seed(folder):
     config = sparse_config(folder)
     config.checkpoint.create_seed_checkpoint = True

@@ -4,7 +4,6 @@ The trainer is the one of torchtitan, unchanged. torchtitan has no CPU among its
 expects a newer PyTorch, so this file provides what they lack:
 
 - the functions of a device module that torch.cpu does not have, which report memory;
-- ``torch.distributed.set_timeout``, which torch 2.13 has under another name;
 - sums instead of scaled sums in FSDP's collectives, which gloo does not have;
 - torch's attention, because flex attention has no gradient on a CPU.
 
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchtitan.tools.utils as titan_utils
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 # Other modules of torchtitan copy these when they are imported.
@@ -36,8 +34,6 @@ titan_utils.device_module = types.SimpleNamespace(
     reset_peak_memory_stats=lambda: None,
     memory_stats=lambda device: {},
 )
-if not hasattr(dist, "set_timeout"):
-    dist.set_timeout = _set_pg_timeout
 os.environ.setdefault("LOCAL_RANK", "0")
 
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
