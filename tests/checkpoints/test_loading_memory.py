@@ -1,5 +1,6 @@
 """Loading a model never takes the memory of the dense model."""
 
+import copy
 import functools
 import json
 import os
@@ -88,7 +89,9 @@ def large(tmp_path_factory):
     model = slope_fx.compile(model, adapter_rank=12, backend=None)
     slope_fx.Schedule(model, 10, 0.0)
     slope_fx.save_pretrained(model, folder / "training")
-    slope_fx.save_pretrained(slope_fx.freeze(model), folder / "frozen")
+    frozen = slope_fx.freeze(copy.deepcopy(model))
+    slope_fx.save_pretrained(frozen, folder / "frozen")
+    slope_fx.save_pretrained(slope_fx.freeze(model, values="int8"), folder / "int8")
     return folder
 
 
@@ -96,7 +99,7 @@ def large(tmp_path_factory):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("road", ["frozen", "opened"])
-@pytest.mark.parametrize("kind", ["frozen", "training"])
+@pytest.mark.parametrize("kind", ["frozen", "training", "int8"])
 def test_resident_memory(kind, road, dtype, large):
     """Of a file of 261 MiB, it was 342 MiB against 14 after loading, and 603 while loading; after
     generating 478 against 433. With dtype="bfloat16" it was 463 and 724 for 139 MiB of parameters.
@@ -105,7 +108,8 @@ def test_resident_memory(kind, road, dtype, large):
     layer = 4 * 768 * 3072  # the largest, dense
     assert ours["generated"] < dense["generated"]
     if dtype is None:
-        assert ours["resident"] < 0.2 * ours["model"]
+        # The files are mapped: what is resident is Python's own. Pages of 4 KiB differ by chance.
+        assert ours["resident"] < dense["resident"] + layer
         assert ours["peak"] < ours["model"]
     elif road == "frozen":
         assert ours["resident"] < 1.05 * ours["model"]

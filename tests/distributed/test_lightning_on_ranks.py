@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from launched import (
+    AT_THE_ADAPTERS,
     DATA,
     GLOBAL_BATCH,
     OPTIMIZER,
@@ -111,11 +112,21 @@ def full(*case):
     ],
 )
 def test_lightning(ranks, tmp_path, name, checkpointing, worlds):
+    check(ranks, tmp_path, name, checkpointing, worlds, RUNS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["ddp", "sharded files", "one file"])
+def test_stopped_where_the_adapters_begin(ranks, tmp_path, name):
+    check(ranks, tmp_path, name, None, (2, 2), AT_THE_ADAPTERS)
+
+
+def check(ranks, folder, name, checkpointing, worlds, runs):
     if not _plain:
         _plain.append(plain_loop("gpt2"))
     losses = []
-    for world, (first, last) in zip(worlds, RUNS, strict=True):
-        got = ranks.run(world, fit, name, checkpointing, tmp_path, first, last, timeout=300)
+    for world, (first, last) in zip(worlds, runs, strict=True):
+        got = ranks.run(world, fit, name, checkpointing, folder, first, last, timeout=300)
         losses += got[0]["losses"]
     for one in got:
         assert_same({**one, "losses": losses}, _plain[0])

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 import slope_fx
 from launched import (
+    AT_THE_ADAPTERS,
     DATA,
     GLOBAL_BATCH,
     OPTIMIZER,
@@ -92,46 +93,54 @@ TRAINERS = {
 }  # fmt: skip
 
 
-def check(ranks, worlds, want, function, *args):
+def check(ranks, worlds, want, function, *args, runs=RUNS):
     """Run the parts, each on a number of ranks; compare all losses and the last weights."""
     losses = []
-    for world, (first, last) in zip(worlds, RUNS, strict=True):
+    for world, (first, last) in zip(worlds, runs, strict=True):
         got = ranks.run(world, function, *args[:-1], first, last, args[-1], timeout=300)
         losses += got[0]["losses"]
     for one in got:
         assert_same({**one, "losses": losses}, want)
 
 
-def cases(ways):
+def cases(ways, in_ci):
     """Each way at the same number of processes and at another; CI runs one of them."""
     return [
-        pytest.param(way, worlds, marks=() if (way, worlds) in IN_CI else pytest.mark.full)
+        pytest.param(way, worlds, marks=() if (way, worlds) == in_ci else pytest.mark.full)
         for way in ways
         for worlds in ((2, 2, 2), (2, 1, 2))
     ]
 
 
-IN_CI = [("FSDP2", (2, 1, 2))]
-
-
-@pytest.mark.parametrize(("way", "worlds"), cases(TRAINERS))
+@pytest.mark.parametrize(("way", "worlds"), cases(TRAINERS, ("FSDP2", (2, 1, 2))))
 def test_trainer(ranks, tmp_path, way, worlds):
     strategy, more = TRAINERS[way]
     check(ranks, worlds, plain("gpt2"), trainer_run, "gpt2", strategy, tmp_path, more)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("way", TRAINERS)
+def test_trainer_stopped_where_the_adapters_begin(ranks, tmp_path, way):
+    strategy, more = TRAINERS[way]
+    args = plain("gpt2"), trainer_run, "gpt2", strategy, tmp_path, more
+    check(ranks, (2, 2), *args, runs=AT_THE_ADAPTERS)
+
+
 def accelerate_run(name, strategy, folder, first, last, more):
-    """As the recipe: the model's parameters to AdamW, ``prepare``, ``save_state``."""
+    """As the recipe: ``prepare``, ``accumulate``, ``save_state``."""
     with launched():
-        plugin = None
+        plugin, more = None, dict(more)
+        parts, checkpointing = more.pop("accumulation", 1), more.pop("checkpointing", False)
         if strategy == "fsdp":
             PartialState(cpu=True)
             as_on_gpus()
             plugin = FullyShardedDataParallelPlugin(
                 fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **more
             )
-        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=parts)
         model = model_of(name)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
         schedule = slope_fx.Schedule(model, STEPS, **PHASES)
         accelerator.register_for_checkpointing(schedule)
@@ -141,13 +150,19 @@ def accelerate_run(name, strategy, folder, first, last, more):
             accelerator.load_state(folder)
         losses = []
         for step in range(first, last):
-            loss = loss_of(model, batch_of(step))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss)
+            mean = 0.0
+            for ids in batch_of(step).chunk(parts):
+                with accelerator.accumulate(model):
+                    loss = loss_of(model, ids)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if accelerator.sync_gradients:
+                        schedule.step()
+                mean += loss.detach() / parts
+            losses.append(mean)
         accelerator.save_state(folder)
         state = whole_state(accelerator.unwrap_model(model))
         return {"losses": mean_over_ranks(losses), "state": state}
@@ -155,7 +170,10 @@ def accelerate_run(name, strategy, folder, first, last, more):
 
 ACCELERATE = {
     "DDP": ("ddp", {}),
+    "DDP, accumulation": ("ddp", {"accumulation": 2}),
+    "DDP, checkpointing": ("ddp", {"checkpointing": True}),
     "FSDP2": ("fsdp", {}),
+    "FSDP2, accumulation": ("fsdp", {"accumulation": 2}),
     "FSDP2, whole state": ("fsdp", {"state_dict_type": "FULL_STATE_DICT"}),
     "FSDP2, from rank 0": ("fsdp", {"cpu_ram_efficient_loading": True}),
     "FSDP2, checkpointing": ("fsdp", {"activation_checkpointing": True}),
@@ -167,7 +185,15 @@ def test_idle_adapters_start_with_fresh_moments_whatever_was_loaded(ranks, tmp_p
     check(ranks, (2, 2, 2), plain("gpt2+"), trainer_run, "gpt2+", "fsdp", tmp_path, FSDP)
 
 
-@pytest.mark.parametrize(("way", "worlds"), cases(ACCELERATE))
+@pytest.mark.parametrize(("way", "worlds"), cases(ACCELERATE, ("DDP, accumulation", (2, 1, 2))))
 def test_accelerate(ranks, tmp_path, way, worlds):
     strategy, more = ACCELERATE[way]
     check(ranks, worlds, plain("llama"), accelerate_run, "llama", strategy, tmp_path, more)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["DDP", "FSDP2", "FSDP2, whole state"])
+def test_accelerate_stopped_where_the_adapters_begin(ranks, tmp_path, way):
+    strategy, more = ACCELERATE[way]
+    args = plain("llama"), accelerate_run, "llama", strategy, tmp_path, more
+    check(ranks, (2, 2), *args, runs=AT_THE_ADAPTERS)

@@ -13,6 +13,7 @@ from torch import nn
 
 import models
 import slope_fx
+from architectures import inputs_of, made, shaken
 from slope_fx.errors import ArgumentError, ArgumentWarning, StateError, UnsupportedError
 from slope_fx.kernels.cpu import build
 
@@ -43,6 +44,17 @@ def bare(code: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def run_bare(folder: Path, inputs=None) -> None:
+    """Runs a package in such a process, on the batches or other inputs, into y.pt."""
+    torch.save(batches() if inputs is None else inputs, folder / "x.pt")
+    code = """
+torch.ops.load_library("libslope_fx.so")
+model = torch._inductor.aoti_load_package("model.pt2")
+torch.save([model(input_ids=ids) for ids in torch.load("x.pt")], "y.pt")
+"""
+    bare(code, folder)
+
+
 def close(got, want):
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=2e-6)
@@ -60,20 +72,49 @@ def packaged(tmp_path_factory):
     assert made.inputs == {"input_ids": "int64 (a, b)"}
     assert made.outputs == [f"float32 (a, b, {models.VOCABULARY})"]
     assert {path.name for path in folder.iterdir()} == {"model.pt2", "libslope_fx.so"}
-    torch.save(batches(), folder / "x.pt")
     return folder, want
 
 
 @pytest.mark.inductor
 def test_a_bare_python_runs_the_package(packaged):
     folder, want = packaged
-    code = """
-torch.ops.load_library("libslope_fx.so")
-model = torch._inductor.aoti_load_package("model.pt2")
-torch.save([model(input_ids=ids) for ids in torch.load("x.pt")], "y.pt")
-"""
-    bare(code, folder)
+    run_bare(folder)
     close(torch.load(folder / "y.pt"), want)
+
+
+@pytest.mark.full
+@pytest.mark.inductor
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_in_a_package(values, dtype, tmp_path):
+    """A bare Python gives what the frozen model gives, to rounding."""
+    model = models.awake(models.llama())
+    slope_fx.freeze(model, dtype=dtype, values=values, adapter_rank=4)
+    want = oracle(model, batches())
+    slope_fx.package(model, tmp_path / "model.pt2")
+    run_bare(tmp_path)
+    for mine, theirs in zip(torch.load(tmp_path / "y.pt"), want, strict=True):
+        error = (mine.double() - theirs).abs().max() / theirs.abs().max()
+        # Products for few tokens round their inputs to 16-bit integers.
+        assert error < (1e-3 if dtype == "float32" else 0.05)
+
+
+@pytest.mark.full
+@pytest.mark.inductor
+def test_experts_in_a_package(tmp_path):
+    """As many tokens as the example has: the model's code counts them."""
+    torch.manual_seed(0)
+    model = shaken(made("Mixtral")).eval()
+    inputs = inputs_of(model)
+    model = models.awake(model, example_inputs=inputs)
+    dense = slope_fx.densify(model, "merge").double()
+    slope_fx.freeze(model)
+    slope_fx.package(model, tmp_path / "model.pt2", dynamic=False)
+    ids = [models.batch(i, 2, 16) for i in range(2)]
+    with torch.no_grad():
+        want = [dense(one).logits for one in ids]
+    run_bare(tmp_path, ids)
+    close(torch.load(tmp_path / "y.pt"), want)
 
 
 @pytest.mark.inductor

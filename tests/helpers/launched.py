@@ -18,6 +18,7 @@ from parallel import whole_state
 
 STEPS, GLOBAL_BATCH = 8, 4
 RUNS = [(0, 2), (2, 6), (6, STEPS)]  # interrupted in the sparse and in the adapter phase
+AT_THE_ADAPTERS = [(0, STEPS // 2), (STEPS // 2, STEPS)]  # interrupted where they begin
 PHASES = {"adapter_start": 0.5, "backward_mask_interval": 3}
 ROWS = torch.randint(
     0, models.VOCABULARY, (STEPS * GLOBAL_BATCH, 12), generator=torch.Generator().manual_seed(5)

@@ -199,6 +199,18 @@ def test_results_repeat_bit_for_bit():
             assert_same(a, b)
 
 
+@pytest.mark.parametrize("values", ["float", "int8", "int4"])
+def test_a_frozen_model_moves_to_the_gpu(values):
+    """It was frozen on the CPU; the logits are those of the dense model there and here."""
+    model = slope_fx.freeze(models.awake(models.llama()), values=values, dtype="bfloat16")
+    ids = models.batch(1)
+    with torch.no_grad():
+        want = slope_fx.densify(model).double()(ids).logits
+        for device in ("cpu", "cuda", "cpu"):
+            got = model.to(device)(ids.to(device)).logits.cpu().double()
+            assert (got - want).abs().max() < 0.05 * want.abs().max()
+
+
 @pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer here")
 def test_no_kernel_touches_memory_that_is_not_its_own():
     script = Path(__file__).parents[1] / "helpers" / "launch_kernels.py"
