@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2:4 int8": {"values": "int8"},
     "2:4 int8 + adapters": {"rank": 1 / 64, "values": "int8"},
     "2:4 int4": {"values": "int4"},
+    "2:4 int4 + adapters": {"rank": 1 / 64, "values": "int4"},
 }
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 

@@ -29,9 +29,11 @@ from resident import load, settled, status
 
 PROMPT, TOKENS = 64, 16
 FROZEN: dict[str, dict[str, Any]] = {
+    "2:4": {},
     "2:4 + adapters": {"rank": 1 / 64},
     "2:4 int8": {"values": "int8"},
-}  # fmt: skip
+    "2:4 int4": {"values": "int4"},
+}
 
 
 class FirstToken:

@@ -202,11 +202,12 @@ def alone(layers, **options):
     return losses, {name: t.detach() for name, t in model.state_dict().items()}
 
 
-def in_stages(form, kind, layers, stages, data, backend):
+def in_stages(form, kind, layers, stages, data, backend, path=None):
     """Losses (of the last stage), state, phases and fallbacks of a rank's stages.
 
     Args:
         data: number of ranks that share a stage by FSDP2. Ranks are (stage, data).
+        path: where to save the model at the end, for which a rank has one stage.
     """
     mesh = init_device_mesh("cpu", (dist.get_world_size() // data, data), mesh_dim_names=("p", "d"))
     rank, group, world = mesh["p"].get_local_rank(), mesh["p"].get_group(), mesh["p"].size()
@@ -239,6 +240,9 @@ def in_stages(form, kind, layers, stages, data, backend):
     state = {}
     for part in parts.values():
         state |= {name: whole(t.detach()) for name, t in part.state_dict().items()}
+    if path is not None:
+        (model,) = models
+        slope_fx.save_pretrained(model, path, training={"schedule": schedules[0]})
     reasons = [row.reason for m in models for row in slope_fx.explain(m).sparse if row.reason]
     return losses, state, [schedule.phase for schedule in schedules], reasons
 
@@ -327,3 +331,28 @@ def test_stages_sharded_by_fsdp2(ranks, form):
 def test_a_stage_without_sparse_layers(ranks, form):
     """The last stage is the head. A copy of the model has a Schedule in step there."""
     check(ranks, 2, form, "GPipe", layers=1, stages=2)
+
+
+@pytest.mark.parametrize(
+    ("form", "data"),
+    [
+        ("of_copies", 1),
+        pytest.param("one_by_one", 1, marks=pytest.mark.full),
+        pytest.param("of_one_model", 1, marks=pytest.mark.full),
+        pytest.param("of_copies", 2, marks=pytest.mark.full),
+        pytest.param("one_by_one", 2, marks=pytest.mark.full),
+    ],
+)
+def test_a_checkpoint_of_stages_is_the_whole_model(ranks, tmp_path, form, data):
+    """Saved after a training by all ranks, and loaded by one process."""
+    args = form, "1F1B", 4, 2, data, "aot_eager", str(tmp_path / "c")
+    state = {}
+    for _, part, *_ in ranks.run(2 * data, in_stages, *args):
+        state |= part
+    loaded = slope_fx.load_pretrained(tmp_path / "c", dense(4), backend="aot_eager")
+    got = loaded.state_dict()
+    assert set(got) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(got[name], tensor), name
+    assert all(weight.adapter_active for weight in slope_fx.sparse_weights(loaded).values())
+    assert loaded(batch(0)[0]).isfinite().all()
