@@ -2,9 +2,9 @@
 weights compressed.
 
 OpenVINO gets the densified model, with zeros. Its property
-``CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE`` compresses weights with at least that share of zeros. It is
-for int8 weights on processors with AMX, so OpenVINO also gets the weights compressed to int8 by NNCF,
-if that is installed. The sides run in turns, and their logits are compared first.
+``CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE`` compresses weights with at least that share of zeros.
+It is for int8 weights on processors with AMX, so OpenVINO also gets the weights compressed to
+int8 by NNCF, if that is installed. The sides run in turns; their logits are compared first.
 
     pip install openvino nncf
     python benchmarks/openvino_peer.py
