@@ -116,6 +116,9 @@ def cases(ways, in_ci):
 def test_trainer(ranks, tmp_path, way, worlds):
     strategy, more = TRAINERS[way]
     check(ranks, worlds, plain("gpt2"), trainer_run, "gpt2", strategy, tmp_path, more)
+    if way == "FSDP2":  # its default checkpoint is whole
+        loaded = slope_fx.load_pretrained(tmp_path / f"checkpoint-{STEPS}", backend=None)
+        assert_same({"losses": [], "state": loaded.state_dict()}, {**plain("gpt2"), "losses": []})
 
 
 @pytest.mark.full
