@@ -1,0 +1,81 @@
+"""Would products with the same input gain if they were one? q, k and v, or gate and up, of a frozen
+model: one call of the op for each, or one for all, compiled by Inductor, one token, bf16, 2:4.
+
+    python benchmarks/joined.py
+"""
+
+import statistics
+from functools import partial
+from typing import Any
+
+import torch
+from common import agree, compare, interleave, parser, write
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import slope_fx
+
+CASES: dict[str, tuple[int, tuple[int, ...]]] = {
+    "Llama 4x512, q k v": (512, (512, 512, 512)),
+    "Llama 4x512, gate up": (512, (2048, 2048)),
+    "SmolLM2-135M, q k v": (576, (576, 192, 192)),
+    "SmolLM2-135M, gate up": (576, (1536, 1536)),
+    "Llama 7B, q k v": (4096, (4096, 4096, 4096)),
+    "Llama 7B, gate up": (4096, (11008, 11008)),
+}
+"""Name -> d_in, and d_out of each."""
+LAYERS = 8
+
+
+class Layers(nn.Module):
+    """Several times the same group of products, so that the call of the model weighs little."""
+
+    def __init__(self, d_in: int, groups: list[list[nn.Linear]]) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(nn.ModuleList(group) for group in groups)
+        self.d_in = d_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        for group in self.groups:
+            y = torch.cat([layer(x) for layer in group], dim=-1)  # type: ignore[union-attr]
+            x = x + y[..., : self.d_in]
+        return x
+
+
+def frozen(d_in: int, weights: list[list[Tensor]]) -> nn.Module:
+    groups = []
+    for group in weights:
+        groups.append([nn.Linear(d_in, len(weight), bias=False) for weight in group])
+        for linear, weight in zip(groups[-1], group, strict=True):
+            linear.weight.data.copy_(weight)
+    model = slope_fx.compile(
+        Layers(d_in, groups).bfloat16().eval(), "2:4", skip_first=False, skip_head=False,
+        example_inputs=torch.randn(1, d_in).bfloat16(),
+    )  # fmt: skip
+    return slope_fx.freeze(model)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, default=300)
+    args = arguments.parse_args()
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    for name, (d_in, sizes) in CASES.items():
+        weights = [[torch.randn(d, d_in) / d_in for d in sizes] for _ in range(LAYERS)]
+        apart = frozen(d_in, weights)
+        joined = frozen(d_in, [[torch.cat(group)] for group in weights])
+        x = torch.randn(1, d_in).bfloat16()
+        with torch.no_grad():
+            agree(joined(x), apart(x), name, 0.02)
+            sides = {"apart": partial(apart, x), "joined": partial(joined, x)}
+            seconds = interleave(sides, args.rounds)
+        rows.append({"case": name, **compare(seconds, "apart", "joined")})
+        print(name, f"{rows[-1]['speedup']:.3f}", statistics.median(seconds["apart"]), flush=True)
+        torch._dynamo.reset()
+    write("joined", args, rows=rows)
+    print(tabulate([(r["case"], r["speedup"]) for r in rows], ("", "times faster joined")))
+
+
+if __name__ == "__main__":
+    main()
