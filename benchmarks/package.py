@@ -6,6 +6,7 @@ that made it; its code is the same in others.
     python benchmarks/package.py
 """
 
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,10 @@ def main() -> None:
             agree(packaged(input_ids=ids).float(), logits, name, tolerance)
             with torch.inference_mode():
                 seconds = interleave({"python": python, "package": package}, args.rounds)
-            best = {run: min(s) / times * 1e3 for run, s in seconds.items()}
-            found[f"{str(dtype).removeprefix('torch.')}, {name}"] = best
-    rows = [[name, best["python"], best["package"]] for name, best in found.items()]
-    print(tabulate(rows, ["best of the rounds, ms a call", "Python", "package"], floatfmt=".3f"))
+            medians = {run: statistics.median(s) / times * 1e3 for run, s in seconds.items()}
+            found[f"{str(dtype).removeprefix('torch.')}, {name}"] = medians
+    rows = [[name, call["python"], call["package"]] for name, call in found.items()]
+    print(tabulate(rows, ["median, ms a call", "Python", "package"], floatfmt=".3f"))
     write("package", args, milliseconds=found)
 
 

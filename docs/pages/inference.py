@@ -1,14 +1,18 @@
 """The figures of docs/inference.md."""
 
-from .common import DOCS, Result, filled, mib, read_if_there, speedup, table, taken
+from .common import DOCS, Result, filled, mib, pivot, read_if_there, speedup, table, taken
 
 BLOCKS = {
-    "speed": "frozen", "start": "frozen_start", "quality": "frozen_quality", "peer": "llama_cpp"
+    "speed": "frozen", "start": "frozen_start", "quality": "frozen_quality", "peer": "llama_cpp",
+    "quantised": "quantised", "package": "package", "joined": "joined", "openvino": "openvino_peer",
 }  # fmt: skip
 
 
 def inference() -> str:
-    makers = {"speed": speed, "start": start, "quality": quality, "peer": peer}
+    makers = {
+        "speed": speed, "start": start, "quality": quality, "peer": peer, "quantised": quantised,
+        "package": package, "joined": joined, "openvino": openvino,
+    }  # fmt: skip
     found = {block: read_if_there(name) for block, name in BLOCKS.items()}
     blocks = {
         block: f"No run of `benchmarks/{BLOCKS[block]}.py` is committed yet." if result is None
@@ -103,6 +107,55 @@ def peer(result: Result) -> str:
         "too, ours is bf16) "
         f"(`benchmarks/llama_cpp.py`, {_at(result)}).\n\n"
         + table(rows, ("", "tokens/s", "MB of weights"))
+    )
+
+
+def quantised(result: Result) -> str:
+    names = list(dict.fromkeys(row["product"] for row in result["quantised"]))
+    columns, rows = pivot(
+        result["quantised"],
+        lambda row: (f"{row['d_in']} -> {row['d_out']}", row["tokens"]),
+        lambda row: row["product"],
+        lambda row: f"{1e6 * row['seconds']:.0f}",
+    )
+    assert columns == names
+    return (
+        "A product alone, microseconds, inputs in bf16; the dense ones are PyTorch's "
+        f"(`benchmarks/quantised.py`, {_at(result)}).\n\n"
+        + table(((*key, *cells) for key, cells in rows.items()), ("", "tokens", *names))
+    )
+
+
+def package(result: Result) -> str:
+    rows = [
+        (name, f"{call['python']:.2f}", f"{call['package']:.2f}")
+        for name, call in result["milliseconds"].items()
+    ]
+    return (
+        "A call of a frozen Llama 4x512 with adapters, median in milliseconds "
+        f"(`benchmarks/package.py`, {_at(result)}).\n\n"
+        + table(rows, ("", "compiled, from Python", "package"))
+    )
+
+
+def joined(result: Result) -> str:
+    rows = [(row["case"], speedup(row)) for row in result["rows"]]
+    return (
+        "How many times faster one product is than two or three with the same input, one token, "
+        f"bf16 (`benchmarks/joined.py`, {_at(result)}).\n\n" + table(rows, ("", "joined"))
+    )
+
+
+def openvino(result: Result) -> str:
+    rows = [
+        (row["side"], f"{1e3 * row['seconds']:.1f} ({1e3 * row['quartiles'][0]:.1f} to "
+         f"{1e3 * row['quartiles'][1]:.1f})")
+        for row in result["rows"]
+    ]  # fmt: skip
+    return (
+        f"One token through the {result['arguments']['model']}, milliseconds, OpenVINO "
+        f"{result['openvino'].split('-')[0]} (`benchmarks/openvino_peer.py`, {_at(result)}).\n\n"
+        + table(rows, ("", "ms"))
     )
 
 
