@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from slope_fx.checkpoints.filling import check_same_layers, note_loaded
-from slope_fx.checkpoints.holders import choose_holders, describe_copies
+from slope_fx.checkpoints.holders import choose_holders, describe_copies, prints_of_shards
 from slope_fx.checkpoints.manifest import Manifest
 from slope_fx.checkpoints.randoms import random_states, set_random_states, tell_of_new_rank
 from slope_fx.checkpoints.saving import describe_together, named_tensors, write_configuration
@@ -96,8 +96,11 @@ class TrainingState(Stateful):
                 name: encode_inline(part.state_dict(), name) for name, part in self._parts.items()
             }
             trees["random_states"] = encode_inline(random_states(), "random_states")
-            copies = describe_copies(named, aliases, alone=together.world == 1)
             manifest_files = _configuration(self._model)
+            shards = prints_of_shards(named, together.world)
+        prints = together.gather(shards)
+        with together.agreed():
+            copies = describe_copies(named, aliases, prints)
         stale = _stale(together, copies, named)
         model = {
             name: value

@@ -45,8 +45,7 @@ class _Copy:
         ranks: ranks that hold this content.
         names: all its names there.
         described: its shape and dtype.
-        content: what tells contents apart: the ranks of the mesh of a sharded tensor, or the
-            fingerprint of another one.
+        content: what tells contents apart, of :func:`content_of`.
         kind: "learns" for a trainable parameter, "mask" for a frozen one, or "buffer".
         trained: whether an optimizer of the ranks has trained it.
     """
@@ -73,14 +72,27 @@ def fingerprint(tensor: Tensor) -> int:
     return total
 
 
+def prints_of_shards(named: Mapping[str, Tensor], world: int) -> dict[str, int]:
+    """The fingerprints of this rank's shards of tensors that not all ranks share.
+
+    Such a tensor may be there several times: with two-dimensional parallelism, one that tensor
+    parallelism leaves alone is sharded by each group of data-parallel ranks.
+    """
+    return {
+        name: fingerprint(tensor.to_local())
+        for name, tensor in named.items()
+        if isinstance(tensor, DTensor) and tensor.device_mesh.size() < world
+    }
+
+
 def describe_copies(
-    named: Mapping[str, Tensor], aliases: Mapping[str, str], *, alone: bool
+    named: Mapping[str, Tensor], aliases: Mapping[str, str], prints: Sequence[Mapping[str, int]]
 ) -> list[list[object]]:
     """What this rank holds, as plain data for :func:`choose_holders`.
 
     Args:
         named, aliases: as from ``named_tensors``.
-        alone: whether no other rank saves, so that nothing is compared.
+        prints: of all ranks, from :func:`prints_of_shards`.
     """
     others: dict[str, list[str]] = {}
     for alias, name in aliases.items():
@@ -93,16 +105,30 @@ def describe_copies(
             kind = "learns" if tensor.is_floating_point() and tensor.requires_grad else "mask"
         held.append([
             [name, *others.get(name, ())], *Described.of(name, tensor).plain(),
-            content_of(tensor, alone=alone), kind, learns and was_trained(tensor),
+            content_of(name, tensor, prints), kind, learns and was_trained(tensor),
         ])  # fmt: skip
     return held
 
 
-def content_of(tensor: Tensor, *, alone: bool) -> list[str | int]:
-    """What tells the contents of a tensor on different ranks apart, as in :class:`_Copy`."""
-    if isinstance(tensor, DTensor):
-        return ["sharded", *sorted(tensor.device_mesh.mesh.flatten().tolist())]
-    return ["whole"] if alone else ["whole", fingerprint(tensor)]
+def content_of(name: str, tensor: Tensor, prints: Sequence[Mapping[str, int]]) -> list[str | int]:
+    """What tells the contents of a tensor on different ranks apart.
+
+    Args:
+        name: a name of the tensor on all ranks that hold it.
+        tensor: the tensor.
+        prints: of all ranks, from :func:`prints_of_shards`.
+
+    Returns:
+        Of a tensor that all ranks shard together, the ranks; of one that some do, the fingerprints
+        of its shards in their order; of a whole tensor, its fingerprint, which one rank alone does
+        not need.
+    """
+    if not isinstance(tensor, DTensor):
+        return ["whole"] if len(prints) == 1 else ["whole", fingerprint(tensor)]
+    ranks = tensor.device_mesh.mesh.flatten().tolist()
+    if len(ranks) == len(prints):
+        return ["sharded", *sorted(ranks)]
+    return ["shards", *(prints[rank].get(name, 0) for rank in ranks)]
 
 
 def choose_holders(together: Together, mine: list[list[object]]) -> list[Chosen]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slope_fx.checkpoints.files import replaced_whole
-from slope_fx.checkpoints.holders import choose_holders, describe_copies
+from slope_fx.checkpoints.holders import choose_holders, describe_copies, prints_of_shards
 from slope_fx.checkpoints.manifest import (
     MANIFEST,
     REPLACED,
@@ -88,8 +88,11 @@ def save_pretrained(
             _check_target(path)
         _check_tokenizer(tokenizer)
         named, aliases = named_tensors(model)
-        mine = describe_copies(named, aliases, alone=together.world == 1)
+        shards = prints_of_shards(named, together.world)
         encoded = None if training is None else encode_training(training, named)
+    prints = together.gather(shards)
+    with together.agreed():
+        mine = describe_copies(named, aliases, prints)
     chosen = choose_holders(together, mine)
     described = describe_together(together, model)
     collected = None if encoded is None else collect_training(together, encoded)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from slope_fx.checkpoints.holders import content_of
+from slope_fx.checkpoints.holders import content_of, prints_of_shards
 from slope_fx.checkpoints.manifest import check_files, read_manifest, tensor_names
 from slope_fx.checkpoints.randoms import random_states as current_random_states
 from slope_fx.checkpoints.randoms import set_random_states, tell_of_new_rank
@@ -111,11 +111,11 @@ def collect_training(together: Together, encoded: Encoded) -> Collected:
     held: dict[str, Tensor] = {}
     for name, tree in encoded.trees.items():
         tensors = encoded.tensors[name]
+        prints = together.gather(prints_of_shards(tensors, together.world))
         contents = [
-            [inner, *Described.of(name, tensor).plain(),
-             content_of(tensor, alone=together.world == 1)]
+            [inner, *Described.of(name, tensor).plain(), content_of(inner, tensor, prints)]
             for inner, tensor in tensors.items()
-        ]  # fmt: skip
+        ]
         different, of = together.distinct([tree, contents])
         parts[name] = {"of": of, "trees": [tree for tree, _ in different]}
         for index, (_, contents) in enumerate(different):

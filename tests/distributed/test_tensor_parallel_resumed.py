@@ -9,6 +9,7 @@ import slope_fx
 from models import loss_of
 from parallel import STEPS, adamw, batch, compiled, schedule_of, whole_state
 from slope_fx.checkpoints import TrainingState
+from slope_fx.errors import CheckpointError
 from ways import WAYS, shares
 
 STOPS = (5, STEPS // 2, 15)
@@ -109,3 +110,24 @@ def test_a_checkpoint_is_loaded_into_a_split_model(world, way, whole, ranks):
     same(ends, want, STOPS[-1:], world == 4)
     loaded = slope_fx.load_pretrained(f"{folder}/pretrained", backend=None)
     assert all(w.adapter_active for w in slope_fx.sparse_weights(loaded).values())
+
+
+def differing(folder):
+    """One group of ranks has another embedding, which tensor parallelism leaves alone."""
+    run = Run("FSDP2 x TP")
+    run.train(0, 1)
+    with torch.no_grad():
+        if dist.get_rank() % 2:
+            run.model.model.embed_tokens.weight.to_local().add_(1)
+    try:
+        slope_fx.save_pretrained(run.model, folder)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.full
+def test_groups_of_ranks_that_differ_are_refused(ranks, tmp_path):
+    for said in ranks.run(4, differing, str(tmp_path / "c"), timeout=300):
+        assert said.startswith("model.embed_tokens.weight differs between ranks 0 and 1")
+    assert not list(tmp_path.iterdir())
