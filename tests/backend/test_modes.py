@@ -78,7 +78,8 @@ def compiled(model: nn.Module, backend, x: torch.Tensor, **more) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.full])],
 )
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints_around_compiled_blocks(backend, reentrant):

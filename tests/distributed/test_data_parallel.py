@@ -15,7 +15,7 @@ CASES = [
     pytest.param("DDP, unused", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP, made again", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP, within", "llama", "eager", 2, 1, marks=FULL),
-    ("DDP, checkpointing", "llama", "eager", 2, 1),
+    pytest.param("DDP, checkpointing", "llama", "eager", 2, 1, marks=FULL),
     pytest.param("DDP", "llama", "eager", 2, 2, marks=FULL),
     pytest.param("FSDP2", "gpt2", "aot_eager", 2, 1, marks=FULL),
     pytest.param(
@@ -26,7 +26,7 @@ CASES = [
     pytest.param("FSDP2, no reshard", "gpt2", "eager", 2, 2, marks=FULL),
     ("FSDP2, masks whole", "gpt2", "eager", 2, 1),
     pytest.param("FSDP2, offload", "gpt2", "eager", 2, 1, marks=FULL),
-    ("HSDP", "llama", "eager", 4, 1),
+    pytest.param("HSDP", "llama", "eager", 4, 1, marks=FULL),
 ]
 
 

@@ -179,6 +179,7 @@ def test_safetensors_of_dcp(ranks, tmp_path):
     ranks.run(2, safetensors, tmp_path / "c")
 
 
+@pytest.mark.full
 def test_consolidated_safetensors(ranks, tmp_path):
     """By ``slope-fx convert``, for torch's consolidation takes no masks, as the page says."""
     ranks.run(2, saved_once, tmp_path / "dcp")

@@ -103,7 +103,7 @@ def full(*case):
         full("ddp", None, (2, 2, 2)),
         full("ddp", None, (2, 1, 2)),
         full("ddp", False, (2, 2, 2)),
-        ("ddp", True, (2, 2, 2)),
+        full("ddp", True, (2, 2, 2)),
         full("ddp, static", None, (2, 2, 2)),
         full("sharded files", None, (2, 2, 2)),
         ("sharded files", None, (2, 1, 2)),

@@ -81,6 +81,7 @@ def build(way, path):
     return state, counted.peak, shard
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "way",
     [

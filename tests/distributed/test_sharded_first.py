@@ -105,7 +105,7 @@ FULL = pytest.mark.full
 @pytest.mark.parametrize(
     ("way", "name", "world", "backend", "ran"),
     [
-        ("blocks", "llama", 2, "inductor", False),
+        pytest.param("blocks", "llama", 2, "inductor", False, marks=FULL),
         pytest.param("blocks", "gpt2", 2, "aot_eager", True, marks=FULL),
         pytest.param("whole", "llama", 2, "aot_eager", False, marks=FULL),
         pytest.param("linears", "llama", 2, "aot_eager", True, marks=FULL),

@@ -61,7 +61,11 @@ def on_a_mesh(path, shape):
     return run.train(8, STEPS), sent(here), sent(run.tensors())
 
 
-@pytest.mark.parametrize(("world", "shape"), [(2, (2,)), (4, (2, 2))], ids=["FSDP2", "HSDP"])
+@pytest.mark.parametrize(
+    ("world", "shape"),
+    [(2, (2,)), pytest.param(4, (2, 2), marks=pytest.mark.full)],
+    ids=["FSDP2", "HSDP"],
+)
 def test_made_on_meta_sharded_and_loaded(world, shape, ranks, tmp_path):
     losses, here, end = saved(tmp_path / "c")
     for got in ranks.run(world, on_a_mesh, tmp_path / "c", shape):

@@ -184,6 +184,7 @@ ACCELERATE = {
 }
 
 
+@pytest.mark.full
 def test_idle_adapters_start_with_fresh_moments_whatever_was_loaded(ranks, tmp_path):
     """Trained adapters look active to the load in the sparse phase."""
     check(ranks, (2, 2, 2), plain("gpt2+"), trainer_run, "gpt2+", "fsdp", tmp_path, FSDP)

@@ -96,6 +96,7 @@ def test_nine_sixteenths_of_the_bytes_of_dense_bf16(dtype):
     assert [ref() for ref in before if ref() is not None] == []
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 def test_bf16_is_within_its_rounding():
     model = awake(llama())
@@ -108,7 +109,10 @@ def test_bf16_is_within_its_rounding():
 
 
 @pytest.mark.inductor
-@pytest.mark.parametrize(("values", "most", "left"), [("int8", 0.02, 0.9), ("int4", 0.3, 0.9)])
+@pytest.mark.parametrize(
+    ("values", "most", "left"),
+    [pytest.param("int8", 0.02, 0.9, marks=pytest.mark.full), ("int4", 0.3, 0.9)],
+)
 def test_quantised_values(values, most, left):
     """The adapters make up for a part of the error."""
     model = awake(llama(), rank=None)
@@ -191,6 +195,7 @@ def test_nan_is_refused_before_anything_changes(which, said):
     assert isinstance(slope_fx.freeze(model), nn.Module)
 
 
+@pytest.mark.full
 def test_casts_keep_the_scales():
     model = awake(llama())
     frozen = slope_fx.freeze(model, values="int8")
@@ -244,6 +249,7 @@ def test_every_architecture(name, rank):
         assert gap(logits_of(frozen, inputs), want) < 1e-4
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("name", "values"),
@@ -320,8 +326,8 @@ def test_a_copy_and_a_pickle_are_frozen_too(tmp_path):
         copy.deepcopy(frozen).train()(ids)
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("make", [gpt2, pytest.param(llama, marks=pytest.mark.full)])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_an_export_holds_the_sparse_products(make, strict):
     frozen = slope_fx.freeze(awake(make()))
     ids = batch()

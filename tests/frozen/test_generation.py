@@ -12,10 +12,10 @@ pytestmark = pytest.mark.inductor
 FULL = pytest.mark.full
 
 
-def models(make=llama):
+def models(make=llama, **options):
     """A frozen model with adapters that are large, and the dense model of the same weights."""
     torch.manual_seed(0)
-    model = awake(make())
+    model = awake(make(), **options)
     dense = slope_fx.densify(model)
     return slope_fx.freeze(model), dense
 
@@ -65,14 +65,21 @@ def test_each_way_to_decode_writes_what_the_dense_model_writes(make, rows, cache
                 assert got.sequences.tolist() == want.sequences.tolist(), way
 
 
-@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=FULL)])
-def test_after_a_warm_up_nothing_compiles(cache):
+@pytest.mark.parametrize(
+    ("backend", "cache"),
+    [
+        ("aot_eager", "static"),
+        pytest.param("inductor", "static", marks=FULL),
+        pytest.param("inductor", "dynamic", marks=FULL),
+    ],
+)
+def test_after_a_warm_up_nothing_compiles(backend, cache):
     """For other lengths and larger batches neither. No graph is broken.
 
     A prefill and a decoding step have a graph each, and these twice: Dynamo compiles for the first
     sizes, and when they change, for all; a batch of 1 has graphs of its own.
     """
-    frozen, _ = models()
+    frozen, _ = models(backend=backend)
     options = {"cache_implementation": cache, "do_sample": False}
     counters.clear()
     seconds = slope_fx.warm_up(frozen, batch=(1, 3), length=6, **options)

@@ -177,7 +177,7 @@ torch.save([logits(*part) for part in parts], "y.pt")
     close([torch.cat(got[:4], 1), torch.cat(got[4:], 1)], [want, want[:, :7]])
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_a_saved_export_runs_without_slope_fx(strict, tmp_path):
     model = models.awake(models.gpt2())
     want = oracle(model, batches())

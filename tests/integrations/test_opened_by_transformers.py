@@ -107,6 +107,7 @@ def test_quantised_values(tmp_path):
     assert gap(logits_of(opened), logits_of(model)) < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 @pytest.mark.parametrize("kind", [pytest.param("training", marks=pytest.mark.full), "frozen"])
 def test_a_pipeline_writes_what_the_dense_model_writes(kind, saved):

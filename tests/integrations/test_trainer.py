@@ -58,6 +58,7 @@ EVERYTHING = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 def test_resumed_in_either_phase_equals_uninterrupted(tmp_path):
     """Stopped in the sparse phase, resumed, stopped in the adapter phase, and resumed."""
     more = EVERYTHING

@@ -198,7 +198,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     full = pytest.mark.full  # x86-64-v4 is near to native, where that has AVX-512
     VARIANTS += [pytest.param("x86-64-v4", marks=full)] if "avx512vl" in flags else []
     VARIANTS += [pytest.param("x86-64-v3", marks=full)] if "avx2" in flags else []
-    VARIANTS.append("x86-64")
+    VARIANTS.append(pytest.param("x86-64", marks=full))
 
 
 @needs_compiler

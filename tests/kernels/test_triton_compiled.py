@@ -23,7 +23,13 @@ INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 VARIANTS = {variant.row: variant for variant in compiled_kernels.variants()}
 
 
-@pytest.mark.parametrize("arch", compiled_kernels.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param(a, marks=() if a == 90 else pytest.mark.full)
+        for a in compiled_kernels.ARCHITECTURES
+    ],
+)
 def test_every_kernel_compiles_to_what_the_table_says(arch, tmp_path):
     """In a process of its own: here kernels may be those of the interpreter.
 

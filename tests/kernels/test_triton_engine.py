@@ -126,6 +126,7 @@ def test_quantised_values(layer, count, number, has_bias, kind, group, seed):
     assert_rounded(dense, oracle.weight)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", list(quantised.BITS))
 @pytest.mark.parametrize(
     ("n", "group"),
@@ -185,6 +186,7 @@ def test_across_the_edges_of_every_tile(count, number, dtype):
     assert_same(twice.double(), oracle.twice)
 
 
+@pytest.mark.full
 def test_sums_are_split_where_programs_are_few(monkeypatch):
     """... over no more parts than there are blocks, none of them empty; and are the same sums."""
     parts = []
@@ -236,6 +238,7 @@ def test_groups_that_keep_nothing_are_dropped_by_their_mask(layer, number):
     assert torch.equal(twice, torch.zeros_like(twice))
 
 
+@pytest.mark.full
 @given(layers(), numbers)
 @settings(max_examples=25)
 def test_a_mask_that_something_wrote_into_gives_nan(layer, number):

@@ -83,6 +83,7 @@ def test_killed_and_resumed(method, tmp_path, monkeypatch):
     assert result["identical"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", HARDEST, ids=named)
 def test_each_way_out_agrees(method, tmp_path):
     model, parts = start(method)
@@ -122,7 +123,7 @@ def test_each_way_out_agrees(method, tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=() if m.name == "s-ste" else FULL) for m in MASTERS],
+    [pytest.param(m, marks=() if m.name == "sr-ste" else FULL) for m in MASTERS],
     ids=named,
 )
 def test_compressed_model_is_saved_and_read(method, tmp_path):

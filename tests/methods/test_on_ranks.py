@@ -16,7 +16,7 @@ MASTERS = [SRSTE(decay=0.05), SSTE(), Gradual(end=0.25)]
 FULL = pytest.mark.full
 CASES = [
     ("FSDP2", "gradual", "gpt2", 2),
-    ("DDP", "sr-ste", "llama", 2),
+    pytest.param("DDP", "sr-ste", "llama", 2, marks=FULL),
     pytest.param("FSDP2", "sr-ste", "gpt2", 2, marks=FULL),
     pytest.param("FSDP2", "s-ste", "gpt2", 2, marks=FULL),
     pytest.param("FSDP2", "s-ste", "llama", 3, marks=FULL),
@@ -62,6 +62,7 @@ def split(name):
     return max(errors)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["sr-ste", pytest.param("gradual", marks=FULL)])
 def test_tensor_parallel(ranks, name):
     assert max(ranks.run(2, split, name)) < 1e-4

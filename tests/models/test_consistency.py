@@ -57,7 +57,10 @@ def test_gpt2_by_blocks(phase, cases):
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [("GPT-2", "bf16"), pytest.param(OWN, "autocast", marks=pytest.mark.full)],
+    [
+        pytest.param("GPT-2", "bf16", marks=pytest.mark.full),
+        pytest.param(OWN, "autocast", marks=pytest.mark.full),
+    ],
 )
 def test_in_16_bits(architecture, dtype):
     agree(architecture, "adapter", dtype, "inductor, blocks", ("train",))

@@ -97,6 +97,7 @@ def test_plain_model_in_bf16():
             assert loss.isfinite()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "rank"), [("Mixtral", 2), ("GraniteMoe", 3)])
 def test_experts_with_adapters_of_any_rank_in_bf16(name, rank):
     """torch's grouped products take rows of whole 16 bytes only, which a rank need not fill."""
@@ -144,7 +145,9 @@ def assert_trains_by_the_formulas(dense, x, active):
     assert_gradients_match(model, reference, rtol=1e-4)
 
 
-@pytest.mark.parametrize("active", [False, True], ids=["sparse", "adapter"])
+@pytest.mark.parametrize(
+    "active", [pytest.param(False, marks=pytest.mark.full), True], ids=["sparse", "adapter"]
+)
 def test_rows_of_a_packed_weight(active):
     assert_trains_by_the_formulas(Packed(), torch.randn(2, 5, 8), active)
 

@@ -155,6 +155,7 @@ def test_more_kinds_than_the_limit_of_one_code():
     assert run(model, x) == 2 * 40
 
 
+@pytest.mark.full
 def test_swins_unequal_stages_are_one_graph():
     x = torch.randn(2, 3, 32, 32)
     model, regions, _ = compiled(swin(), {"pixel_values": x})
@@ -169,7 +170,7 @@ def test_swins_unequal_stages_are_one_graph():
         ("GPT-2", {}, 2),
         ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, 8),
         ("Gemma 2", {}, 2),
-        ("T5", {}, 4),
+        pytest.param("T5", {}, 4, marks=pytest.mark.full),
         ("BERT", {}, 3),  # with the head's own linear
     ],
 )
@@ -208,7 +209,9 @@ def granite_moe():
     return ARCHITECTURES["GraniteMoe"]()
 
 
-@pytest.mark.parametrize("name", ["GraniteMoe", "SwitchTransformers"])
+@pytest.mark.parametrize(
+    "name", ["GraniteMoe", pytest.param("SwitchTransformers", marks=pytest.mark.full)]
+)
 def test_a_cache_that_forward_takes_through_its_kwargs(name):
     if name == "GraniteMoe":
         model = granite_moe()

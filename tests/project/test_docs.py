@@ -24,6 +24,7 @@ ELSEWHERE = (
 )  # fmt: skip
 """Commands that set up, or take an hour: CI itself makes the environment, and the examples have
 tests of their own."""
+LONG = ("inference", "methods", "recipes", "scaling")
 SOURCES = ("slope_fx", "passes", "ops", "kernels")
 
 
@@ -38,7 +39,12 @@ def generate():
 
 
 def with_code():
-    return [page for page in PAGES if re.search(r"^```(python|console)", page.read_text(), re.M)]
+    """The pages; those that take long, in ``make test-full`` alone."""
+    found = [page for page in PAGES if re.search(r"^```(python|console)", page.read_text(), re.M)]
+    return [
+        pytest.param(page, marks=[pytest.mark.full] * (page.stem in LONG), id=page.stem)
+        for page in found
+    ]
 
 
 def run_command(line, name):
@@ -52,7 +58,7 @@ def run_command(line, name):
         raise AssertionError(f"{name}: nobody runs `{line}`")
 
 
-@pytest.mark.parametrize("page", with_code(), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", with_code())
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_snippets_run_as_written(page, tmp_path, monkeypatch):
     """In order, in one folder and one namespace; what follows as ```text is what was printed.

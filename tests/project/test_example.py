@@ -59,6 +59,7 @@ def test_help_shows_how():
         assert word in text
 
 
+@pytest.mark.full
 def test_run_interrupt_resume_and_dense(text, tmp_path):
     """Bit for bit: a run of six steps, and one that was stopped after three and went on."""
     data = ["--text-files", text / "*.txt", "--eval-files", text / "two.txt"]

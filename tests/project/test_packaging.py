@@ -133,6 +133,7 @@ def snippet_runs_in(environment, tmp_path):
     run(environment / "bin" / "slope-fx", "--help", cwd=tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.inductor
 def test_the_wheel_runs_where_it_is_installed(built, tmp_path):
     """In an environment of its own, to which only what slope_fx depends on is lent."""

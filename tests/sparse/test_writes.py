@@ -346,6 +346,7 @@ def test_writes_in_a_compiled_graph_are_refused(how, phase):
     assert torch.equal(slope_fx.sparse_weights(model)["second"].to_dense(), before)
 
 
+@pytest.mark.full
 def test_rwkv_is_refused_and_works_without_its_rescaling():
     config = transformers.RwkvConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=3, attention_hidden_size=32,
