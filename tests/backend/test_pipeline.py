@@ -22,7 +22,8 @@ from slope_fx.record import record_of
 # --- regions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_auto_compiles_blocks_and_needs_no_word_about_the_cache(name):
     """Training never meets the cache; evaluation with one is compiled as a whole."""
     model = models.TRANSFORMERS[name](layers=6)

@@ -133,10 +133,10 @@ FULL = pytest.mark.full
 @pytest.mark.parametrize(
     ("world", "backend"),
     [
-        (2, "inductor"),
+        pytest.param(2, "inductor", marks=FULL),
         pytest.param(4, "aot_eager", marks=FULL),
         pytest.param(2, "aot_eager", marks=FULL),
-        pytest.param(2, "eager", marks=FULL),
+        (2, "eager"),
         pytest.param(4, "inductor", marks=FULL),
     ],
 )

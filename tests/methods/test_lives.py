@@ -52,7 +52,9 @@ def train(model, parts, first, last):
     return losses
 
 
-@pytest.mark.parametrize("method", HARDEST, ids=named)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=FULL if m.fades else ()) for m in HARDEST], ids=named
+)
 @pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full)])
 def test_resumed_equals_uninterrupted(method, stop, tmp_path):
     whole, parts = start(method)

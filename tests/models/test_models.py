@@ -13,10 +13,7 @@ from models import batch, loss_of
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(n, marks=() if n in ("gpt2", "llama") else pytest.mark.full)
-        for n in models.TRANSFORMERS
-    ],
+    [pytest.param(n, marks=() if n == "gpt2" else pytest.mark.full) for n in models.TRANSFORMERS],
 )
 def test_trains_in_both_phases_as_the_formulas_do(name, backend):
     """20 steps, adapters from the tenth: the loss falls, one recompile, gradients agree."""
