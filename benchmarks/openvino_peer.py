@@ -34,7 +34,9 @@ class Logits(torch.nn.Module):
         self.model = model
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(ids, use_cache=False).logits
+        # With a mask, transformers does not look for packed sequences, by an op OpenVINO lacks.
+        mask = torch.ones_like(ids)
+        logits: torch.Tensor = self.model(ids, attention_mask=mask, use_cache=False).logits
         return logits
 
 
