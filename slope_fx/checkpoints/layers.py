@@ -143,6 +143,8 @@ class Reader:
 def check_names(folder: Path, manifest: Manifest) -> None:
     """Check that the files contain exactly the tensors that the manifest lists.
 
+    A tensor may be there under its other names too, as the Trainer writes it under FSDP2.
+
     Raises:
         CheckpointError: a tensor is missing or not listed.
     """
@@ -151,7 +153,7 @@ def check_names(folder: Path, manifest: Manifest) -> None:
         found = tensor_names(folder / file)
         for name in sorted(listed - found):
             raise CheckpointError(f"{folder / file} lacks the tensor {name}.")
-        for name in sorted(found - listed):
+        for name in sorted(found - listed - manifest.aliases.keys()):
             raise CheckpointError(f"{folder / file} has {name}, which the checkpoint doesn't list.")
 
 

@@ -53,7 +53,9 @@ def train(model, parts, first, last):
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=FULL if m.fades else ()) for m in HARDEST], ids=named
+    "method",
+    [pytest.param(m, marks=() if m.name == "evolve" else FULL) for m in ALL],
+    ids=named,
 )
 @pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full)])
 def test_resumed_equals_uninterrupted(method, stop, tmp_path):
