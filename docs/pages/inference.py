@@ -3,8 +3,9 @@
 from .common import DOCS, Result, filled, mib, pivot, read_if_there, speedup, table, taken
 
 BLOCKS = {
-    "speed": "frozen", "start": "frozen_start", "quality": "frozen_quality", "peer": "llama_cpp",
-    "quantised": "quantised", "package": "package", "joined": "joined", "openvino": "openvino_peer",
+    "speed": "frozen", "start": "frozen_start", "quality": "frozen_quality",
+    "peer": "llama_cpp_peer", "quantised": "quantised", "package": "package", "joined": "joined",
+    "openvino": "openvino_peer",
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def peer(result: Result) -> str:
         "Decoding of one sequence by SmolLM2-135M, tokens per second, in turns in one process, "
         f"with llama.cpp (llama-cpp-python {result['llama_cpp']}; its output head is quantised "
         "too, ours is bf16) "
-        f"(`benchmarks/llama_cpp.py`, {_at(result)}).\n\n"
+        f"(`benchmarks/llama_cpp_peer.py`, {_at(result)}).\n\n"
         + table(rows, ("", "tokens/s", "MB of weights"))
     )
 

