@@ -84,6 +84,9 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=10)
     arguments.add_argument("--tokens", type=int, default=64, help="decoded in a run")
     args = arguments.parse_args()
+    # All sides run the same code: with the default of 8 the last ones would not be compiled.
+    torch._dynamo.config.recompile_limit = 200
+    torch._dynamo.config.accumulated_recompile_limit = 2000
     source = default_gguf()
     dense, _, name = load_dense(None)
     dense.to(torch.bfloat16).eval().requires_grad_(False)
