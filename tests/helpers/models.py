@@ -31,18 +31,13 @@ def gpt2(layers: int = 2, **more) -> nn.Module:
     return model
 
 
-def llama(layers: int = 2, keys: int = 2) -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
             num_hidden_layers=layers, hidden_size=32, intermediate_size=64, num_attention_heads=4,
-            num_key_value_heads=keys, vocab_size=VOCABULARY, max_position_embeddings=32,
+            num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=32,
         )
     )  # fmt: skip
-
-
-def llama_of_four_keys() -> nn.Module:
-    """A Llama that tensor parallelism splits four ways."""
-    return llama(keys=4)
 
 
 def awake(

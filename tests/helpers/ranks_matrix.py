@@ -38,8 +38,6 @@ CASES = [  # way, model, backend, ranks, micro-batches
         if world == 4 or way not in ("HSDP", "FSDP2 x TP")
         if world == 2 or way != "TP"  # two heads of keys can't be split four ways
     ],
-    ("TP", "llama_of_four_keys", "inductor", 4, 1),
-    ("TP", "llama_of_four_keys", "aot_eager", 4, 1),
     ("FSDP2", "llama", "aot_eager", 3, 1),
     ("FSDP2, masks whole", "gpt2", "aot_eager", 2, 1),
     ("DDP", "gpt2", "aot_eager", 2, 2),
