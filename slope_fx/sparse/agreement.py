@@ -65,7 +65,7 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
 
 
 def check_stages(weights: Sequence[SparseWeight], schedule: Mapping[str, object]) -> None:
-    """Compare the schedule and the version with those of the other stages of a pipeline.
+    """Compare the schedule and the version of this stage of a pipeline with the other stages.
 
     No rank waits for another one: a stage without sparse layers may have no Schedule. So the later
     one of two ranks that differ raises.
