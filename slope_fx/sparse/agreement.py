@@ -64,6 +64,10 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
             raise StateError(_difference(dict(enumerate(all_of_them)), group))
 
 
+_compared: Counter[str] = Counter()
+"""How often the stages of a pipeline were compared in this process, by the name of the group."""
+
+
 def check_stages(weights: Sequence[SparseWeight], schedule: Mapping[str, object]) -> None:
     """Compare the schedule and the version of this stage of a pipeline with the other stages.
 
@@ -79,9 +83,9 @@ def check_stages(weights: Sequence[SparseWeight], schedule: Mapping[str, object]
     """
     for group in {weight.phase.pipeline for weight in weights} - {None}:
         mine, store = _of_schedule(schedule), dist.distributed_c10d._get_default_store()
-        told = {}
+        told, _compared[group.group_name] = {}, _compared[group.group_name] + 1
         for i, rank in enumerate(dist.get_process_group_ranks(group)):
-            key = f"slope_fx/{group.group_name}/{schedule['last_step']}/{rank}"
+            key = f"slope_fx/{group.group_name}/{_compared[group.group_name]}/{rank}"
             if rank == dist.get_rank():
                 store.set(key, json.dumps(mine))
                 told[i] = mine

@@ -91,6 +91,8 @@ def stages(kind):
     slope_fx.compile(part, example_inputs=x, adapter_rank=2, backend="aot_eager", **roles)
     interval = 5 if kind == "schedule" and rank else 3
     schedule = slope_fx.Schedule(part, 20, backward_mask_interval=interval)
+    if kind == "resumed":
+        schedule.load_state_dict({**schedule.state_dict(), "last_step": 4 if rank else 7})
     stage = PipelineStage(part, rank, 2, torch.device("cpu"))
     run = ScheduleGPipe(stage, 2, lambda y, wanted: (y - wanted).mean())
     run.step(*[x] * (rank == 0), **({"target": x} if rank == 1 else {}))
@@ -108,7 +110,11 @@ def stages(kind):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("schedule", r"the Schedule's backward_mask_interval: rank 1: 5; .* 3\."), ("nothing", "")],
+    [
+        ("schedule", r"the Schedule's backward_mask_interval: rank 1: 5; .* 3\."),
+        ("resumed", r"the Schedule's last_step: rank 1: 5; .* 8\."),
+        ("nothing", ""),
+    ],
 )
 def test_stages_of_a_pipeline_are_compared(ranks, kind, message):
     first, second = ranks.run(2, stages, kind)

@@ -138,3 +138,9 @@ def test_deepspeed_with_idle_adapters_is_refused():
     with pytest.raises(slope_fx.errors.UnsupportedError, match=r"c_proj: DeepSpeed's ZeRO"):
         schedule.step()
     slope_fx.Schedule(model, STEPS, adapter_start=0).step()
+
+
+@pytest.mark.full
+def test_adafactor_of_torch_has_no_rule_for_shards(ranks):
+    for one in ranks.run(2, train_all, "FSDP2", ["Adafactor"]):
+        assert "propagation failed for aten.pow_.Scalar" in one["Adafactor"]

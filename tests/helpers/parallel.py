@@ -48,14 +48,16 @@ def schedule_of(model: nn.Module, steps: int = STEPS, **more: Any) -> slope_fx.S
         return slope_fx.Schedule(model, steps, **options)
 
 
-def alone(world: int, model: Any, steps: int = STEPS, first: int = 0) -> dict[str, Any]:
+def alone(
+    world: int, model: Any, steps: int = STEPS, first: int = 0, wrap: Wrap = lambda model: model
+) -> dict[str, Any]:
     """Train in one process on the tokens of ``world`` ranks."""
-    optimizer = adamw(model)
+    wrapped, optimizer = wrap(model), adamw(model)
     schedule, losses = schedule_of(model), []
     for step in range(first, steps):
         parts = []
         for rank in range(world):
-            loss = loss_of(model, batch(step, rank)) / world
+            loss = loss_of(wrapped, batch(step, rank)) / world
             loss.backward()
             parts.append(loss.item())
         _step(optimizer, schedule)

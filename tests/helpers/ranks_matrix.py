@@ -33,10 +33,9 @@ CASES = [  # way, model, backend, ranks, micro-batches
         for world in (2, 4)
         for way, name in (
             ("DDP", "gpt2"), ("DDP, static graph", "gpt2"), ("FSDP2", "gpt2"), ("HSDP", "llama"),
-            ("TP", "llama"), ("FSDP2 x TP", "llama"),
+            ("TP", "llama" if world == 2 else "llama_four_heads"), ("FSDP2 x TP", "llama"),
         )
         if world == 4 or way not in ("HSDP", "FSDP2 x TP")
-        if world == 2 or way != "TP"  # two heads of keys can't be split four ways
     ],
     ("FSDP2", "llama", "aot_eager", 3, 1),
     ("FSDP2, masks whole", "gpt2", "aot_eager", 2, 1),

@@ -3,8 +3,9 @@
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 import slope_fx
@@ -40,6 +41,28 @@ def fsdp_small_masks(model):
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, ignored_params=masks)
     return fully_shard(model, mesh=mesh, ignored_params=masks)
+
+
+def fsdp_bf16(model):
+    """Products in bf16, and the sums of gradients in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return fsdp_blocks(model, mp_policy=policy)
+
+
+class Rounded(torch.nn.Module):
+    """Calls a model with its parameters rounded to bf16, as FSDP2 with a policy of bf16 does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        rounded = {
+            name: p.to(torch.bfloat16)
+            for name, p in self.inner.named_parameters()
+            if p.is_floating_point()
+        }
+        return functional_call(self.inner, rounded, kwargs=inputs)
 
 
 class Within(torch.nn.Module):
@@ -91,6 +114,7 @@ WAYS = {
     "FSDP2, no reshard": lambda m: fsdp_blocks(m, reshard_after_forward=False),
     "FSDP2, masks whole": fsdp_small_masks,
     "FSDP2, offload": lambda m: fsdp_blocks(m, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "FSDP2, bf16": fsdp_bf16,
     "TP": tensor_parallel,
     "FSDP2 x TP": two_dimensions,
     "HSDP": lambda m: fsdp_blocks(m, init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s"))),
@@ -118,7 +142,10 @@ _alone = {}
 def reference(way, name, world, micro_batches):
     """The same training in one process."""
     batches = shares(way, world)[0] * micro_batches
-    key = batches, name, "TP" not in way
+    key = batches, name, "TP" not in way, "bf16" in way
     if key not in _alone:
-        _alone[key] = alone(batches, compiled(name, skip_first=key[2]))
+        wrap = {"wrap": Rounded} if key[3] else {}
+        backend = "eager" if key[3] else "aot_eager"
+        model = compiled(name, backend, skip_first=key[2])
+        _alone[key] = alone(batches, model, **wrap)
     return _alone[key]
