@@ -12,6 +12,9 @@ Arguments of the ops:
 - ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None.
 - ``groups``, ``offsets``: of ``frozen_grouped_linear``, as in ``ops/groups.py``. The weights of a
   stack, such as the experts of a mixture, are stacked along the rows of each tensor.
+- the lists of ``frozen_linears``: of each of several weights with one ``x``, which are computed
+  together for few tokens. A list is empty if no weight has such a tensor. The forms are one after
+  the other; they differ in their pairs alone, and have one length.
 - ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,
   and pairs (fewest tokens, route). Of the pairs with at most the tokens of the call, the last one
   is used (``kernels/cpu/routes.py``).
@@ -34,20 +37,22 @@ from slope_fx.ops.dispatch import engine, refuse_onnx, request_of
 from slope_fx.ops.groups import map_rows
 
 _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
-if not hasattr(torch.ops.slope_fx, "frozen_linear"):  # a packaged library may have defined them
-    _LIBRARY.define(
-        "frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
-        "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor"
-    )
-    _LIBRARY.define(
-        "frozen_grouped_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, "
-        "Tensor? lora_A, Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor"
-    )
-    _LIBRARY.define(
-        "frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
-        "Tensor? lora_B, int[] form) -> Tensor"
-    )
+_SCHEMAS = (
+    "frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
+    "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor",
+    "frozen_linears(Tensor x, Tensor[] values, Tensor[] forward_masks, Tensor[] scales, "
+    "Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs, int[] forms) -> Tensor[]",
+    "frozen_grouped_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, "
+    "Tensor? lora_A, Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor",
+    "frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
+    "Tensor? lora_B, int[] form) -> Tensor",
+)
+_NAMES = tuple(schema.partition("(")[0] for schema in _SCHEMAS)
+for _name, _schema in zip(_NAMES, _SCHEMAS, strict=True):
+    if not hasattr(torch.ops.slope_fx, _name):  # a packaged library may have defined it
+        _LIBRARY.define(_schema)
 FROZEN_LINEAR = torch.ops.slope_fx.frozen_linear.default
+FROZEN_LINEARS = torch.ops.slope_fx.frozen_linears.default
 FROZEN_GROUPED_LINEAR = torch.ops.slope_fx.frozen_grouped_linear.default
 FROZEN_EXPAND = torch.ops.slope_fx.frozen_expand.default
 
@@ -60,7 +65,8 @@ def dtype_of(values: Tensor, form: Sequence[int]) -> torch.dtype:
 @functools.cache
 def why_not_native() -> str:
     """Load the C++ ops for the CPU. Returns the reason why this is not possible, or ""."""
-    if torch._C._dispatch_has_kernel_for_dispatch_key("slope_fx::frozen_linear", "CPU"):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if all(has_kernel(f"slope_fx::{name}", "CPU") for name in _NAMES):
         return ""  # by a packaged library
     try:
         torch.ops.load_library(str(ops_library()))
@@ -100,6 +106,32 @@ def _linear(
     if lora_a is not None and lora_b is not None:
         y = y + F.linear(F.linear(x, lora_a), lora_b)
     return y
+
+
+def _linears(
+    x: Tensor,
+    values: list[Tensor],
+    forward_masks: list[Tensor],
+    scales: list[Tensor],
+    biases: list[Tensor],
+    lora_as: list[Tensor],
+    lora_bs: list[Tensor],
+    forms: list[int],
+) -> list[Tensor]:
+    """The products of several weights with the same ``x``."""
+    if _is_native(x):
+        results: list[Tensor] = FROZEN_LINEARS(
+            x, values, forward_masks, scales, biases, lora_as, lora_bs, forms
+        )
+        return results
+    count = len(values)
+    optional: list[Any] = [t or [None] * count for t in (scales, biases, lora_as, lora_bs)]
+    length = len(forms) // count
+    parts = [forms[k * length : (k + 1) * length] for k in range(count)]
+    return [
+        FROZEN_LINEAR(x, *each)
+        for each in zip(values, forward_masks, *optional, parts, strict=True)
+    ]
 
 
 def _expand(
@@ -155,6 +187,7 @@ def _grouped_linear(
 
 # CompositeExplicitAutograd is what a device without a kernel of its own runs.
 _LIBRARY.impl("frozen_linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("frozen_linears", _linears, "CompositeExplicitAutograd")
 _LIBRARY.impl("frozen_grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
 
@@ -163,6 +196,13 @@ _LIBRARY.impl("frozen_expand", _expand, "CompositeExplicitAutograd")
 def _(x: Tensor, values: Tensor, *operands: Any) -> Tensor:
     _check_input(x, values, operands[-1])
     return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+@torch.library.register_fake("slope_fx::frozen_linears")
+def _(x: Tensor, values: list[Tensor], *operands: Any) -> list[Tensor]:
+    for each in values:
+        _check_input(x, each, operands[-1])
+    return [x.new_empty((*x.shape[:-1], each.shape[0])) for each in values]
 
 
 @torch.library.register_fake("slope_fx::frozen_grouped_linear")
@@ -237,11 +277,13 @@ frozen_linear_with_grad.register_autograd(_backward, setup_context=_save)
 FROZEN_LINEAR_WITH_GRAD = torch.ops.slope_fx.frozen_linear_with_grad.default
 
 
-def _autocast(dtype: torch.dtype, x: Tensor, values: Tensor, *operands: Any) -> tuple[Any, ...]:
+def _autocast(dtype: torch.dtype, x: Tensor, values: Any, *operands: Any) -> tuple[Any, ...]:
     # The weight keeps its dtype: a cast at each call would cost more than the product.
-    return x.to(dtype_of(values, operands[-1])), values, *operands
+    one = values if isinstance(values, Tensor) else values[0]
+    return x.to(dtype_of(one, operands[-1])), values, *operands
 
 
 register_autocast(FROZEN_LINEAR, _autocast)
+register_autocast(FROZEN_LINEARS, _autocast)
 register_autocast(FROZEN_GROUPED_LINEAR, _autocast)
 register_autocast(FROZEN_LINEAR_WITH_GRAD, _autocast)

@@ -6,9 +6,10 @@ A marker's result is a temporary tensor, so a write to it would be lost.
 import operator
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from slope_fx.passes.graph import aten
+from slope_fx.passes.graph import arguments, aten
 from slope_fx.passes.markers import MARKERS
 from slope_fx.passes.views import is_view
 
@@ -31,14 +32,14 @@ def find_writes(gm: GraphModule) -> list[tuple[Node, str]]:
     """
     found = []
     for node in gm.graph.nodes:
-        for target in _written(node):
-            source = _source(target)
+        for target in written_by(node):
+            source = memory_of(target)
             if source.target in MARKERS:
                 found.append((source, str(getattr(node.target, "__name__", node.target))))
     return found
 
 
-def _written(node: Node) -> list[Node]:
+def written_by(node: Node) -> list[Node]:
     """The operands that ``node`` writes to."""
     if node.op not in ("call_function", "call_method"):
         return []
@@ -52,17 +53,20 @@ def _written(node: Node) -> list[Node]:
         or node.kwargs.get("inplace") is True
     ):
         written.append(node.args[0] if node.args else None)
+    if isinstance(node.target, OpOverload):  # a custom op may have any name
+        schema, given = node.target._schema.arguments, arguments(node)
+        written += [given.get(a.name) for a in schema if a.is_write]
     flat = [t for w in written for t in (w if isinstance(w, (list, tuple)) else [w])]
     return [target for target in flat if isinstance(target, Node)]
 
 
-def _source(node: Node) -> Node:
+def memory_of(node: Node) -> Node:
     """The first node whose memory ``node`` shares, through views, aliases and in-place ops."""
     seen = node
     while True:
         if is_view(node) or node.target in _ALIASES:
             node = node.all_input_nodes[0]
-        elif written := _written(node):
+        elif written := written_by(node):
             node = written[0]  # an in-place op returns the tensor that it wrote to
         else:
             return node

@@ -11,6 +11,7 @@ from slope_fx.passes.context import Context
 from slope_fx.passes.decompose_attention import decompose_attention, is_attention
 from slope_fx.passes.freeze_linears import freeze_linears
 from slope_fx.passes.insert_adapters import insert_adapters
+from slope_fx.passes.join_linears import join_linears
 from slope_fx.passes.markers import is_marked, markers
 from slope_fx.passes.normalize_linears import normalize_linears
 from slope_fx.passes.prune_expands import prune_expands
@@ -87,8 +88,14 @@ PASSES: tuple[Pass, ...] = (
         "freeze_linears",
         freeze_linears,
         "rewrites a linear with a frozen weight to the frozen linear",
-        "last, as `sparsify_linears`; a model has weights for one of the two",
+        "as `sparsify_linears`; a model has weights for one of the two",
         _marked(FROZEN_EXPAND),
+    ),
+    Pass(
+        "join_linears",
+        join_linears,
+        "computes frozen linears with the same input in one call",
+        "last, when all frozen linears are there",
     ),
 )
 NAMES = tuple(p.name for p in PASSES)

@@ -40,8 +40,8 @@ def agreement(result: Result) -> str:
         "The weights of pipelines through Inductor are the furthest apart: those runs have AdamW's "
         "default `eps` (the others `1e-4`), which turns the rounding of a gradient near zero into "
         "a step. One process with Inductor is as far from one with `aot_eager`. FSDP2 x TP and "
-        "HSDP need four ranks. TP on four ranks has a Llama with four heads of keys, the others have "
-        "two."
+        "HSDP need four ranks. TP on four ranks has a Llama with four heads of keys, the others "
+        "have two."
     )
 
 

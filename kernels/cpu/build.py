@@ -37,7 +37,7 @@ SIGNATURES = {
     "slope_transpose": "ppp llii ppii",
     "slope_expand": "pp llii pii",
     "slope_linear_quantised": "pll pppp llii ii pii",
-    "slope_stream_quantised": "pll pppp ppl llii ii pii",
+    "slope_stream": "pll pi lii ii ii",
     "slope_expand_quantised": "ppp llii ii pii",
     "slope_compress": "plp llii pii",
 }

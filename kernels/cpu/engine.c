@@ -4,6 +4,7 @@
  * passes. Each entry point returns OK or an error code. */
 enum { OK = 0, NO_MEMORY = 1, BAD_FORWARD_MASK = 2, BAD_BACKWARD_MASK = 3, BAD_FORMAT = 4 };
 
+#include "frozen.h"
 #include "linear.c"
 #include "linear_few.c"
 #include "linear_quantised.c"
@@ -41,23 +42,33 @@ int slope_linear(const void *x, long x_stride, long tokens, const void *values,
     if (!mask_is_valid(&mask, threads)) return BAD_FORWARD_MASK;
     if (tokens == 0) return OK;
     matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
-    weight_t weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask, bias};
-    adapter_t none = {NULL, NULL, 0};
-    if (tokens <= FEW && d_out >= FEWEST_ROWS) return linear_streamed(&input, &weight, &none, &output, threads);
-    return linear_panels(&input, &weight, &output, threads);
+    part_t part = {.weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask, bias}, .y = output};
+    if (tokens <= FEW && d_out >= FEWEST_ROWS) return linear_streamed(&input, &part, 1, threads);
+    return linear_panels(&input, &part.weight, &output, threads);
 }
 
-/* The products of a frozen weight, whose mask was checked when it was made.
+/* The products of frozen weights, whose masks and format were checked when they were made.
  *
- * slope_stream: y = x W^T + bias + (x A^T) B^T, streaming the weight once for every 8 tokens. a
- * and b are NULL if rank is 0. d_out is FEWEST_ROWS at least. slope_panels: y = x W^T + bias. */
-int slope_stream(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask_bytes,
-                 const void *bias, const void *a, const void *b, long rank, long d_out, long d_in, int n,
-                 int m, void *y, int dtype, int threads) {
-    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
-    weight_t weight = {{values, d_out, d_in * n / m, d_in * n / m, dtype}, mask_of(mask_bytes, d_out, d_in, n, m), bias};
-    adapter_t adapter = {a, b, rank};
-    return linear_streamed(&input, &weight, &adapter, &output, usable(threads));
+ * slope_stream: several products with the same inputs, whose weights have one pattern and one format;
+ * bits is 0 for values. Reads the weights once for every 8 tokens. With values, d_out is FEWEST_ROWS at
+ * least. slope_panels: y = x W^T + bias. */
+int slope_stream(const void *x, long x_stride, long tokens, const frozen_t *products, int count, long d_in,
+                 int n, int m, int bits, int group, int dtype, int threads) {
+    matrix_t input = {x, tokens, d_in, x_stride, dtype};
+    part_t parts[count];
+    for (int k = 0; k < count; k++) {
+        const frozen_t *p = products + k;
+        mask_t mask = mask_of(p->mask, p->d_out, d_in, n, m);
+        parts[k] = (part_t){
+            .weight = {{p->values, p->d_out, d_in * n / m, d_in * n / m, dtype}, mask, p->bias},
+            .adapter = {p->a, p->b, p->rank},
+            .y = {p->y, tokens, p->d_out, p->d_out, dtype},
+        };
+        if (bits) parts[k].codes = quantised_of(p->values, p->scales, mask, bits, group);
+    }
+    threads = usable(threads);
+    return bits ? linear_quantised_streamed(&input, parts, count, 0, threads)
+                : linear_streamed(&input, parts, count, threads);
 }
 
 int slope_panels(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask_bytes,
@@ -146,22 +157,13 @@ int slope_linear_quantised(const void *x, long x_stride, long tokens, const void
     threads = usable(threads);
     mask_t mask = mask_of(mask_bytes, d_out, d_in, n, m);
     if (tokens == 0) return mask_is_valid(&mask, threads) ? OK : BAD_FORWARD_MASK;
-    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
-    quantised_t weight = quantised_of(codes, scales, mask, bits, group);
-    adapter_t none = {NULL, NULL, 0};
-    return linear_quantised_streamed(&input, &weight, bias, &none, &output, 1, threads);
-}
-
-/* The product of a frozen weight, whose mask and format were checked when it was made:
- * y = x W^T + bias + (x A^T) B^T, with a and b as in slope_stream. */
-int slope_stream_quantised(const void *x, long x_stride, long tokens, const void *codes, const void *scales,
-                           const uint8_t *mask_bytes, const void *bias, const void *a, const void *b,
-                           long rank, long d_out, long d_in, int n, int m, int bits, int group, void *y,
-                           int dtype, int threads) {
-    matrix_t input = {x, tokens, d_in, x_stride, dtype}, output = {y, tokens, d_out, d_out, dtype};
-    quantised_t weight = quantised_of(codes, scales, mask_of(mask_bytes, d_out, d_in, n, m), bits, group);
-    adapter_t adapter = {a, b, rank};
-    return linear_quantised_streamed(&input, &weight, bias, &adapter, &output, 0, usable(threads));
+    matrix_t input = {x, tokens, d_in, x_stride, dtype};
+    part_t part = {
+        .weight = {.bias = bias},
+        .codes = quantised_of(codes, scales, mask, bits, group),
+        .y = {y, tokens, d_out, d_out, dtype},
+    };
+    return linear_quantised_streamed(&input, &part, 1, 1, threads);
 }
 
 /* dense (d_out, d_in) = W^R, with its quantised values. */

@@ -17,23 +17,21 @@
 #include <cstdio>
 #include <exception>
 #include <optional>
+#include <string>
 #include <vector>
+
+#include "frozen.h"
 
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 using Form = std::vector<int64_t>;
 
 extern "C" {
-int slope_stream(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask,
-                 const void *bias, const void *a, const void *b, long rank, long d_out, long d_in,
-                 int n, int m, void *y, int dtype, int threads);
+int slope_stream(const void *x, long x_stride, long tokens, const frozen_t *products, int count, long d_in,
+                 int n, int m, int bits, int group, int dtype, int threads);
 int slope_panels(const void *x, long x_stride, long tokens, const void *values, const uint8_t *mask,
                  const void *bias, long d_out, long d_in, int n, int m, void *y, int dtype,
                  int threads);
-int slope_stream_quantised(const void *x, long x_stride, long tokens, const void *codes,
-                           const void *scales, const uint8_t *mask, const void *bias, const void *a,
-                           const void *b, long rank, long d_out, long d_in, int n, int m, int bits,
-                           int group, void *y, int dtype, int threads);
 int slope_expand_quantised(const void *codes, const void *scales, const uint8_t *mask, long d_out,
                            long d_in, int n, int m, int bits, int group, void *dense, int dtype,
                            int threads);
@@ -127,55 +125,73 @@ int64_t route_of(const Form &form, int64_t tokens) {
     return route;
 }
 
-/* Rows of y, in one block of memory. */
-void linear(Tensor y, Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
-            std::optional<Tensor> bias, std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
-            const Form &form, int64_t tokens) {
-    int64_t d_out = values.size(0), d_in = form[D_IN];
-    bool wide = x.scalar_type() == ScalarType::Double;
-    int dtype = wide ? 0 : code_of(x.scalar_type()), n = form[N], m = form[M], threads = torch::stable::get_num_threads();
-    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-    const auto *bits = (const uint8_t *)mask.const_data_ptr();
-    int64_t route = wide ? DENSE : route_of(form, tokens);
-    if (route == STREAM) {
-        if (lora_a && !lora_a->is_contiguous()) lora_a = torch::stable::contiguous(*lora_a);
-        if (lora_b && !lora_b->is_contiguous()) lora_b = torch::stable::contiguous(*lora_b);
-        if (scales)
-            check(slope_stream_quantised(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(),
-                                         scales->const_data_ptr(), bits, pointer(bias), pointer(lora_a),
-                                         pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
-                                         form[BITS], form[GROUP], y.mutable_data_ptr(), dtype, threads),
-                  form);
-        else
-            check(slope_stream(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias),
-                           pointer(lora_a), pointer(lora_b), lora_a ? lora_a->size(0) : 0, d_out, d_in, n, m,
-                           y.mutable_data_ptr(), dtype, threads),
-              form);
-        return;
+/* A weight, and where its product goes: rows of y in one block of memory. */
+struct Product {
+    Tensor y, values, mask;
+    std::optional<Tensor> scales, bias, lora_a, lora_b;
+};
+
+std::optional<Tensor> contiguous(const std::optional<Tensor> &tensor) {
+    return tensor && !tensor->is_contiguous() ? torch::stable::contiguous(*tensor) : tensor;
+}
+
+/* The products of several weights with the same x, by the route STREAM. */
+void stream(const Tensor &x, std::vector<Product> &products, const Form &form, int64_t tokens) {
+    std::vector<frozen_t> operands;
+    for (Product &p : products) {
+        p.lora_a = contiguous(p.lora_a);
+        p.lora_b = contiguous(p.lora_b);
+        operands.push_back({p.values.const_data_ptr(), pointer(p.scales), (const uint8_t *)p.mask.const_data_ptr(),
+                            pointer(p.bias), pointer(p.lora_a), pointer(p.lora_b),
+                            p.lora_a ? (long)p.lora_a->size(0) : 0, (long)p.values.size(0),
+                            p.y.mutable_data_ptr()});
     }
+    check(slope_stream(x.const_data_ptr(), form[D_IN], tokens, operands.data(), operands.size(), form[D_IN], form[N],
+                       form[M], form[BITS], form[GROUP], code_of(x.scalar_type()), torch::stable::get_num_threads()),
+          form);
+}
+
+/* The product of a weight with x, which is in one block of memory, by another route. */
+void linear(const Tensor &x, const Product &p, const Form &form, int64_t tokens, int64_t route) {
+    int64_t d_out = p.values.size(0), d_in = form[D_IN];
     int64_t rows[2] = {tokens, d_in}, outputs[2] = {tokens, d_out};
-    Tensor flat = torch::stable::view(x, {rows, 2}), flat_y = torch::stable::view(y, {outputs, 2});
+    Tensor flat = torch::stable::view(x, {rows, 2}), flat_y = torch::stable::view(p.y, {outputs, 2});
     if (route == PANELS) {
-        check(slope_panels(x.const_data_ptr(), d_in, tokens, values.const_data_ptr(), bits, pointer(bias), d_out,
-                           d_in, n, m, y.mutable_data_ptr(), dtype, threads),
+        check(slope_panels(x.const_data_ptr(), d_in, tokens, p.values.const_data_ptr(),
+                           (const uint8_t *)p.mask.const_data_ptr(), pointer(p.bias), d_out, d_in, form[N], form[M],
+                           flat_y.mutable_data_ptr(), code_of(x.scalar_type()), torch::stable::get_num_threads()),
               form);
     } else {
         /* The adapter stays beside the product: in the weight, it would be rounded with it. */
-        Tensor dense = expand(values, mask, scales, form, x.scalar_type());
-        if (bias) {
+        Tensor dense = expand(p.values, p.mask, p.scales, form, x.scalar_type());
+        if (p.bias) {
             Tensor transposed = torch::stable::transpose(dense, 0, 1);
-            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(flat_y.get(), bias->get(), flat.get(),
+            STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(flat_y.get(), p.bias->get(), flat.get(),
                                                                    transposed.get(), 1, 1));
         } else {
             product(flat_y, flat, dense, 0);
         }
     }
-    if (lora_a) {
-        int64_t narrow[2] = {tokens, lora_a->size(0)};
+    if (p.lora_a) {
+        int64_t narrow[2] = {tokens, p.lora_a->size(0)};
         Tensor down = empty(narrow, 2, x.scalar_type());
-        product(down, flat, *lora_a, 0);
-        product(flat_y, down, *lora_b, 1);
+        product(down, flat, *p.lora_a, 0);
+        product(flat_y, down, *p.lora_b, 1);
     }
+}
+
+/* The products of weights with the same x. `forms` has the form of each. */
+void linears(Tensor x, std::vector<Product> products, const std::vector<Form> &forms, int64_t tokens) {
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    std::vector<Product> streamed;
+    for (size_t k = 0; k < products.size(); k++) {
+        int64_t route = x.scalar_type() == ScalarType::Double ? DENSE : route_of(forms[k], tokens);
+        if (route == STREAM)
+            streamed.push_back(products[k]);
+        else
+            linear(x, products[k], forms[k], tokens, route);
+    }
+    if (!streamed.empty()) stream(x, streamed, forms[0], tokens);
 }
 
 /* The output of a product; checks the operands. */
@@ -203,8 +219,31 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
                      std::optional<Tensor> lora_b, Form form) {
     Tensor y = output(x, values.size(0), scales ? bias : values, lora_a, lora_b, form);
     if (int64_t tokens = tokens_of(x))
-        linear(y, x, values, mask, scales, bias, lora_a, lora_b, form, tokens);
+        linears(x, {{y, values, mask, scales, bias, lora_a, lora_b}}, {form}, tokens);
     return y;
+}
+
+/* Several products with the same x. An empty list: no weight has such a tensor. */
+std::vector<Tensor> frozen_linears(Tensor x, std::vector<Tensor> values, std::vector<Tensor> masks,
+                                   std::vector<Tensor> scales, std::vector<Tensor> biases,
+                                   std::vector<Tensor> lora_as, std::vector<Tensor> lora_bs, Form forms) {
+    auto of = [](const std::vector<Tensor> &tensors, size_t k) {
+        return tensors.empty() ? std::nullopt : std::optional<Tensor>(tensors.at(k));
+    };
+    size_t length = values.empty() ? 0 : forms.size() / values.size();
+    std::vector<Form> each;
+    std::vector<Product> products;
+    std::vector<Tensor> results;
+    for (size_t k = 0; k < values.size(); k++) {
+        each.emplace_back(forms.begin() + k * length, forms.begin() + (k + 1) * length);
+        Product p{values[k], values[k], masks.at(k), of(scales, k), of(biases, k), of(lora_as, k), of(lora_bs, k)};
+        p.y = output(x, values[k].size(0), p.scales ? p.bias : values[k], p.lora_a, p.lora_b, each[k]);
+        products.push_back(p);
+        results.push_back(p.y);
+    }
+    int64_t tokens = tokens_of(x);
+    if (tokens && !products.empty()) linears(x, products, each, tokens);
+    return results;
 }
 
 /* The rows of one weight in a tensor of a stack. */
@@ -247,9 +286,10 @@ Tensor frozen_grouped_linear(Tensor x, Tensor values, Tensor mask, std::optional
             inputs = torch::stable::select(x, 0, group);
             outputs = torch::stable::select(y, 0, group);
         }
-        linear(outputs, inputs, part(values, group, groups), part(mask, group, groups),
-               part(scales, group, groups), std::nullopt, part(lora_a, group, groups),
-               part(lora_b, group, groups), form, rows);
+        linears(inputs,
+                {{outputs, part(values, group, groups), part(mask, group, groups), part(scales, group, groups),
+                  std::nullopt, part(lora_a, group, groups), part(lora_b, group, groups)}},
+                {form}, rows);
     }
     if (offsets && start < x.size(0)) { /* rows of no group */
         Tensor rest = torch::stable::narrow(y, 0, start, x.size(0) - start);
@@ -281,40 +321,46 @@ const char *missing() {
 }
 
 const char *const lacks = missing();
-bool defined_here = true;
 
 void unusable(StableIValue *, uint64_t, uint64_t) {
     STD_TORCH_CHECK(false, "libslope_fx.so was compiled for a CPU with ", lacks,
                     ", which this CPU lacks. Package the model on a machine with this CPU.");
 }
 
+struct Op {
+    const char *name, *arguments;
+    void (*kernel)(StableIValue *, uint64_t, uint64_t);
+    bool here = true; /* not defined by slope_fx or the library of another package, with its kernel */
+};
+Op ops[] = {
+    {"frozen_linear", "(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
+                      "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor", TORCH_BOX(&frozen_linear)},
+    {"frozen_linears", "(Tensor x, Tensor[] values, Tensor[] forward_masks, Tensor[] scales, Tensor[] biases, "
+                       "Tensor[] lora_As, Tensor[] lora_Bs, int[] forms) -> Tensor[]", TORCH_BOX(&frozen_linears)},
+    {"frozen_grouped_linear", "(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
+                              "Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor",
+     TORCH_BOX(&frozen_grouped_linear)},
+    {"frozen_expand", "(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, Tensor? lora_B, "
+                      "int[] form) -> Tensor", TORCH_BOX(&frozen_expand)},
+};
+
 }  // namespace
 
 #ifdef SLOPE_DEFINE
 STABLE_TORCH_LIBRARY_FRAGMENT(slope_fx, library) {
-    try {
-        library.def("frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
-                    "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor");
-        library.def("frozen_grouped_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, "
-                    "Tensor? lora_A, Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor");
-        library.def("frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
-                    "Tensor? lora_B, int[] form) -> Tensor");
-    } catch (const std::exception &) { /* slope_fx or the library of another package has them, with kernels */
-        defined_here = false;
+    for (Op &op : ops) {
+        try {
+            library.def((std::string(op.name) + op.arguments).c_str());
+        } catch (const std::exception &) {
+            op.here = false;
+        }
     }
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(slope_fx, CPU, library) {
-    if (!defined_here) return;
-    if (lacks) { /* an error from here would end the process */
+    if (lacks) /* an error from here would end the process */
         fprintf(stderr, "libslope_fx.so was compiled for a CPU with %s, which this CPU lacks.\n", lacks);
-        library.impl("frozen_linear", &unusable);
-        library.impl("frozen_grouped_linear", &unusable);
-        library.impl("frozen_expand", &unusable);
-        return;
-    }
-    library.impl("frozen_linear", TORCH_BOX(&frozen_linear));
-    library.impl("frozen_grouped_linear", TORCH_BOX(&frozen_grouped_linear));
-    library.impl("frozen_expand", TORCH_BOX(&frozen_expand));
+    for (const Op &op : ops)
+        if (op.here) library.impl(op.name, lacks ? &unusable : op.kernel);
 }

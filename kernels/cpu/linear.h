@@ -4,6 +4,7 @@
 
 #include "masks.h"
 #include "panels.h"
+#include "quantised.h"
 
 typedef struct {
     matrix_t values; /* (d_out, d_in * N / M) */
@@ -17,5 +18,26 @@ typedef struct {
     const void *b; /* (d_out, rank), with the scale in it */
     long rank;
 } adapter_t;
+
+/* One of the products with the same inputs that are computed together. A quantised weight is in
+ * `codes`, and `weight` has only its bias. */
+typedef struct {
+    weight_t weight;
+    quantised_t codes;
+    adapter_t adapter;
+    matrix_t y; /* (tokens, d_out) */
+} part_t;
+
+/* The part that has the `tile`-th of the tiles of VL rows of all parts. `tile` becomes its number in
+ * the part. */
+INLINE const part_t *part_of_tile(const part_t *parts, long *tile) {
+    for (long tiles; *tile >= (tiles = ceil_div(parts->y.columns, VL)); parts++) *tile -= tiles;
+    return parts;
+}
+INLINE long count_tiles(const part_t *parts, int count) {
+    long tiles = 0;
+    for (int k = 0; k < count; k++) tiles += ceil_div(parts[k].y.columns, VL);
+    return tiles;
+}
 
 #endif

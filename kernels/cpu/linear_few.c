@@ -150,10 +150,20 @@ static dots_t dots_for(long tokens, long token_bytes, int bf16) {
 /* The elements of x A^T for a token, and zeros up to a whole number of vectors. */
 INLINE long narrow_length(long rank) { return ceil_div(rank, VL) * VL; }
 
-static void clear_narrow(float *narrow, long tokens, long rank) {
-    long length = narrow_length(rank);
-    for (long b = 0; b < tokens; b++)
-        for (long j = rank; j < length; j++) narrow[b * length + j] = 0;
+/* The floats of the products x A^T of the parts before `part`: for each, `width` tokens of
+ * narrow_length(rank). */
+INLINE long narrow_before(const part_t *parts, const part_t *part, int width) {
+    long floats = 0;
+    for (; parts < part; parts++) floats += width * narrow_length(parts->adapter.rank);
+    return floats;
+}
+INLINE long count_ranks(const part_t *parts, int count) {
+    long ranks = 0;
+    for (int k = 0; k < count; k++) ranks += parts[k].adapter.rank;
+    return ranks;
+}
+static void clear_narrow(const part_t *parts, int count, float *narrow, int width) {
+    memset(narrow, 0, narrow_before(parts, parts + count, width) * sizeof *narrow);
 }
 
 /* The two products of an adapter, for B tokens in the layout of the dots functions.
@@ -236,6 +246,14 @@ static branch_t branch_for(int tokens, int dtype) {
 #undef BRANCH
 }
 
+/* The `i`-th of the ranks of all parts. */
+INLINE void down_rank(const branch_t *branch, const part_t *parts, long i, long d_in, const float *x,
+                      float *narrow, int width) {
+    const part_t *part = parts;
+    for (; i >= part->adapter.rank; part++) i -= part->adapter.rank;
+    branch->down(&part->adapter, i, d_in, x, narrow + narrow_before(parts, part, width));
+}
+
 /* The vectors of a width of tokens in the layout of the dots functions: for all columns, to whole
  * words of the mask, one vector of each token after the other. Missing tokens are zeros. */
 INLINE long padded_vectors(long d_in, int pairs) { return ceil_div(d_in, 64) * 64 / (pairs ? 2 * VL : VL); }
@@ -253,30 +271,32 @@ static void pad_tokens(const matrix_t *x, long token, long tokens, int width, in
         }
 }
 
-/* The product for at most MOST_B tokens from `token` on. */
-static int linear_few(const matrix_t *x, long token, const weight_t *w, const adapter_t *adapter,
-                      const matrix_t *y, int threads) {
+/* The products for at most MOST_B tokens from `token` on. */
+static int linear_few(const matrix_t *x, long token, const part_t *parts, int count, int threads) {
     int bf16 = STREAMS_BF16 && x->dtype == BF16;
-    long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_B, x->rows - token);
-    long count = padded_vectors(d_in, bf16);
-    dots_t dots = dots_for(tokens, count * VL * 4, bf16);
+    long d_in = x->columns, tokens = least(MOST_B, x->rows - token);
+    long vectors = padded_vectors(d_in, bf16), tiles = count_tiles(parts, count), ranks = count_ranks(parts, count);
+    dots_t dots = dots_for(tokens, vectors * VL * 4, bf16);
     int width = dots.tokens, together = dots.rows;
-    long rank = adapter->rank;
-    float *padded = scratch(count * width * VL + MOST_B * narrow_length(rank));
-    float *narrow = padded + count * width * VL;
+    long narrow_size = narrow_before(parts, parts + count, width);
+    float *padded = scratch(vectors * width * VL + narrow_size);
+    float *narrow = padded + vectors * width * VL;
     branch_t branch = branch_for(width, x->dtype);
     if (!padded) return 1;
     pad_tokens(x, token, tokens, width, bf16, padded);
-    clear_narrow(narrow, width, rank);
+    clear_narrow(parts, count, narrow, width);
 #pragma omp parallel num_threads(threads)
     {
-        if (rank) {
+        if (ranks) {
 #pragma omp for schedule(static)
-            for (long j = 0; j < rank; j++) branch.down(adapter, j, d_in, padded, narrow);
+            for (long i = 0; i < ranks; i++) down_rank(&branch, parts, i, d_in, padded, narrow, width);
         }
 #pragma omp for schedule(static)
-        for (long row = 0; row < d_out; row += VL) {
-            long rows = least(VL, d_out - row);
+        for (long i = 0; i < tiles; i++) {
+            long tile = i;
+            const part_t *part = part_of_tile(parts, &tile);
+            const weight_t *w = &part->weight;
+            long d_out = part->y.columns, row = tile * VL, rows = least(VL, d_out - row);
             vf by_token[MOST_B][VL], sum[4][MOST_B];
             for (long i = 0; i < VL; i += together) {
                 /* If the rows are no multiple of R, some of the last rows are computed twice. */
@@ -286,21 +306,21 @@ static int linear_few(const matrix_t *x, long token, const weight_t *w, const ad
                     for (long b = 0; b < width; b++)
                         by_token[b][i + j] = row + i + j < d_out ? sum[row + i + j - first][b] : zero();
             }
-            vf bias = w->bias ? load_part(at(w->bias, row, w->values.dtype), rows, w->values.dtype) : zero();
-            if (rank) branch.up(adapter, row, rows, narrow, by_token);
+            vf bias = w->bias ? load_part(at(w->bias, row, x->dtype), rows, x->dtype) : zero();
+            if (part->adapter.rank)
+                branch.up(&part->adapter, row, rows, narrow + narrow_before(parts, part, width), by_token);
             for (long b = 0; b < tokens; b++)
-                store_part((void *)element(y, token + b, row), sums(by_token[b]) + bias, rows, y->dtype);
+                store_part((void *)element(&part->y, token + b, row), sums(by_token[b]) + bias, rows, x->dtype);
         }
     }
     give_back(padded);
     return 0;
 }
 
-/* Reads the weight once for each MOST_B tokens. */
-static int linear_streamed(const matrix_t *x, const weight_t *w, const adapter_t *adapter,
-                           const matrix_t *y, int threads) {
+/* Reads the weights once for each MOST_B tokens. */
+static int linear_streamed(const matrix_t *x, const part_t *parts, int count, int threads) {
     int failed = 0;
     for (long token = 0; !failed && token < x->rows; token += MOST_B)
-        failed = linear_few(x, token, w, adapter, y, threads);
+        failed = linear_few(x, token, parts, count, threads);
     return failed;
 }

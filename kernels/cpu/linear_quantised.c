@@ -188,62 +188,66 @@ static int words_of_group(const quantised_t *w) {
     return words * codes == w->group && (words == 1 || words == 2 || words == 4) ? words : 0;
 }
 
-/* The product for at most MOST_TOGETHER tokens from `token` on. */
-static int linear_quantised(const matrix_t *x, long token, const quantised_t *w, const void *bias,
-                            const adapter_t *adapter, const matrix_t *y, int check, int threads) {
-    long d_in = x->columns, d_out = w->mask.rows, tokens = least(MOST_TOGETHER, x->rows - token);
-    long rank = adapter->rank;
-    int in_block = words_of_group(w), width = tokens == 1 ? 1 : tokens == 2 ? 2 : tokens <= 4 ? 4 : 8;
-    dots_codes_fn *dots = dots_codes_for(width, w->bits, in_block);
+/* The products for at most MOST_TOGETHER tokens from `token` on. All parts have codes of one format. */
+static int linear_quantised(const matrix_t *x, long token, const part_t *parts, int count, int check, int threads) {
+    const quantised_t *any = &parts->codes;
+    long d_in = x->columns, tokens = least(MOST_TOGETHER, x->rows - token);
+    long tiles = count_tiles(parts, count), ranks = count_ranks(parts, count);
+    int in_block = words_of_group(any), width = tokens == 1 ? 1 : tokens == 2 ? 2 : tokens <= 4 ? 4 : 8;
+    dots_codes_fn *dots = dots_codes_for(width, any->bits, in_block);
     rounded_t inputs = {NULL, NULL, width, in_block ? in_block : 1};
     long words = ceil_div(d_in, 64), elements = words * 64 * width;
     /* An adapter reads the inputs as they are, so it needs them in its own layout. */
     int pairs = STREAMS_BF16 && x->dtype == BF16;
-    long padded = rank ? padded_vectors(d_in, pairs) * width * VL : 0;
-    float *memory = scratch(padded + elements / 2 + words * width + MOST_TOGETHER * narrow_length(rank));
+    long padded = ranks ? padded_vectors(d_in, pairs) * width * VL : 0;
+    long narrow_size = narrow_before(parts, parts + count, width);
+    float *memory = scratch(padded + elements / 2 + words * width + narrow_size);
     if (!memory) return NO_MEMORY;
     float *rounded = memory + padded, *scales = rounded + elements / 2, *narrow = scales + words * width;
     branch_t branch = branch_for(width, x->dtype);
-    if (rank) pad_tokens(x, token, tokens, width, pairs, memory);
-    clear_narrow(narrow, width, rank);
+    if (ranks) pad_tokens(x, token, tokens, width, pairs, memory);
+    clear_narrow(parts, count, narrow, width);
     inputs.x = (int16_t *)rounded;
     inputs.scales = scales;
-    round_inputs(x, token, tokens, &inputs, (int16_t *)rounded, scales, w->bits);
+    round_inputs(x, token, tokens, &inputs, (int16_t *)rounded, scales, any->bits);
     int valid = 1;
 #pragma omp parallel num_threads(threads) reduction(& : valid)
     {
-        if (rank) {
+        if (ranks) {
 #pragma omp for schedule(static)
-            for (long j = 0; j < rank; j++) branch.down(adapter, j, d_in, memory, narrow);
+            for (long i = 0; i < ranks; i++) down_rank(&branch, parts, i, d_in, memory, narrow, width);
         }
 #pragma omp for schedule(static)
-        for (long row = 0; row < d_out; row += VL) {
-            long rows = least(VL, d_out - row);
+        for (long i = 0; i < tiles; i++) {
+            long tile = i;
+            const part_t *part = part_of_tile(parts, &tile);
+            const void *bias = part->weight.bias;
+            long row = tile * VL, rows = least(VL, part->y.columns - row);
             vf by_token[MOST_B][VL], sum[MOST_TOGETHER];
-            if (check && !rows_are_valid(&w->mask, row, rows)) {
+            if (check && !rows_are_valid(&part->codes.mask, row, rows)) {
                 valid = 0;
                 continue;
             }
             for (long i = 0; i < VL; i++) {
-                if (i < rows) dots(w, row + i, &inputs, sum);
+                if (i < rows) dots(&part->codes, row + i, &inputs, sum);
                 for (long b = 0; b < width; b++) by_token[b][i] = i < rows ? sum[b] : zero();
             }
-            vf added = bias ? load_part(at(bias, row, y->dtype), rows, y->dtype) : zero();
-            if (rank) branch.up(adapter, row, rows, narrow, by_token);
+            vf added = bias ? load_part(at(bias, row, x->dtype), rows, x->dtype) : zero();
+            if (part->adapter.rank)
+                branch.up(&part->adapter, row, rows, narrow + narrow_before(parts, part, width), by_token);
             for (long b = 0; b < tokens; b++)
-                store_part((void *)element(y, token + b, row), sums(by_token[b]) + added, rows, y->dtype);
+                store_part((void *)element(&part->y, token + b, row), sums(by_token[b]) + added, rows, x->dtype);
         }
     }
     give_back(memory);
     return valid ? OK : BAD_FORWARD_MASK;
 }
 
-/* Reads the weight once for each MOST_TOGETHER tokens. */
-static int linear_quantised_streamed(const matrix_t *x, const quantised_t *w, const void *bias,
-                                     const adapter_t *adapter, const matrix_t *y, int check, int threads) {
+/* Reads the weights once for each MOST_TOGETHER tokens. */
+static int linear_quantised_streamed(const matrix_t *x, const part_t *parts, int count, int check, int threads) {
     int failed = OK;
     for (long token = 0; !failed && token < x->rows; token += MOST_TOGETHER)
-        failed = linear_quantised(x, token, w, bias, adapter, y, check, threads);
+        failed = linear_quantised(x, token, parts, count, check, threads);
     return failed;
 }
 

@@ -14,7 +14,7 @@ from models import awake, batch, gpt2, llama
 from slope_fx.errors import ArgumentError, StateError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
 from slope_fx.kernels import racing
-from slope_fx.ops.frozen import FROZEN_LINEAR
+from slope_fx.ops.frozen import FROZEN_LINEAR, FROZEN_LINEARS
 
 
 def size_of(model: nn.Module) -> int:
@@ -40,6 +40,25 @@ def test_the_logits_and_the_text_of_the_dense_model(make):
                 ids[:, :4], max_new_tokens=8, do_sample=False, cache_implementation=cache
             )
             assert text.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=(pytest.mark.inductor, pytest.mark.full))],
+)
+@pytest.mark.parametrize("values", ["float", pytest.param("int8", marks=pytest.mark.full)])
+def test_products_with_one_input_are_one_call(backend, values):
+    """q, k and v, and gate and up; q, k and v of the first block stay dense."""
+    graphs = []
+    model = awake(llama(), backend=backend, passes=[..., graphs.append])
+    ids = batch()
+    frozen = slope_fx.freeze(model, values=values)
+    graphs.clear()
+    with torch.no_grad():
+        want = slope_fx.densify(copy.deepcopy(frozen))(ids).logits
+        assert gap(frozen(ids).logits, want) < 1e-3
+    calls = [node for gm in graphs for node in gm.graph.nodes if node.target is FROZEN_LINEARS]
+    assert sorted(len(node.args[1]) for node in calls) == [2, 2, 3]
 
 
 def test_what_training_needs_is_gone():

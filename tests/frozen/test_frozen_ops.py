@@ -18,6 +18,7 @@ from slope_fx.ops.frozen import (
     FROZEN_GROUPED_LINEAR,
     FROZEN_LINEAR,
     FROZEN_LINEAR_WITH_GRAD,
+    FROZEN_LINEARS,
     why_not_native,
 )
 from strategies import normal, patterns, seeds, sizes, tokens, weights
@@ -70,6 +71,46 @@ def test_each_route_is_the_product(product):
     y = FROZEN_LINEAR(x, values, mask, None, bias, a, b, form)
     want, size = oracle(*product)
     assert_within_rounding(y, want, size, x.dtype)
+
+
+@st.composite
+def joined(draw):
+    """Weights that read one input, as operands of each product and of one call for all."""
+    quantised = draw(st.booleans())
+    if quantised:
+        (x, values, mask, scales, bias, a, _, form), _ = draw(quantised_products())
+    else:
+        (x, values, mask, bias, a, _, form), scales = draw(products()), None
+    routes = [STREAM, DENSE] if quantised else [STREAM, PANELS, DENSE]
+    each = []
+    for _ in range(draw(st.integers(1, 4))):
+        rows = draw(st.integers(1, len(values)))
+        allowed = routes if quantised or rows >= FEWEST_ROWS else routes[1:]
+        rank = draw(st.integers(1, 20))
+        tensors = values[:rows], mask[:rows], scales[:rows] if quantised else None
+        factors = None if a is None else normal((rank, form[5]), rank, x.dtype), None
+        if a is not None:
+            factors = factors[0], normal((rows, rank), rank + 1, x.dtype)
+        few, many = draw(st.sampled_from(allowed)), draw(st.sampled_from(allowed))
+        last = [*form[:-2], 0, few, 3, many]
+        each.append((*tensors, None if bias is None else bias[:rows], *factors, last))
+    return x, each
+
+
+@given(joined())
+def test_joined_products_are_those_of_each_weight(products):
+    x, each = products
+    *lists, forms = zip(*each, strict=True)
+    values, masks, *rest = ([t for t in tensors if t is not None] for tensors in lists)
+    together = x, values, masks, *rest, [number for form in forms for number in form]
+    got = FROZEN_LINEARS(*together)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen, "_is_native", lambda tensor: False)
+        engines = frozen._linears(*together)
+    for mine, other, (*operands, form) in zip(got, engines, each, strict=True):
+        want = FROZEN_LINEAR(x, *operands, form)
+        torch.testing.assert_close(mine, want, rtol=0, atol=0)
+        torch.testing.assert_close(other, want, rtol=0, atol=0)
 
 
 @given(products(), seeds)

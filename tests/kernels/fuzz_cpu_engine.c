@@ -121,7 +121,13 @@ static void round_of_adapters(int dtype) {
     void *bias = below(2) ? random_tensor(d_out, dtype) : NULL;
     uint8_t *mask = random_mask(d_out, d_in, n, m);
     void *y = block(tokens * d_out * element_size(dtype), 0), *panels = block(tokens * d_out * element_size(dtype), 0);
-    int code = slope_stream(x, x_stride, tokens, values, mask, bias, a, b, rank, d_out, d_in, n, m, y, dtype, PICK(1, 2, 3));
+    long fewer = FEWEST_ROWS + below(d_out - FEWEST_ROWS + 1);
+    void *first = block(tokens * fewer * element_size(dtype), 0);
+    frozen_t products[] = {
+        {values, NULL, mask, NULL, NULL, NULL, 0, fewer, first},
+        {values, NULL, mask, bias, a, b, rank, d_out, y},
+    };
+    int code = slope_stream(x, x_stride, tokens, products, 2, d_in, n, m, 0, 0, dtype, PICK(1, 2, 3));
     code |= slope_panels(x, x_stride, tokens, values, mask, bias, d_out, d_in, n, m, panels, dtype, PICK(1, 2, 3));
     expect("codes", code, 0, 0, F32);
     for (long t = 0; t < tokens; t++)
@@ -133,6 +139,8 @@ static void round_of_adapters(int dtype) {
                 want += term, magnitude += fabs(term);
             }
             expect("panels", get(panels, t * d_out + o, dtype), want, magnitude, dtype);
+            double added = bias ? get(bias, o, dtype) : 0;
+            if (o < fewer) expect("joined", get(first, t * fewer + o, dtype), want - added, magnitude, dtype);
             for (long j = 0; j < rank; j++)
                 for (long c = 0; c < d_in; c++) {
                     double term = get(x, t * x_stride + c, dtype) * get(a, j * d_in + c, dtype) * get(b, o * rank + j, dtype);
@@ -168,7 +176,8 @@ static void round_of_quantised(int dtype) {
     long rank = PICK(0, 1, 5, 20);
     void *a = random_tensor(rank * d_in, dtype), *b = random_tensor(rank * d_out, dtype);
     void *beside = block(tokens * d_out * size, 0);
-    code |= slope_stream_quantised(x, x_stride, tokens, codes, scales, mask, bias, a, b, rank, d_out, d_in, n, m, bits, group, beside, dtype, threads);
+    frozen_t product = {codes, scales, mask, bias, a, b, rank, d_out, beside};
+    code |= slope_stream(x, x_stride, tokens, &product, 1, d_in, n, m, bits, group, dtype, threads);
     expect("quantised codes", code, 0, 0, F32);
     for (long o = 0; o < d_out; o++) {
         double want[17], magnitude[17], rounding[17];

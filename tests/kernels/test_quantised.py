@@ -207,25 +207,34 @@ def test_products_and_expansion(road, layer, count, dtype, workers, gap, has_bia
 def test_the_product_of_a_frozen_weight_with_its_adapter(
     road, layer, count, dtype, rank, has_bias, seed
 ):
-    """The C function that frozen models call."""
+    """The C function that frozen models call, with a second weight with the same inputs."""
     n, m, group, codes, scales, forward, weight = layer
     d_out, d_in = weight.shape
     x, bias = normal((count, d_in), seed, dtype), normal((d_out,), seed + 1, dtype)
     a, b = normal((rank, d_in), seed + 2, dtype), normal((d_out, rank), seed + 3, dtype)
-    y = x.new_empty(count, d_out)
-    bits = quantised.BITS[quantised.kind_of(codes)]
-    quantised_weight = (codes, scales, forward, bias if has_bias else None, a, b, rank)
-    sizes = (d_out, d_in, n, m, bits, group)
+    y, beside = x.new_empty(count, d_out), x.new_empty(count, fewer := d_out // 2)
+    weight_at = [codes.data_ptr(), scales.data_ptr(), forward.data_ptr()]
+    factors = [a.data_ptr(), b.data_ptr(), rank]
+    products = torch.tensor(  # frozen_t of frozen.h
+        [
+            [*weight_at, 0, 0, 0, 0, fewer, beside.data_ptr()],
+            [*weight_at, bias.data_ptr() * has_bias, *factors, d_out, y.data_ptr()],
+        ]
+    )
+    format = (weight.shape[1], n, m, quantised.BITS[quantised.kind_of(codes)], group)
     cpu_module._call(
-        "slope_stream_quantised", x, d_in, count, *quantised_weight, *sizes, y,
-        dtype=dtype, pattern=(n, m),
-    )  # fmt: skip
+        "slope_stream", x, d_in, count, products, 2, *format, dtype=dtype, pattern=(n, m)
+    )
     a64, b64, bias64 = a.double(), b.double(), bias.double() * has_bias
     down, size = x.double() @ a64.t(), x.double().abs() @ a64.abs().t()
     want = x.double() @ weight.t() + bias64 + down @ b64.t()
     magnitude = x.double().abs() @ weight.abs().t() + bias64.abs() + size @ b64.abs().t()
     rounding = 2**-15 * x.double().abs().amax(1, keepdim=True) * weight.abs().sum(1)
     assert ((y.double() - want).abs() <= 4 * torch.finfo(dtype).eps * magnitude + rounding).all()
+    want = x.double() @ weight[:fewer].t()
+    magnitude = x.double().abs() @ weight[:fewer].abs().t()
+    apart = (beside.double() - want).abs()
+    assert (apart <= 4 * torch.finfo(dtype).eps * magnitude + rounding[:, :fewer]).all()
 
 
 @needs_engine

@@ -118,8 +118,8 @@ def test_merged(architecture):
 
 def test_all_ops_and_passes_are_covered():
     ops, passes = (set().union(*(graph[i] for graph in GRAPHS.values())) for i in (4, 3))
-    # A frozen model has a pass of its own: tests/frozen.
-    assert passes == set(NAMES) - {"freeze_linears"}
+    # A frozen model has passes of its own: tests/frozen.
+    assert passes == set(NAMES) - {"freeze_linears", "join_linears"}
     assert ops | CHOOSING == set(slope_fx.ops.__all__)
 
 

@@ -16,6 +16,7 @@ from slope_fx.ops.targets import (
     EXPAND,
     FROZEN_EXPAND,
     FROZEN_LINEAR,
+    FROZEN_LINEARS,
     SPARSE_LINEAR,
 )
 from slope_fx.passes import NAMES, PASSES
@@ -57,6 +58,13 @@ def frozen(x, values, forward, backward, bias, a, b):
     return F.linear(x, w, bias) + F.pad(x @ w[4:].T, (0, 4))
 
 
+def frozen_side_by_side(x, values, forward, backward, bias, a, b):
+    """Products with one input: with two forms, and one with a bias, that stays alone."""
+    forms = [N, M, 0, 0, 0, D_IN, 0, 1], [N, M, 0, 0, 0, D_IN, 0, 1, 4, 2]
+    y, z = (FROZEN_LINEAR(x, values, forward, None, None, a, b, form) for form in forms)
+    return y + 2 * z.sin() + FROZEN_LINEAR(x, values, forward, None, bias, a, b, forms[0])
+
+
 LINEAR, MHA = F.linear, F.multi_head_attention_forward
 CASES = {
     "prune_expands": (twice, {EXPAND: -2}, True),
@@ -70,6 +78,7 @@ CASES = {
         program(FORMS["linear"], False), {EXPAND: -1, LINEAR: -1, SPARSE_LINEAR: 1}, True,
     ),
     "freeze_linears": (frozen, {FROZEN_EXPAND: -1, LINEAR: -2, FROZEN_LINEAR: 2}, False),
+    "join_linears": (frozen_side_by_side, {FROZEN_LINEAR: -2, FROZEN_LINEARS: 1}, False),
 }  # fmt: skip
 """Of each pass: a program it has work in, what that does to the counts, whether it trains."""
 
@@ -168,3 +177,30 @@ def test_a_pass_keeps_the_numbers(name, seed, tokens, more):
         for step in NAMES:
             apply(gm, step, training=training)
             assert_same(run(gm, arguments), want)
+
+
+@torch.library.custom_op("slope_fx_tests::double_in_place", mutates_args=("x",))
+def double_in_place(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda x: x.mul_(2), lambda x: x.t()[:1].zero_(), double_in_place],
+    ids=["in place", "through a view", "a custom op"],
+)
+def test_an_input_that_changes_is_read_again(write):
+    """A linear after a write is not joined with one before it."""
+
+    def function(x, values, forward, *others):
+        x = x.clone()
+        form = [N, M, 0, 0, 0, D_IN, 0, 1]
+        y = FROZEN_LINEAR(x, values, forward, None, None, None, None, form)
+        write(x)
+        return y + FROZEN_LINEAR(x, values, forward, None, None, None, None, form)
+
+    arguments = inputs()
+    with torch.no_grad():
+        gm = capture(function, arguments)
+        assert apply(gm, "join_linears", training=False) == 0
+        assert_same(run(gm, arguments)[:1], [function(*arguments)])
