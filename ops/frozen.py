@@ -13,7 +13,7 @@ Arguments of the ops:
 - ``groups``, ``offsets``: of ``frozen_grouped_linear``, as in ``ops/groups.py``. The weights of a
   stack, such as the experts of a mixture, are stacked along the rows of each tensor.
 - the lists of ``frozen_linears``: of each of several weights with one ``x``, which are computed
-  together for few tokens. A list is empty if no weight has such a tensor. The forms are one after
+  together for few tokens. None for a list: no weight has such a tensor. The forms are one after
   the other; they differ in their pairs alone, and have one length.
 - ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,
   and pairs (fewest tokens, route). Of the pairs with at most the tokens of the call, the last one
@@ -40,8 +40,8 @@ _LIBRARY = torch.library.Library("slope_fx", "FRAGMENT")
 _SCHEMAS = (
     "frozen_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
     "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor",
-    "frozen_linears(Tensor x, Tensor[] values, Tensor[] forward_masks, Tensor[] scales, "
-    "Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs, int[] forms) -> Tensor[]",
+    "frozen_linears(Tensor x, Tensor[] values, Tensor[] forward_masks, Tensor[]? scales, "
+    "Tensor[]? biases, Tensor[]? lora_As, Tensor[]? lora_Bs, int[] forms) -> Tensor[]",
     "frozen_grouped_linear(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, "
     "Tensor? lora_A, Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor",
     "frozen_expand(Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
@@ -112,10 +112,10 @@ def _linears(
     x: Tensor,
     values: list[Tensor],
     forward_masks: list[Tensor],
-    scales: list[Tensor],
-    biases: list[Tensor],
-    lora_as: list[Tensor],
-    lora_bs: list[Tensor],
+    scales: list[Tensor] | None,
+    biases: list[Tensor] | None,
+    lora_as: list[Tensor] | None,
+    lora_bs: list[Tensor] | None,
     forms: list[int],
 ) -> list[Tensor]:
     """The products of several weights with the same ``x``."""

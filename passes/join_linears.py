@@ -43,7 +43,8 @@ def join_linears(gm: GraphModule, context: Context) -> int:
 def _join(nodes: list[Node]) -> None:
     calls = [arguments(node) for node in nodes]
     names = ("values", "forward_mask", *_OPTIONAL)
-    lists = [[call[name] for call in calls if call[name] is not None] for name in names]
+    # None, because AOTInductor's programs don't pass an empty list of tensors.
+    lists = [[call[name] for call in calls if call[name] is not None] or None for name in names]
     operands = (calls[0]["x"], *lists, _padded([list(call["form"]) for call in calls]))
     with nodes[0].graph.inserting_before(nodes[0]):
         joined = nodes[0].graph.call_function(FROZEN_LINEARS, operands)

@@ -223,17 +223,19 @@ Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor>
     return y;
 }
 
-/* Several products with the same x. An empty list: no weight has such a tensor. */
-std::vector<Tensor> frozen_linears(Tensor x, std::vector<Tensor> values, std::vector<Tensor> masks,
-                                   std::vector<Tensor> scales, std::vector<Tensor> biases,
-                                   std::vector<Tensor> lora_as, std::vector<Tensor> lora_bs, Form forms) {
-    auto of = [](const std::vector<Tensor> &tensors, size_t k) {
-        return tensors.empty() ? std::nullopt : std::optional<Tensor>(tensors.at(k));
+using Tensors = std::vector<Tensor>;
+
+/* Several products with the same x. */
+Tensors frozen_linears(Tensor x, Tensors values, Tensors masks, std::optional<Tensors> scales,
+                       std::optional<Tensors> biases, std::optional<Tensors> lora_as,
+                       std::optional<Tensors> lora_bs, Form forms) {
+    auto of = [](const std::optional<Tensors> &tensors, size_t k) {
+        return tensors ? std::optional<Tensor>(tensors->at(k)) : std::nullopt;
     };
     size_t length = values.empty() ? 0 : forms.size() / values.size();
     std::vector<Form> each;
     std::vector<Product> products;
-    std::vector<Tensor> results;
+    Tensors results;
     for (size_t k = 0; k < values.size(); k++) {
         each.emplace_back(forms.begin() + k * length, forms.begin() + (k + 1) * length);
         Product p{values[k], values[k], masks.at(k), of(scales, k), of(biases, k), of(lora_as, k), of(lora_bs, k)};
@@ -335,8 +337,8 @@ struct Op {
 Op ops[] = {
     {"frozen_linear", "(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? bias, "
                       "Tensor? lora_A, Tensor? lora_B, int[] form) -> Tensor", TORCH_BOX(&frozen_linear)},
-    {"frozen_linears", "(Tensor x, Tensor[] values, Tensor[] forward_masks, Tensor[] scales, Tensor[] biases, "
-                       "Tensor[] lora_As, Tensor[] lora_Bs, int[] forms) -> Tensor[]", TORCH_BOX(&frozen_linears)},
+    {"frozen_linears", "(Tensor x, Tensor[] values, Tensor[] forward_masks, Tensor[]? scales, Tensor[]? biases, "
+                       "Tensor[]? lora_As, Tensor[]? lora_Bs, int[] forms) -> Tensor[]", TORCH_BOX(&frozen_linears)},
     {"frozen_grouped_linear", "(Tensor x, Tensor values, Tensor forward_mask, Tensor? scales, Tensor? lora_A, "
                               "Tensor? lora_B, Tensor? offsets, int groups, int[] form) -> Tensor",
      TORCH_BOX(&frozen_grouped_linear)},

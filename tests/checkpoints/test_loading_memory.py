@@ -108,13 +108,16 @@ def test_resident_memory(kind, road, dtype, large):
     layer = 4 * 768 * 3072  # the largest, dense
     assert ours["generated"] < dense["generated"]
     if dtype is None:
-        # The files are mapped: what is resident is Python's own. Pages of 4 KiB differ by chance.
-        assert ours["resident"] < dense["resident"] + layer
+        # The files are mapped: what is resident is Python's own, and what was read. transformers
+        # reads masks, codes and adapters of int8 by pages of 64 KiB, 14 MB of 72.
+        assert ours["resident"] < dense["resident"] + (1 if kind != "int8" else 2.5) * layer
         assert ours["peak"] < ours["model"]
     elif road == "frozen":
         assert ours["resident"] < 1.05 * ours["model"]
         # The interpreter's and the allocator's own memory is within a few layers.
         assert ours["peak"] < ours["model"] + 4 * layer
-    else:  # transformers casts by several threads, and unmaps the file at the end
-        assert ours["resident"] < 1.2 * ours["model"]
+    else:  # transformers casts by several threads, and unmaps the file if nothing is left in it
+        codes_stay = kind == "int8"
+        limit = dense["resident"] if codes_stay else 1.2 * ours["model"]
+        assert ours["resident"] < limit
         assert ours["peak"] < dense["peak"]

@@ -101,7 +101,7 @@ def joined(draw):
 def test_joined_products_are_those_of_each_weight(products):
     x, each = products
     *lists, forms = zip(*each, strict=True)
-    values, masks, *rest = ([t for t in tensors if t is not None] for tensors in lists)
+    values, masks, *rest = ([t for t in tensors if t is not None] or None for tensors in lists)
     together = x, values, masks, *rest, [number for form in forms for number in form]
     got = FROZEN_LINEARS(*together)
     with pytest.MonkeyPatch.context() as patch:

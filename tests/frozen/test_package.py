@@ -107,12 +107,12 @@ def test_experts_in_a_package(tmp_path):
     model = shaken(made("Mixtral")).eval()
     inputs = inputs_of(model)
     model = models.awake(model, example_inputs=inputs)
-    dense = slope_fx.densify(model, "merge").double()
+    dense = slope_fx.densify(model, "merge")  # experts have no product in float64
     slope_fx.freeze(model)
     slope_fx.package(model, tmp_path / "model.pt2", dynamic=False)
-    ids = [models.batch(i, 2, 16) for i in range(2)]
+    ids = [models.batch(i, 2, 8) for i in range(2)]
     with torch.no_grad():
-        want = [dense(one).logits for one in ids]
+        want = [dense(one).logits.double() for one in ids]
     run_bare(tmp_path, ids)
     close(torch.load(tmp_path / "y.pt"), want)
 

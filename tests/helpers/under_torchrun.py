@@ -14,6 +14,7 @@ import lightning
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from transformers import Trainer, TrainingArguments
 
 import models
@@ -67,10 +68,12 @@ class Module(lightning.LightningModule):
 def with_lightning(model: Any) -> None:
     fit = lightning.Trainer(
         accelerator="cpu", devices=WORLD, strategy="ddp", max_steps=STEPS, logger=False,
-        enable_checkpointing=False, gradient_clip_val=1.0,
+        enable_checkpointing=False, gradient_clip_val=1.0, use_distributed_sampler=False,
         callbacks=[lightning_integration.SlopeCallback(**PHASES)],
     )  # fmt: skip
-    fit.fit(Module(model), DataLoader(DATA, batch_size=SHARE))
+    # Lightning's own sampler shuffles.
+    sampler = DistributedSampler(DATA, WORLD, int(os.environ["RANK"]), shuffle=False)
+    fit.fit(Module(model), DataLoader(DATA, batch_size=SHARE, sampler=sampler))
 
 
 KINDS: dict[str, Callable[[Any], None]] = {
