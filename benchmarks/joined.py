@@ -1,10 +1,9 @@
-"""Would products with the same input gain if they were one? q, k and v, or gate and up, of a frozen
-model: one call of the op for each, or one for all, compiled by Inductor, one token, bf16, 2:4.
+"""What the pass join_linears gains: q, k and v, or gate and up, of a frozen model in one call,
+beside one call for each. Compiled by Inductor, one token, bf16, 2:4.
 
     python benchmarks/joined.py
 """
 
-import statistics
 from functools import partial
 from typing import Any
 
@@ -42,7 +41,7 @@ class Layers(nn.Module):
         return x
 
 
-def frozen(d_in: int, weights: list[list[Tensor]]) -> nn.Module:
+def frozen(d_in: int, weights: list[list[Tensor]], rank: int | None, join: bool) -> nn.Module:
     groups = []
     for group in weights:
         groups.append([nn.Linear(d_in, len(weight), bias=False) for weight in group])
@@ -50,8 +49,11 @@ def frozen(d_in: int, weights: list[list[Tensor]]) -> nn.Module:
             linear.weight.data.copy_(weight)
     model = slope_fx.compile(
         Layers(d_in, groups).bfloat16().eval(), "2:4", skip_first=False, skip_head=False,
-        example_inputs=torch.randn(1, d_in).bfloat16(),
+        example_inputs=torch.randn(1, d_in).bfloat16(), adapter_rank=rank,
+        disable_passes=() if join else ("join_linears",),
     )  # fmt: skip
+    if rank is not None:
+        slope_fx.Schedule(model, 1, adapter_start=0.0)
     return slope_fx.freeze(model)
 
 
@@ -63,18 +65,20 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, (d_in, sizes) in CASES.items():
         weights = [[torch.randn(d, d_in) / d_in for d in sizes] for _ in range(LAYERS)]
-        apart = frozen(d_in, weights)
-        joined = frozen(d_in, [[torch.cat(group)] for group in weights])
-        x = torch.randn(1, d_in).bfloat16()
-        with torch.no_grad():
-            agree(joined(x), apart(x), name, 0.02)
-            sides = {"apart": partial(apart, x), "joined": partial(joined, x)}
-            seconds = interleave(sides, args.rounds)
-        rows.append({"case": name, **compare(seconds, "apart", "joined")})
-        print(name, f"{rows[-1]['speedup']:.3f}", statistics.median(seconds["apart"]), flush=True)
-        torch._dynamo.reset()
+        for rank in (None, 16):
+            apart, joined = (frozen(d_in, weights, rank, join) for join in (False, True))
+            x = torch.randn(1, d_in).bfloat16()
+            with torch.no_grad():
+                agree(joined(x), apart(x), name, 0.02)
+                sides = {"apart": partial(apart, x), "joined": partial(joined, x)}
+                seconds = interleave(sides, args.rounds)
+            case = {"case": name, "rank": rank or 0}
+            rows.append({**case, **compare(seconds, "apart", "joined")})
+            print(case, f"{rows[-1]['speedup']:.3f}", flush=True)
+            torch._dynamo.reset()
     write("joined", args, rows=rows)
-    print(tabulate([(r["case"], r["speedup"]) for r in rows], ("", "times faster joined")))
+    columns = ("case", "rank", "speedup")
+    print(tabulate([[row[c] for c in columns] for row in rows], ("", "rank", "times faster")))
 
 
 if __name__ == "__main__":

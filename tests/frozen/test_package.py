@@ -32,19 +32,19 @@ def oracle(model, inputs):
     return [dense(ids).logits for ids in inputs]
 
 
-def bare(code: str, folder: Path) -> str:
+def bare(code: str, folder: Path, **variables: str) -> str:
     """Runs code in a process that has PyTorch alone."""
     begin = "import sys, torch\nfrom pathlib import Path\n"
     end = "\nassert not any(name.startswith('slope_fx') for name in sys.modules)\n"
     done = subprocess.run(
         [sys.executable, "-c", begin + code + end], cwd=folder, capture_output=True, text=True,
-        env={"PATH": "/usr/bin:/bin"}, check=False,
+        env={"PATH": "/usr/bin:/bin", **variables}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr
 
 
-def run_bare(folder: Path, inputs=None) -> None:
+def run_bare(folder: Path, inputs=None, **variables: str) -> None:
     """Runs a package in such a process, on the batches or other inputs, into y.pt."""
     torch.save(batches() if inputs is None else inputs, folder / "x.pt")
     code = """
@@ -52,7 +52,7 @@ torch.ops.load_library("libslope_fx.so")
 model = torch._inductor.aoti_load_package("model.pt2")
 torch.save([model(input_ids=ids) for ids in torch.load("x.pt")], "y.pt")
 """
-    bare(code, folder)
+    bare(code, folder, **variables)
 
 
 def close(got, want):
@@ -115,6 +115,8 @@ def test_experts_in_a_package(tmp_path):
         want = [dense(one).logits.double() for one in ids]
     run_bare(tmp_path, ids)
     close(torch.load(tmp_path / "y.pt"), want)
+    with pytest.raises(AssertionError):  # other sizes, with the check that the docs name
+        run_bare(tmp_path, [models.batch(0, 2, 16)], AOTI_RUNTIME_CHECK_INPUTS="1")
 
 
 @pytest.mark.inductor
