@@ -318,7 +318,13 @@ class Writes(nn.Module):
         return self.second(self.first(x))
 
 
+@torch.library.custom_op("slope_fx_tests::halve", mutates_args=("w",))
+def halve(w: torch.Tensor) -> None:
+    w.div_(2)
+
+
 IN_GRAPH = {
+    "a custom op": halve,
     "div_": lambda w: w.div_(2),
     "data": lambda w: w.data.div_(2),
     "set item": lambda w: set_item(w, 0.0),
