@@ -31,18 +31,19 @@ def gpt2(layers: int = 2, **more) -> nn.Module:
     return model
 
 
-def llama(layers: int = 2, key_heads: int = 2) -> nn.Module:
+def llama(layers: int = 2, key_heads: int = 2, width: int = 32) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
-            num_hidden_layers=layers, hidden_size=32, intermediate_size=64, num_attention_heads=4,
-            num_key_value_heads=key_heads, vocab_size=VOCABULARY, max_position_embeddings=32,
+            num_hidden_layers=layers, hidden_size=width, intermediate_size=64,
+            num_attention_heads=4, num_key_value_heads=key_heads, vocab_size=VOCABULARY,
+            max_position_embeddings=32,
         )
     )  # fmt: skip
 
 
 def llama_four_heads(layers: int = 2) -> nn.Module:
-    """Four ranks of tensor parallelism have a head of keys each."""
-    return llama(layers, key_heads=4)
+    """Four ranks of tensor parallelism have a head of keys each, and whole bytes of masks."""
+    return llama(layers, key_heads=4, width=64)
 
 
 def awake(
