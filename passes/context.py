@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch._inductor import config as inductor_config
 from torch.fx import Node
 
 from slope_fx.kernels.engines import AUTO, limited
@@ -36,6 +35,8 @@ class Context:
     @classmethod
     def here(cls, engines: str = AUTO, replays: bool = False) -> "Context":
         """The context of the current modes and of the environment's limit on engines."""
+        from torch._inductor import config as inductor_config
+
         replays = replays or bool(inductor_config.triton.cudagraphs)
         return cls(limited(engines), torch.is_grad_enabled(), _autocast_now(), replays)
 

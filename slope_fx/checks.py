@@ -1,11 +1,11 @@
 """Checks of the arguments of ``compile``."""
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -70,13 +70,16 @@ def check_model(model: nn.Module) -> None:
             "layers in all. Compile a fresh dense model, or keep using this one."
         )
     _check_split(model)
+    # Without Dynamo, whose import takes seconds, there is no such module.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    optimized = () if dynamo is None else dynamo.OptimizedModule
     for name, module in model.named_modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise ArgumentError(
                 f"model is wrapped in {type(module).__name__}, which goes on synchronising the "
                 "parameters that compile replaces. Call slope_fx.compile first, then wrap."
             )
-        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+        if isinstance(module, optimized) or module._compiled_call_impl is not None:
             raise ArgumentError(
                 f"{name or 'model'} is compiled by torch.compile already, with a backend that "
                 "does not support sparse weights. Pass the uncompiled model: slope_fx.compile "

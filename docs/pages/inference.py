@@ -140,10 +140,13 @@ def package(result: Result) -> str:
 
 
 def joined(result: Result) -> str:
-    rows = [(row["case"], speedup(row)) for row in result["rows"]]
+    found = {(row["case"], bool(row["rank"])): speedup(row) for row in result["rows"]}
+    cases = dict.fromkeys(case for case, _ in found)
+    rows = [(case, found[case, False], found[case, True]) for case in cases]
     return (
-        "How many times faster one product is than two or three with the same input, one token, "
-        f"bf16 (`benchmarks/joined.py`, {_at(result)}).\n\n" + table(rows, ("", "joined"))
+        "How many times faster one call is than two or three, one token, bf16 "
+        f"(`benchmarks/joined.py`, {_at(result)}).\n\n"
+        + table(rows, ("", "without adapters", "adapters of rank 16"))
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule, Node
 
 from slope_fx import ops
@@ -117,6 +116,8 @@ class RewritingBackend:
     def _compile_within(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         settings = self.settings
         if settings.backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
             patches = settings.inductor_options()
             return cast(CompiledFunction, compile_fx(gm, example_inputs, config_patches=patches))
         more: dict[str, Any] = {}

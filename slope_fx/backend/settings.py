@@ -5,9 +5,6 @@ from dataclasses import dataclass, fields
 from typing import Any, TypedDict, cast, get_args
 
 import torch
-from torch._dynamo.backends.registry import lookup_backend
-from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
 from torch.fx import GraphModule
 from typing_extensions import Unpack
 
@@ -124,7 +121,11 @@ class Settings:
         """The options of Inductor that ``mode`` and ``options`` set."""
         if self.backend != "inductor":
             return {}
-        mode = {} if self.mode in (None, "default") else list_mode_options(self.mode)
+        mode: dict[str, Any] = {}
+        if self.mode not in (None, "default"):
+            from torch._inductor import list_mode_options
+
+            mode = list_mode_options(self.mode)
         return {**mode, **{name.replace("-", "_"): value for name, value in self.options}}
 
     def own_passes(self) -> tuple[tuple[UserPass, ...], tuple[UserPass, ...]]:
@@ -142,10 +143,14 @@ def _check_mode(
         raise ArgumentError("mode and options can't both be given, as for torch.compile.")
     if backend != "inductor":
         return
+    if mode is None and not options:
+        return
+    from torch._inductor import config, list_mode_options
+
     modes = ["default", *list_mode_options()]
     if mode is not None and mode not in modes:
         raise ArgumentError(f"mode={mode!r}; allowed are {', '.join(map(repr, modes))}.")
-    known = inductor_config.get_config_copy()
+    known = config.get_config_copy()
     for name in options or {}:
         if name.replace("-", "_") not in known:
             raise ArgumentError(
@@ -211,6 +216,8 @@ def resolve(inner: str | BackendFunction) -> BackendFunction:
                 "a function (graph, example_inputs) -> function, or None."
             )
         return inner
+    from torch._dynamo.backends.registry import lookup_backend
+
     try:
         backend = lookup_backend(inner)
     except Exception as error:
