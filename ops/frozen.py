@@ -13,8 +13,8 @@ Arguments of the ops:
 - ``groups``, ``offsets``: of ``frozen_grouped_linear``, as in ``ops/groups.py``. The weights of a
   stack, such as the experts of a mixture, are stacked along the rows of each tensor.
 - the lists of ``frozen_linears``: of each of several weights with one ``x``, which are computed
-  together for few tokens. None for a list: no weight has such a tensor. The forms are one after
-  the other; they differ in their pairs alone, and have one length.
+  together for few tokens. None for a list: no weight has such a tensor. The list of
+  forms is flat. All forms have the same length, and only their pairs differ.
 - ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,
   and pairs (fewest tokens, route). Of the pairs with at most the tokens of the call, the last one
   is used (``kernels/cpu/routes.py``).

@@ -35,7 +35,7 @@ class Context:
     @classmethod
     def here(cls, engines: str = AUTO, replays: bool = False) -> "Context":
         """The context of the current modes and of the environment's limit on engines."""
-        from torch._inductor import config as inductor_config
+        from torch._inductor import config as inductor_config  # takes seconds
 
         replays = replays or bool(inductor_config.triton.cudagraphs)
         return cls(limited(engines), torch.is_grad_enabled(), _autocast_now(), replays)

@@ -56,6 +56,6 @@ def _join(nodes: list[Node]) -> None:
 
 
 def _padded(forms: list[list[int]]) -> list[Any]:
-    """The forms one after the other, in one length. A last pair that is repeated says the same."""
+    """The forms as one flat list. Shorter forms repeat their last pair, which changes nothing."""
     most = max(map(len, forms))
     return [number for form in forms for number in form + form[-2:] * ((most - len(form)) // 2)]

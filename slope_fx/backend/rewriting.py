@@ -116,7 +116,7 @@ class RewritingBackend:
     def _compile_within(self, gm: GraphModule, example_inputs: Sequence[Any]) -> CompiledFunction:
         settings = self.settings
         if settings.backend == "inductor":
-            from torch._inductor.compile_fx import compile_fx
+            from torch._inductor.compile_fx import compile_fx  # takes seconds
 
             patches = settings.inductor_options()
             return cast(CompiledFunction, compile_fx(gm, example_inputs, config_patches=patches))

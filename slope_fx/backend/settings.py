@@ -123,7 +123,7 @@ class Settings:
             return {}
         mode: dict[str, Any] = {}
         if self.mode not in (None, "default"):
-            from torch._inductor import list_mode_options
+            from torch._inductor import list_mode_options  # takes seconds
 
             mode = list_mode_options(self.mode)
         return {**mode, **{name.replace("-", "_"): value for name, value in self.options}}
@@ -141,11 +141,9 @@ def _check_mode(
         raise ArgumentError(f"options is a {type(options).__name__}; it must be a mapping.")
     if mode is not None and options:
         raise ArgumentError("mode and options can't both be given, as for torch.compile.")
-    if backend != "inductor":
+    if backend != "inductor" or (mode is None and not options):
         return
-    if mode is None and not options:
-        return
-    from torch._inductor import config, list_mode_options
+    from torch._inductor import config, list_mode_options  # takes seconds
 
     modes = ["default", *list_mode_options()]
     if mode is not None and mode not in modes:
@@ -216,7 +214,7 @@ def resolve(inner: str | BackendFunction) -> BackendFunction:
                 "a function (graph, example_inputs) -> function, or None."
             )
         return inner
-    from torch._dynamo.backends.registry import lookup_backend
+    from torch._dynamo.backends.registry import lookup_backend  # takes seconds
 
     try:
         backend = lookup_backend(inner)

@@ -41,8 +41,9 @@ def test_equal_to_one_process(ranks, way, name, backend, world, micro_batches):
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_bf16_of_a_llama(ranks, backend):
-    """Weights of norms stay near 1, where a step of AdamW is half a bit of bf16: a sum in another
-    order rounds them the other way, and later losses differ by what that bit does.
+    """The weights of norms stay near 1, where a step of AdamW is half of the last bit of bf16.
+
+    Summing gradients in another order can round such a weight the other way. Later losses differ.
     """
     want = reference("FSDP2, bf16", "llama", 2, 1)["losses"]
     for got in ranks.run(2, train, "FSDP2, bf16", "llama", backend):
