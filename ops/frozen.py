@@ -12,9 +12,9 @@ Arguments of the ops:
 - ``lora_A``, ``lora_B``: (r, d_in) and (d_out, r), with the scale in ``lora_B``; or None.
 - ``groups``, ``offsets``: of ``frozen_grouped_linear``, as in ``ops/groups.py``. The weights of a
   stack, such as the experts of a mixture, are stacked along the rows of each tensor.
-- the lists of ``frozen_linears``: of each of several weights with one ``x``, which are computed
-  together for few tokens. None for a list: no weight has such a tensor. The list of
-  forms is flat. All forms have the same length, and only their pairs differ.
+- the lists of ``frozen_linears``: the operands of several weights with one ``x``. For few tokens
+  they are computed together. None for a list: no weight has such a tensor. The list of forms is
+  flat. All forms have the same length, and only their pairs differ.
 - ``form``: N, M, bits and group of codes (0 for values), a number for the dtype of the model, d_in,
   and pairs (fewest tokens, route). Of the pairs with at most the tokens of the call, the last one
   is used (``kernels/cpu/routes.py``).
