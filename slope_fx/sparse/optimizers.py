@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from slope_fx.errors import ArgumentError, TrainingWarning, users_stacklevel
@@ -16,6 +19,7 @@ from slope_fx.sparse.blank import settle
 from slope_fx.sparse.mask import Mask
 from slope_fx.sparse.steps import before_step
 from slope_fx.sparse.trained import note_optimizer, note_trained
+from slope_fx.sparse.warmup import begin_warmup, end_warmup
 from slope_fx.sparse.weight import find_alive
 from slope_fx.sparse.written import note_step
 
@@ -39,6 +43,7 @@ def watch(replaced: Iterable[tuple[Tensor, Tensor]] = (), by: str = "slope_fx.co
 @functools.cache
 def _register() -> None:
     register_optimizer_step_pre_hook(torch.compiler.disable(_begins))
+    register_optimizer_step_post_hook(torch.compiler.disable(_ends))
 
 
 def _begins(optimizer: Optimizer, *_: object) -> None:
@@ -71,6 +76,11 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
             "LBFGS moves every parameter that it holds, and it holds masks. Give it those that "
             "train: LBFGS([p for p in model.parameters() if p.requires_grad])."
         )
+    begin_warmup(optimizer)
+
+
+def _ends(optimizer: Optimizer, *_: object) -> None:
+    end_warmup(optimizer)
 
 
 def _tell_of_missing_schedule(parameters: list[Any]) -> None:
