@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import slope_fx
@@ -53,6 +54,10 @@ class Arm:
             what a better backward mask can give.
         dense_layers: ``fnmatch`` patterns of layers that stay dense.
         method: as in ``slope_fx.compile``.
+        adapter_rate: learning rate of the adapters, relative to that of the other parameters.
+        adapter_warmup: the fraction of the steps over which this rate rises at first.
+        pooled: whether A adds up equal parts of the input and does not train (SLoRB,
+            arXiv 2407.20584), so that B alone costs products.
         scaled: whether the sparse weights begin larger, by density ** -0.5, and have the learning
             rate divided by the density (SuPar, arXiv 2405.15743).
     """
@@ -65,6 +70,9 @@ class Arm:
     exact_from: float = 1.0
     dense_layers: tuple[str, ...] = ()
     method: str = "slope"
+    adapter_rate: float = 1.0
+    adapter_warmup: float = 0.0
+    pooled: bool = False
     scaled: bool = False
 
     @property
@@ -80,6 +88,10 @@ ARMS = {
     "slope r=1.56% from 99%": Arm(rank=1 / 64),
     "slope r=6.25% from 99%": Arm(rank=1 / 16),
     "slope r=6.25% from 90%": Arm(rank=1 / 16, start=0.9),
+    "slope r=6.25% from 90%, rate x8": Arm(
+        rank=1 / 16, start=0.9, adapter_rate=8.0, adapter_warmup=0.01
+    ),
+    "slope r=6.25% from 75%, pooled": Arm(rank=1 / 16, start=0.75, pooled=True),
     "slope r=6.25% from 75%": Arm(rank=1 / 16, start=0.75),
     "slope r=6.25% from 0%": Arm(rank=1 / 16, start=0.0),
     "random mask": Arm(mask="random"),
@@ -122,14 +134,26 @@ def make(arm: Arm, rung: Rung, context: int, steps: int) -> tuple[nn.Module, Any
     layers = [name.replace("LAST", str(rung.layers - 1)) for name in arm.dense_layers]
     model = slope_fx.compile(
         model, {**dict.fromkeys(layers), "*": arm.pattern}, mask=arm.mask, region="blocks",
-        adapter_rank=arm.rank or None, skip_first=False, method=arm.method,
+        adapter_rank=arm.rank or None, adapter_init=_pooling if arm.pooled else "zero",
+        skip_first=False, method=arm.method,
         engine="dense" if arm.exact_from < 1 else "auto",
     )  # fmt: skip
+    weights = list(slope_fx.sparse_weights(model).values())
+    for weight in weights if arm.pooled else ():
+        assert weight.lora_A is not None
+        weight.lora_A.requires_grad_(False)
     if arm.scaled:
-        for weight in slope_fx.sparse_weights(model).values():
+        for weight in weights:
             weight.values.data.mul_(arm.density**-0.5)
             weight.note_write()
     return model, slope_fx.Schedule(model, steps, arm.start if arm.rank else 0.99)
+
+
+def _pooling(name: str, weight: Tensor, mask: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A, whose rows add up equal parts of the input, and B = 0."""
+    parts = torch.arange(weight.shape[1]) * rank // weight.shape[1]
+    a = (parts == torch.arange(rank)[:, None]).to(weight.dtype)
+    return a, weight.new_zeros(weight.shape[0], rank)
 
 
 def set_backward(arm: Arm, model: nn.Module, step: int, steps: int) -> None:
@@ -139,12 +163,23 @@ def set_backward(arm: Arm, model: nn.Module, step: int, steps: int) -> None:
             weight.backward_bits.data.fill_(255)
 
 
+def own_rates(arm: Arm, rate: float, steps: int) -> dict[str, Any]:
+    """What ``param_groups`` is given for the learning rates of an arm."""
+    rates: dict[str, Any] = {}
+    if arm.scaled:
+        rates["sparse_lr"] = rate / arm.density
+    if arm.adapter_rate != 1:
+        rates["adapter_lr"] = rate * arm.adapter_rate
+        rates["adapter_warmup"] = round(arm.adapter_warmup * steps)
+    return rates
+
+
 def cost(arm: Arm, rung: Rung) -> float:
     """The FLOPs of the blocks' products over a run, relative to dense.
 
     A sparse layer computes N/M of each of its three products. A product that is dense, in some
     steps or in all, counts in full there. An adapter of rank r adds r (d_in + d_out) /
-    (d_in d_out) of dense while it takes part.
+    (d_in d_out) of dense while it takes part; one whose A is a sum adds r / d_in.
     """
     width = width_of(arm, rung)
     if arm.pattern is None:
@@ -164,7 +199,8 @@ def cost(arm: Arm, rung: Rung) -> float:
             if _is_dense(arm, rung, f"transformer.h.{block}.{name}"):
                 total += share
                 continue
-            adapter = arm.rank * (d_in + d_out) / d_out * (1 - arm.start)
+            factors = d_out if arm.pooled else d_in + d_out
+            adapter = arm.rank * factors / d_out * (1 - arm.start)
             total += share * (products + adapter)
     return total
 

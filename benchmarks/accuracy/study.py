@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, RUNGS, cost, make, set_backward
+from arms import ARMS, RUNGS, cost, make, own_rates, set_backward
 from data import rows
 from filelock import FileLock
 from torch import nn
@@ -162,8 +162,9 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
     order = torch.randperm(len(text["train"]), generator=torch.Generator().manual_seed(seed))
     if steps * size.batch > len(order):
         raise SystemExit(f"{rung} needs {steps * size.batch} rows; the text has {len(order)}.")
-    sparse_rate = rate / ARMS[arm].density if ARMS[arm].scaled else None
-    groups = slope_fx.param_groups(model, rate, weight_decay=0.1, sparse_lr=sparse_rate)
+    groups = slope_fx.param_groups(
+        model, rate, weight_decay=0.1, **own_rates(ARMS[arm], rate, steps)
+    )
     trained = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     warmup = max(1, steps // 50)

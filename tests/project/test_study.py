@@ -12,7 +12,7 @@ import slope_fx
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
 import study
-from arms import ARMS, Arm, Rung, cost, make, set_backward
+from arms import ARMS, Arm, Rung, cost, make, own_rates, set_backward
 
 SIZE = Rung(layers=3, width=32, batch=2)
 
@@ -31,6 +31,19 @@ def test_each_arm_is_what_it_says(name):
         assert keeps_all == (arm.mask == "transposable")
         assert weight.method.name == arm.method
         assert bool(weight.rank) == bool(arm.rank)
+        if arm.pooled:
+            taken = weight.lora_A != 0
+            assert (taken.sum(0) == 1).all()
+            assert (taken.sum(1) == weight.d_in / weight.rank).all()
+            assert weight.lora_A[taken].unique().numel() == 1
+            assert not weight.lora_B.any()
+    groups = slope_fx.param_groups(model, 1e-3, **own_rates(arm, 1e-3, 300))
+    rates = {g["name"]: (g["lr"], g.get("adapter_warmup")) for g in groups}
+    assert rates.get("sparse", (None,))[0] == (arm.pattern and (2e-3 if arm.scaled else 1e-3))
+    if arm.rank:
+        assert rates["adapters"] == ((8e-3, 3) if "x8" in name else (1e-3, None))
+        trained = [p for g in groups if g["name"] == "adapters" for p in g["params"]]
+        assert len(trained) == (12 if arm.pooled else 24)
     if weights:
         assert schedule is not None
         set_backward(arm, model, 97, 100)
@@ -66,6 +79,9 @@ def test_an_adapter_costs_while_it_takes_part():
     adapters = sum(d_in / 16 * (d_in + d_out) for d_in, d_out in sizes)
     want = 0.5 + 0.25 * adapters / total
     assert cost(Arm(rank=1 / 16, start=0.75), SIZE) == pytest.approx(want)
+    pooled = sum(d_in / 16 * d_out for d_in, d_out in sizes)
+    want = 0.5 + 0.25 * pooled / total
+    assert cost(Arm(rank=1 / 16, start=0.75, pooled=True), SIZE) == pytest.approx(want)
 
 
 @pytest.fixture
