@@ -18,7 +18,7 @@ from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.sparse.agreement import check_agreement, check_stages, groups_of
 from slope_fx.sparse.blank import settle
 from slope_fx.sparse.shards import gather, reshard
-from slope_fx.sparse.steps import after_step, check_alone, prepare
+from slope_fx.sparse.steps import after_step, check_whole, prepare
 from slope_fx.sparse.weight import SparseWeight
 from slope_fx.sparse.wrappers import check_idle
 
@@ -74,7 +74,7 @@ class Schedule:
     Raises:
         ArgumentError: ``total_steps``, ``adapter_start`` or ``backward_mask_interval`` is out of
             range.
-        UnsupportedError: the method runs on one process, and there are several.
+        UnsupportedError: the method needs whole weights, and they are sharded.
         StateError: ``model`` is not the object that ``compile`` returned, or is frozen, or it was
             compiled on the meta device and a layer is not initialized.
     """
@@ -96,7 +96,7 @@ class Schedule:
         self._agreed = False
         for weight in self._weights:
             settle(weight)
-            check_alone(weight)
+            check_whole(weight, first_step=False)
         self._has_adapters = any(weight.rank for weight in self._weights)
         if not self._weights:  # a stage of a pipeline without sparse layers keeps step
             sparse = not isinstance(self._method, Dense)
@@ -147,7 +147,8 @@ class Schedule:
             StateError: ``total_steps`` steps were already taken; or at the first step of a stage of
                 a pipeline, the Schedule of another stage is different.
             UnsupportedError: at the first step, DeepSpeed's ZeRO holds adapters that are not active
-                yet.
+                yet; or the method needs whole weights, and several processes train them in other
+                ways than in a DistributedDataParallel.
         """
         if self.last_step >= self.total_steps:
             raise StateError(
@@ -160,6 +161,8 @@ class Schedule:
         self._progress.here += 1
         if self._progress.here == 1:
             check_stages(self._weights, self.state_dict())
+            for weight in self._weights:
+                check_whole(weight, first_step=True)
         interval = self.backward_mask_interval
         due = interval is not None and self.last_step % interval == 0
         if due or self._method.steps:

@@ -26,6 +26,9 @@ class Evolve(Method):
     mean of its group, so that its first steps are small: the optimizer has one count of steps
     for all elements, and its bias correction is over.
 
+    A probed gradient is as large as the pruned part. Processes in a DistributedDataParallel average
+    it before a swap. Shards of it would need the whole gradients of all layers on each rank.
+
     Attributes:
         interval: number of steps between swaps.
         rate: the fraction of the groups that swap, at first. It falls to zero with a cosine.
@@ -35,7 +38,7 @@ class Evolve(Method):
     name: ClassVar[str] = "evolve"
     source: ClassVar[str] = "slope_fx; after RigL, arXiv 1911.11134"
     steps: ClassVar[bool] = True
-    alone: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
     interval: int = 100
     rate: float = 0.1
     end: float = 0.75

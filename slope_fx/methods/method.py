@@ -54,7 +54,7 @@ class Method:
             :func:`slope_fx.compress_` ends the method.
         fades: whether the pruned part takes part until the factor of the weight is zero.
         steps: whether steps change masks, factor or probe.
-        alone: whether the method runs on one process only.
+        whole: whether a step needs whole weights, so that processes cannot share one in shards.
         when_expanded: what is lost if no pass rewrites the linear.
     """
 
@@ -63,7 +63,7 @@ class Method:
     compressed: ClassVar[bool] = True
     fades: ClassVar[bool] = False
     steps: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     when_expanded: ClassVar[str] = (
         "the loss is right, but the layer is slow and its input gradient is that of W^R, not of "
         "the double-pruned W^{R,C}"

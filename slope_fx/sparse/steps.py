@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from slope_fx import ops
 from slope_fx.errors import UnsupportedError
@@ -11,20 +12,32 @@ from slope_fx.ops.dispatch import local
 from slope_fx.sparse.shards import put_mask
 from slope_fx.sparse.trained import states_of
 from slope_fx.sparse.weight import SparseWeight
+from slope_fx.sparse.wrappers import mean_over_ranks, wrapper_of
 
 
-def check_alone(weight: SparseWeight) -> None:
-    """Check that a method for one process runs on one.
+def check_whole(weight: SparseWeight, *, first_step: bool) -> None:
+    """Check that several processes train a weight together, if its method needs it whole.
+
+    Args:
+        weight: the sparse weight.
+        first_step: whether a step was taken, so that the model has its wrapper.
 
     Raises:
-        UnsupportedError: there are several.
+        UnsupportedError: it is sharded, or the processes do not train it in a
+            DistributedDataParallel.
     """
-    if not (weight.method.alone and dist.is_available() and dist.is_initialized()):
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not (weight.method.whole and several):
         return
-    if dist.get_world_size() > 1:
+    what = ""
+    if isinstance(weight.values, DTensor):
+        what = "is sharded, and a mask moves by the gradient of the whole weight"
+    elif first_step and wrapper_of(weight) is None:
+        what = f"is in no wrapper: the masks of {dist.get_world_size()} ranks would move apart"
+    if what:
         raise UnsupportedError(
-            f'{weight.name}: method="{weight.method.name}" runs on one process, and there are '
-            f"{dist.get_world_size()}: ranks would move their masks apart."
+            f'{weight.name} {what}. Train method="{weight.method.name}" on one process, or on '
+            "several in torch.nn.parallel.DistributedDataParallel."
         )
 
 
@@ -39,6 +52,8 @@ def before_step(weight: SparseWeight) -> None:
 @torch.no_grad()
 def after_step(weight: SparseWeight, step: int, total_steps: int) -> None:
     """Let the method choose the forward mask after a step, and choose the backward mask for it."""
+    if weight.probe is not None:
+        weight.probe.grad = mean_over_ranks(weight, weight.probe.grad, weight.probe)
     masks = weight.forward_bits.detach(), weight.backward_bits.detach()
     read = weight.read_from(*(local(mask).as_subclass(Tensor) for mask in masks))
     if not weight.method.moves(read):

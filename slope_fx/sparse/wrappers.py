@@ -111,6 +111,29 @@ def wrapper_of(weight: nn.Module) -> DistributedDataParallel | None:
     return None if wrapper is None else wrapper()
 
 
+def mean_over_ranks(weight: nn.Module, gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """The mean of a gradient over the ranks of the DDP around a sparse weight.
+
+    This is a collective operation if there is one. A rank without a gradient adds zeros.
+
+    Args:
+        weight: the sparse weight.
+        gradient: of this rank.
+        like: a tensor of its shape, dtype and device.
+
+    Returns:
+        The mean; None if no rank has a gradient.
+    """
+    wrapper = wrapper_of(weight)
+    if wrapper is None:
+        return gradient
+    mine = torch.zeros_like(like) if gradient is None else gradient
+    found = mine.new_tensor([float(gradient is not None)])
+    flat = torch.cat([mine.flatten(), found]).div_(dist.get_world_size(wrapper.process_group))
+    dist.all_reduce(flat, group=wrapper.process_group)
+    return flat[:-1].view_as(like) if flat[-1] > 0 else None
+
+
 class _Reducer:
     """Averages gradients at the end of each backward pass in which DDP averages gradients.
 
