@@ -1,9 +1,13 @@
-"""The ops that choose the forward and the backward mask. They have no gradients."""
+"""The ops that choose the forward and the backward mask, and how a graph reads a mask.
+
+They have no gradients.
+"""
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from slope_fx.kernels.packing import packed_width
+from slope_fx.kernels.packing import packed_width, unpack_by_shifts
 from slope_fx.ops.dispatch import engine
 
 
@@ -52,3 +56,16 @@ def backward_mask(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tenso
 def _(values: Tensor, forward_mask: Tensor, n: int, m: int) -> Tensor:
     torch._check(values.shape[0] % m == 0, lambda: f"d_out {values.shape[0]} is not in {m}s")
     return values.new_empty((values.shape[0], packed_width(values.shape[1])), dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, columns: int) -> Tensor:
+    """The bool mask (rows, ``columns``) of packed bits, by operations that Inductor fuses.
+
+    DTensor has no rules for operations on bits, so each rank unpacks its own. Shards of the columns
+    have whole bytes.
+    """
+    if not isinstance(bits, DTensor):
+        return unpack_by_shifts(bits, columns)
+    own = bits.to_local()
+    mask = unpack_by_shifts(own, min(columns, 8 * own.shape[-1]))
+    return DTensor.from_local(mask, bits.device_mesh, bits.placements, run_check=False)

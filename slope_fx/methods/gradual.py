@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from slope_fx import ops
-from slope_fx.kernels.packing import unpack_by_shifts
 from slope_fx.methods.method import DenseMaster, Method, WeightState, is_within
+from slope_fx.ops.masks import unpacked
 
 if TYPE_CHECKING:
     from slope_fx.planning.patterns import Pattern
@@ -54,7 +54,7 @@ class Gradual(DenseMaster):
     def weight(self, kept: Tensor, read: WeightState) -> Tensor:
         if read.factor is None or not read.fading:
             return Method.weight(self, kept, read)
-        mask = unpack_by_shifts(read.forward_bits, kept.shape[-1])
+        mask = unpacked(read.forward_bits, kept.shape[-1])
         return torch.where(mask, kept, kept * read.factor.to(kept.dtype))
 
     def moves(self, read: WeightState) -> bool:

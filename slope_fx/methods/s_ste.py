@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from slope_fx import ops
-from slope_fx.kernels.packing import unpack_by_shifts
 from slope_fx.methods.method import DenseMaster
+from slope_fx.ops.masks import unpacked
 
 if TYPE_CHECKING:
     from slope_fx.planning.patterns import Pattern
@@ -48,7 +48,7 @@ def _soft(matrix: Tensor, forward_bits: Tensor, pattern: "Pattern") -> Tensor:
     """The kept elements (rows, d_in * N / M), moved towards zero by the largest pruned one."""
     n, m = pattern.n, pattern.m
     values = ops.compress(matrix, forward_bits, n, m)
-    pruned = matrix.abs().masked_fill(unpack_by_shifts(forward_bits, matrix.shape[-1]), 0)
+    pruned = matrix.abs().masked_fill(unpacked(forward_bits, matrix.shape[-1]), 0)
     threshold = pruned.unflatten(-1, (-1, m)).amax(-1, keepdim=True)
     groups = values.unflatten(-1, (-1, n))
     return (groups.sign() * (groups.abs() - threshold).relu()).flatten(-2)

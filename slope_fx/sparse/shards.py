@@ -62,14 +62,14 @@ def refresh_sharded(
         UnsupportedError: a mask is sharded in another way than the values, or the columns are not
             sharded in whole groups of M inputs and whole bytes of the masks.
     """
-    kept, forward = values.to_local(), _local_part(forward_bits, values)
+    kept, forward = values.to_local(), local_part(forward_bits, values)
     width = kept.shape[1] if compressed else kept.shape[1] * n // m
-    _check_columns(width, forward, _local_part(backward_bits, values), n, m)
+    _check_columns(width, forward, local_part(backward_bits, values), n, m)
     own = slice(None)
     split = _split_groups(values, m)
     if split is not None:
         own, (kept, forward) = split.complete(kept, forward)
-    bits = _local_part(backward_bits, values)
+    bits = local_part(backward_bits, values)
     if len(kept):
         bits = choose(kept, forward)[own]
     _put_local(bits, backward_bits, values)
@@ -87,7 +87,7 @@ def put_mask(mask: Tensor, like: Tensor, choose: Callable[[Tensor], Tensor]) -> 
         mask.copy_(choose(like.detach()))
         return
     part = like.to_local()
-    _put_local(choose(part) if len(part) else _local_part(mask, like), mask, like)
+    _put_local(choose(part) if len(part) else local_part(mask, like), mask, like)
 
 
 def _put_local(bits: Tensor, mask: Tensor, like: DTensor) -> None:
@@ -112,7 +112,7 @@ def _check_columns(columns: int, forward: Tensor, backward: Tensor, n: int, m: i
         )
 
 
-def _local_part(bits: Tensor, values: DTensor) -> Tensor:
+def local_part(bits: Tensor, values: DTensor) -> Tensor:
     """The part of a mask for this rank's values. Nothing is sent.
 
     Raises:

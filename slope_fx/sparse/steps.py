@@ -9,7 +9,7 @@ from slope_fx import ops
 from slope_fx.errors import UnsupportedError
 from slope_fx.kernels.packing import unpack
 from slope_fx.ops.dispatch import local
-from slope_fx.sparse.shards import put_mask
+from slope_fx.sparse.shards import local_part, put_mask
 from slope_fx.sparse.trained import states_of
 from slope_fx.sparse.weight import SparseWeight
 from slope_fx.sparse.wrappers import mean_over_ranks, wrapper_of
@@ -44,9 +44,10 @@ def check_whole(weight: SparseWeight, *, first_step: bool) -> None:
 @torch.no_grad()
 def before_step(weight: SparseWeight) -> None:
     """Let the method change the gradient, before a step of an optimizer."""
-    gradient, bits = weight.values.grad, weight.forward_bits
+    kept, gradient, bits = weight.values.detach(), weight.values.grad, weight.forward_bits
     if gradient is not None:
-        weight.method.change_gradient(local(gradient), local(weight.values.detach()), local(bits))
+        mine = local_part(bits, kept) if isinstance(kept, DTensor) else bits
+        weight.method.change_gradient(local(gradient), local(kept), mine)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def split(name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["sr-ste", pytest.param("gradual", marks=FULL)])
+@pytest.mark.parametrize("name", ["sr-ste", "s-ste", "gradual"])
 def test_tensor_parallel(ranks, name):
     assert max(ranks.run(2, split, name)) < 1e-4
 
