@@ -41,7 +41,7 @@ def test_comes_back_bit_for_bit(data, tmp_path_factory):
         slope_fx.sparse_weights(model))}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("bert", marks=pytest.mark.full)])
 def test_computes_the_same(kind, tmp_path):
     """The adapters take part after loading if they did when it was saved."""
     model, _ = trained(kind)

@@ -76,6 +76,7 @@ def packaged(tmp_path_factory):
 
 
 @pytest.mark.inductor
+@pytest.mark.full
 def test_a_bare_python_runs_the_package(packaged):
     folder, want = packaged
     run_bare(folder)

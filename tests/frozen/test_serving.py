@@ -31,9 +31,9 @@ def oracle(model, ids):
 # --- threads and processes ----------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "backend",
-    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.full])],
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )
 def test_threads_share_a_model(backend):
     """From the first call, which compiles, with different batches and lengths."""
@@ -117,7 +117,8 @@ def test_torchao(freeze):
     assert 0 < error < 0.05 * want.abs().max()
 
 
-@pytest.mark.parametrize("freeze", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("freeze", [False, True])
 def test_onnx(freeze, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = frozen() if freeze else awake()
@@ -149,9 +150,10 @@ def with_lora(model: nn.Module) -> nn.Module:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, lora_alpha=16))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("error::slope_fx.errors.ExpandedWeightWarning")
-@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.full), 4])
-@pytest.mark.parametrize("freeze", [pytest.param(False, marks=pytest.mark.full), True])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("freeze", [False, True])
 def test_lora_of_peft_trains_on_top(freeze, rank, tmp_path):
     """PEFT calls the model's forward, past its compiled call: the blocks are compiled."""
 

@@ -33,7 +33,7 @@ def fsdp(model):
     return fully_shard(model, mesh=mesh)
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp])
+@pytest.mark.parametrize("wrap", [ddp, pytest.param(fsdp, marks=pytest.mark.full)])
 def test_wrapped_trains_as_bare(wrap, one_process):
     """Both phases, a refresh of the masks at each step, the same losses."""
     start = slope_fx.compile(models.gpt2(), adapter_rank=2, backend="aot_eager")

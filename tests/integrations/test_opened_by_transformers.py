@@ -326,6 +326,7 @@ def test_slope_fx_does_not_import_what_takes_seconds():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.full
 def test_without_the_import_transformers_says_what_is_missing(saved):
     program = "import sys, transformers as t\nt.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     for name in ("llama-frozen-many", "llama-training-one"):

@@ -282,6 +282,7 @@ def test_threads_share_them(engine):
     assert fake.calls["compress"] <= len(threads)
 
 
+@pytest.mark.full
 def test_values_whose_memory_comes_and_goes_are_not_kept(engine, monkeypatch, tmp_path):
     """FSDP2 gathers a weight into the same tensor, with the same version, at each use."""
     start = slope_fx.compile(models.gpt2().to(B16), backend="aot_eager")

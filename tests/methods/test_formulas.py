@@ -80,7 +80,7 @@ def check(method, widths, pattern, seed, backend):
     return model, x
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @example(METHODS[1], [16, 24, 16], "2:4", 0)
 @example(METHODS[2], [16, 24, 16], "2:4", 0)
 @example(METHODS[3], [16, 24, 16], "2:4", 0)

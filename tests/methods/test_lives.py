@@ -74,11 +74,8 @@ def test_resumed_equals_uninterrupted(method, stop, tmp_path):
         assert torch.equal(again.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=() if m.fades else pytest.mark.full) for m in ALL],
-    ids=named,
-)
+@pytest.mark.full
+@pytest.mark.parametrize("method", ALL, ids=named)
 def test_killed_and_resumed(method, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     import kill_and_resume

@@ -128,7 +128,7 @@ def evolve_where_layers_rest(everywhere):
     return moved, [w.forward_bits.clone() for w in weights.values()]
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("everywhere", [False, pytest.param(True, marks=FULL)])
 def test_a_layer_that_rests_on_one_rank_evolves_on_both(ranks, everywhere):
     (moved, one), (_, other) = ranks.run(2, evolve_where_layers_rest, everywhere)
     assert moved == [True, not everywhere]

@@ -61,7 +61,7 @@ def test_every_form(forms):
     two_steps(forms, [], "2:4", adapters=True, seed=0)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.data(), seeds)
 def test_random_models(data, seed):
     forms = data.draw(st.lists(st.sampled_from(sorted(FORMS)), min_size=1, max_size=4))

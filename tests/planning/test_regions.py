@@ -169,7 +169,7 @@ def test_swins_unequal_stages_are_one_graph():
         ("Llama", {}, 2),
         ("GPT-2", {}, 2),
         ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, 8),
-        ("Gemma 2", {}, 2),
+        pytest.param("Gemma 2", {}, 2, marks=pytest.mark.full),
         pytest.param("T5", {}, 4, marks=pytest.mark.full),
         ("BERT", {}, 3),  # with the head's own linear
     ],
@@ -209,9 +209,8 @@ def granite_moe():
     return ARCHITECTURES["GraniteMoe"]()
 
 
-@pytest.mark.parametrize(
-    "name", ["GraniteMoe", pytest.param("SwitchTransformers", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["GraniteMoe", "SwitchTransformers"])
 def test_a_cache_that_forward_takes_through_its_kwargs(name):
     if name == "GraniteMoe":
         model = granite_moe()

@@ -24,7 +24,7 @@ ELSEWHERE = (
 )  # fmt: skip
 """Commands that set up, or take an hour: CI itself makes the environment, and the examples have
 tests of their own."""
-LONG = ("inference", "methods", "quickstart", "recipes", "scaling")
+LONG = ("index", "inference", "methods", "quickstart", "recipes", "scaling")
 SOURCES = ("slope_fx", "passes", "ops", "kernels")
 
 
