@@ -54,8 +54,8 @@ class Arm:
             what a better backward mask can give.
         dense_layers: ``fnmatch`` patterns of layers that stay dense.
         method: as in ``slope_fx.compile``.
-        adapter_rate: learning rate of the adapters, relative to that of the other parameters.
-        adapter_warmup: the fraction of the steps over which this rate rises at first.
+        adapter_rate: the learning rate of the adapters divided by that of all other parameters.
+        adapter_warmup: the fraction of the steps over which the adapters' rate rises at first.
         pooled: whether A adds up equal parts of the input and does not train (SLoRB,
             arXiv 2407.20584), so that B alone costs products.
         scaled: whether the sparse weights begin larger, by density ** -0.5, and have the learning
@@ -170,6 +170,7 @@ def own_rates(arm: Arm, rate: float, steps: int) -> dict[str, Any]:
         rates["sparse_lr"] = rate / arm.density
     if arm.adapter_rate != 1:
         rates["adapter_lr"] = rate * arm.adapter_rate
+    if arm.adapter_warmup:
         rates["adapter_warmup"] = round(arm.adapter_warmup * steps)
     return rates
 
