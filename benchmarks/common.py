@@ -118,14 +118,21 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def commit() -> str:
+    """The commit that is measured; "-dirty" if more than the results differs from it."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=RESULTS.parent, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        name = git("describe", "--always")
+        sources = (":/", ":(top,exclude)benchmarks/results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *sources)
     except OSError:  # no git
-        return os.environ.get("SLOPE_FX_COMMIT", "")
-    return done.stdout.strip() or os.environ.get("SLOPE_FX_COMMIT", "")
+        name, changed = "", ""
+    return (name + "-dirty" * bool(changed)) or os.environ.get("SLOPE_FX_COMMIT", "")
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
 
 
 def processor() -> str:
