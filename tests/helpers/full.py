@@ -47,12 +47,12 @@ def main() -> None:
 
 def about() -> dict[str, Any]:
     """What was tested, and with which versions."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from common import commit
+
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "triton")},
     }

@@ -9,7 +9,6 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import time
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from ranks import Ranks
 from ways import reference, train
 
 DISTRIBUTED = Path(__file__).parent.parent / "distributed"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CASES = [  # way, model, backend, ranks, micro-batches
     *[
         (way, name, backend, world, 1)
@@ -110,13 +110,14 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a file for the results")
     parser.add_argument("--only", default="", help="ways that have this in their name")
     args = parser.parse_args()
-    sys.path.insert(0, str(DISTRIBUTED))
+    sys.path[:0] = [str(DISTRIBUTED), str(BENCHMARKS)]
+    from common import commit
+
     torch.set_num_threads(1)
     pool = Ranks()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True)
     about = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.decode().strip(),
+        "commit": commit(),
         "sources": digest(HELPERS),
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "steps": STEPS,
