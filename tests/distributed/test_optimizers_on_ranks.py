@@ -37,6 +37,12 @@ def schedule_free(model):
     return optimizer
 
 
+def warming_up(model):
+    rate = OPTIMIZER["lr"]
+    groups = slope_fx.param_groups(model, rate, adapter_lr=4 * rate, adapter_warmup=3)
+    return AdamW(groups, **OPTIMIZER)
+
+
 class MuonInFloat32(Muon):
     """Muon rounds to bfloat16, where the order of a sum changes bits of the masks."""
 
@@ -49,6 +55,7 @@ OPTIMIZERS = {
     "AdamW": lambda m: AdamW(m.parameters(), **OPTIMIZER),
     "AdamW, foreach": lambda m: AdamW(m.parameters(), foreach=True, **OPTIMIZER),
     "AdamW, fused": lambda m: AdamW(m.parameters(), fused=True, **OPTIMIZER),
+    "AdamW, adapters warm up": warming_up,
     "SGD": lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9),
     "Adafactor": lambda m: Adafactor(m.parameters(), lr=1e-2),
     "Muon": lambda m: MuonInFloat32(matrices(m), lr=1e-2),

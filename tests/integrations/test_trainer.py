@@ -23,7 +23,7 @@ def compiled(kind="gpt2", rank=4, sparsity="2:4"):
     )
 
 
-def trainer_of(model, folder, callbacks=None, **more):
+def trainer_of(model, folder, callbacks=None, optimizers=(None, None), **more):
     arguments = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2,
         "learning_rate": 1e-2, "use_cpu": True, "report_to": "none", "save_steps": 2,
@@ -32,7 +32,7 @@ def trainer_of(model, folder, callbacks=None, **more):
     slope = SlopeCallback(adapter_start=0.5, backward_mask_interval=3)
     return Trainer(
         model, TrainingArguments(**arguments), train_dataset=ROWS, eval_dataset=ROWS[:4],
-        callbacks=[slope] if callbacks is None else callbacks,
+        callbacks=[slope] if callbacks is None else callbacks, optimizers=optimizers,
     )  # fmt: skip
 
 
@@ -81,6 +81,29 @@ def test_resumed_in_either_phase_equals_uninterrupted(tmp_path):
     total = sum(r.shape[0] * r.shape[1] for r in slope_fx.explain(resumed.model).linears)
     assert history[-1]["slope/sparsity"] == pytest.approx(zeros / total)
     assert len(list(parts.glob("checkpoint-*"))) <= 3  # the best, and two
+
+
+@pytest.mark.full
+def test_resumed_in_a_warm_up_of_the_adapters_equals_uninterrupted(tmp_path):
+    """The Trainer wraps the optimizer, and sets its rates between steps."""
+
+    def run(folder, warmup, stop=STEPS, resume=False):
+        model = compiled()
+        groups = slope_fx.param_groups(model, 1e-2, adapter_lr=4e-2, adapter_warmup=warmup)
+        slope = SlopeCallback(adapter_start=0.5, backward_mask_interval=3)
+        trainer = trainer_of(
+            model, tmp_path / folder, [slope, StopAt(stop)],
+            optimizers=(torch.optim.AdamW(groups), None),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole", 3)
+    assert [g["adapter_steps"] for g in whole.optimizer.param_groups if "adapter_steps" in g] == [4]
+    run("parts", 3, stop=6)
+    assert_same_model(run("parts", 3, resume=True).model, whole.model)
+    with pytest.raises(AssertionError, match="lora"):
+        assert_same_model(run("none", 0).model, whole.model)
 
 
 def test_a_checkpoint_of_the_trainer_is_one_of_slope_fx(tmp_path):
