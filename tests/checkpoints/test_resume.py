@@ -38,7 +38,15 @@ def train(run, first, last):
     return losses
 
 
-@pytest.mark.parametrize("stop", [2, 6, 7, 11], ids=["sparse", "switch", "adapter", "end"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(2, id="sparse"),
+        pytest.param(6, id="switch", marks=pytest.mark.full),
+        pytest.param(7, id="adapter"),
+        pytest.param(11, id="end", marks=pytest.mark.full),
+    ],
+)
 def test_interrupted_equals_uninterrupted(stop):
     whole = start()
     want = train(whole, 0, STEPS)

@@ -123,7 +123,7 @@ def after_an_evaluation(model_kind, outer):
     return {name: bool(torch.equal(state[name], bits)) for name, bits in wanted.items()}
 
 
-@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("outer", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_refresh_after_an_evaluation_is_not_lost(ranks, outer):
     for same in ranks.run(2, after_an_evaluation, "llama", outer):
         assert len(same) > 5

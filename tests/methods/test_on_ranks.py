@@ -79,7 +79,7 @@ def evolve(way, micro_batches):
 @pytest.mark.parametrize(
     ("way", "micro_batches"),
     [
-        ("DDP", 2),
+        pytest.param("DDP", 2, marks=FULL),
         pytest.param("DDP", 1, marks=FULL),
         pytest.param("DDP, static graph", 1, marks=FULL),
     ],

@@ -60,7 +60,10 @@ def test_identical_blocks_compile_once(backend):
         schedule.step()
 
 
-@pytest.mark.parametrize("name", models.TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "llama" else pytest.param(n, marks=pytest.mark.full) for n in models.TRANSFORMERS],
+)
 def test_blocks_as_regions(name, backend):
     """The same gradients from blocks as from the whole; a copy keeps its regions."""
     dense = models.TRANSFORMERS[name](layers=3)
@@ -84,7 +87,13 @@ def test_blocks_as_regions(name, backend):
     assert backend.graphs <= 3
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "reentrant",
+    [
+        pytest.param(False, id="non-reentrant", marks=pytest.mark.full),
+        pytest.param(True, id="reentrant"),
+    ],
+)
 def test_activation_checkpointing(reentrant):
     dense = models.gpt2(layers=3)
     model = copy.deepcopy(dense)

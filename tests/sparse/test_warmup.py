@@ -97,7 +97,14 @@ def test_zero_redundancy_optimizer(tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("stop", [2, START, START + 2])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(2, marks=pytest.mark.full),
+        pytest.param(START, marks=pytest.mark.full),
+        START + 2,
+    ],
+)
 def test_a_resumed_warm_up_goes_on(stop, tmp_path):
     whole = Run(AdamW, WARMUP).train(0, STEPS)
     first = Run(AdamW, WARMUP).train(0, stop)
