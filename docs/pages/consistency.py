@@ -87,9 +87,9 @@ def roads_section(cells: list[Cell], result: dict[str, Any]) -> str:
     allowed = plain[0]["bounds"].get("logits", 0.0) if plain else 0.0
     return section(
         "By road, in fp32",
-        f"Each cell has the largest error, and names the result that has it. The case *steps* is left "
-        f"out. The bound is {allowed:.0e}. `cpu-dense`, `dense` and `reference` are engines; they run "
-        f"on aot_eager. All other columns use the engine `cpu`. {taken(result)}",
+        f"Each cell has the largest error, and names the result that has it. The case *steps* is "
+        f"left out. The bound is {allowed:.0e}. `cpu-dense`, `dense` and `reference` are engines; "
+        f"they run on aot_eager. All other columns use the engine `cpu`. {taken(result)}",
         table(rows, ("model", "phase", *roads)),
     )
 
