@@ -40,15 +40,18 @@ def delete_all_but(kept: Path, out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def keep_arguments(out: Path, mine: dict[str, Any], free: Collection[str]) -> None:
+def keep_arguments(
+    out: Path, mine: dict[str, Any], free: Collection[str] = (), of: str = "arguments"
+) -> None:
     """Write the arguments of a new run, or check that a run goes on with those that it had.
 
     Args:
         out: folder of the run.
         mine: the arguments.
         free: names of those that may differ.
+        of: what they are of; the name of the file.
     """
-    file, partial = out / "arguments.json", out / "arguments.partial"
+    file, partial = out / f"{of}.json", out / f"{of}.partial"
     if not file.exists():
         partial.write_text(json.dumps(mine))
         partial.rename(file)
@@ -57,7 +60,8 @@ def keep_arguments(out: Path, mine: dict[str, Any], free: Collection[str]) -> No
         if name not in free and saved.get(name) != value:
             option = f"--{name.replace('_', '-')}"
             raise SystemExit(
-                f"{out}: the run was started with {option} {saved[name]}, not {value}."
+                f"{out}: its {of} have {option} {saved.get(name)}, not {value}. Give the "
+                "same, or another --out."
             )
 
 

@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import keep_arguments
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 ROWS = "rows.npy"
+ASKED_OF_ROWS = (
+    "dataset", "dataset_config", "text_column", "text_files", "eval_files", "eval_fraction",
+    "vocab_size", "context",
+)  # fmt: skip
+"""The arguments that rows follow from."""
 TOKENIZER_ROWS = 1_000_000
 """Lines or documents that a tokenizer is trained on, at most."""
 HELD_OUT_PLAYS = ("hamlet_gut.txt", "macbeth_gut.txt")
@@ -108,16 +114,23 @@ def pack(
 
 
 def prepare_rows(args: argparse.Namespace, out: Path) -> None:
-    """Write the packed rows of the training text and the tokenizer to a folder, once."""
+    """Write the packed rows of the training text and the tokenizer to a folder, once.
+
+    Rows that are there must be of the same text, context and size of vocabulary.
+    """
+    asked = {name: getattr(args, name) for name in ASKED_OF_ROWS}
     if (out / ROWS).exists():
+        keep_arguments(out, asked, of="rows")
         return
     out.mkdir(parents=True, exist_ok=True)
+    (out / "rows.json").unlink(missing_ok=True)  # of a preparation that was killed
     train = load_text(args)["train"]
     few = train.select(range(min(len(train), TOKENIZER_ROWS)))
     tokenizer = train_tokenizer(few, args.vocab_size)
     tokenizer.save_pretrained(out / "tokenizer")
     partial = out / f"partial-{ROWS}"
     pack(train, tokenizer, args.context, partial)
+    keep_arguments(out, asked, of="rows")
     partial.rename(out / ROWS)  # last, so that what has this name is whole
 
 

@@ -6,13 +6,14 @@ from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slope_fx.attach import detach
 from slope_fx.errors import UnsupportedError, first_line
 from slope_fx.hub import unmark
 from slope_fx.integrations import peft
 from slope_fx.planning.config import check_choice
-from slope_fx.record import record_of
+from slope_fx.record import record_of, sparse_weights
 from slope_fx.sparse.install import uninstall
 from slope_fx.sparse.weight import SparseWeight
 
@@ -40,11 +41,17 @@ def densify(model: Model, adapters: Adapters = "merge", *, inplace: bool = False
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned.
         ArgumentError: ``adapters`` has a value that is not allowed.
-        UnsupportedError: the model cannot be copied; or, with "peft", no adapter is active or PEFT
-            does not support adapters for a layer.
+        UnsupportedError: the model is sharded, or cannot be copied; or, with "peft", no adapter is
+            active or PEFT does not support adapters for a layer.
     """
     check_choice("adapters", adapters, get_args(Adapters))
     record_of(model)
+    for weight in sparse_weights(model).values():
+        if isinstance(weight.values, DTensor):
+            raise UnsupportedError(
+                f"{weight.name} is sharded. Save the model with slope_fx.save_pretrained, load it "
+                "on one process with load_pretrained, and call densify there."
+            )
     if adapters == "peft":
         peft.adapted(model)  # raises errors before the model changes
     dense = model if inplace else _copied(model)

@@ -58,7 +58,8 @@ class TrainingState(Stateful):
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` returned, or is frozen.
-        ArgumentError: another object has no ``state_dict`` or no ``load_state_dict``.
+        ArgumentError: ``schedule`` is no Schedule, or another object has no ``state_dict`` or no
+            ``load_state_dict``.
     """
 
     def __init__(
@@ -69,6 +70,11 @@ class TrainingState(Stateful):
         **more: Any,
     ) -> None:
         trainable_record_of(model)
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise ArgumentError(
+                f"schedule is a {type(schedule).__name__}; it must be a slope_fx.Schedule. Give "
+                "other objects by a name, such as rates=lr_scheduler."
+            )
         self._model = model
         self._optimizers = (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
         self._parts = {**({} if schedule is None else {"schedule": schedule}), **more}
@@ -245,8 +251,10 @@ def _first_states(
     scratch._optimizer_step_pre_hooks = OrderedDict()
     scratch._optimizer_step_post_hooks = OrderedDict()
     scratch.state = defaultdict(dict)
-    scratch.param_groups = [{**copy.deepcopy({k: v for k, v in group.items() if k != "params"}),
-                             "params": twins}]  # fmt: skip
+    options = copy.deepcopy({k: v for k, v in group.items() if k != "params"})
+    if "train_mode" in options:  # of a schedule-free optimizer, which is saved in its other mode
+        options["train_mode"] = True
+    scratch.param_groups = [{**options, "params": twins}]
     type(optimizer).step(scratch)
     return [dict(scratch.state.get(twin, {})) for twin in twins]
 

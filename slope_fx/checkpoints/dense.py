@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from slope_fx.checkpoints.together import Together
 from slope_fx.errors import ArgumentError, CheckpointError, StateError
 from slope_fx.planning.plan import sparse_name
 from slope_fx.record import trainable_record_of
@@ -69,11 +70,18 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
             raise StateError(
                 f"{names[0]} is on the meta device. Call model.to_empty(device=...) first."
             )
+    together = Together()
     with ExitStack() as stack:
-        stored = _open(Path(path), stack)
-        sources = _match(Path(path), model, stored, targets)
+        with together.agreed() if _is_sharded(targets) else nullcontext():
+            stored = _open(Path(path), stack)
+            sources = _match(Path(path), model, stored, targets)
         for name, (_, target) in zip(sources, targets, strict=True):
             _write(target, stored[name].get_tensor(name), config.mask)
+
+
+def _is_sharded(targets: Iterable[tuple[list[str], SparseWeight | Tensor]]) -> bool:
+    tensors = (t.values if isinstance(t, SparseWeight) else t for _, t in targets)
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def _targets(model: nn.Module) -> list[tuple[list[str], SparseWeight | Tensor]]:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from slope_fx.checkpoints.together import Together
 from slope_fx.errors import CheckpointError
 
+_PROCESS = uuid.uuid4().hex[:8]
+"""Differs from that of an ended process with the same id, as a restarted container may have."""
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2, RENAME_SWAP of macOS's renamex_np
 
 
@@ -40,7 +42,7 @@ def replaced_whole(path: Path, together: Together | None = None) -> Iterator[Pat
             if together.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _clear_leftovers(path)
-                name = f".{path.name}.partial-{_writer()}-{uuid.uuid4().hex[:8]}"
+                name = f".{path.name}.partial-{_writer()}-{_PROCESS}{uuid.uuid4().hex[:8]}"
                 partial = path.with_name(name)
                 partial.mkdir()
         partial = path.with_name(together.gather(partial.name)[0])
@@ -81,9 +83,11 @@ def _clear_leftovers(path: Path) -> None:
     Other machines may share the file system, and their writes may still run.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*-*-*"):
-        host, pid, _ = left.name.rsplit(".partial-", 1)[1].split("-")
-        here = _writer().split("-")[0]
-        if host == here and pid.isdigit() and not is_running(int(pid)):
+        host, pid, own = left.name.rsplit(".partial-", 1)[1].split("-")
+        if host != _writer().split("-")[0] or not pid.isdigit():
+            continue
+        runs = own.startswith(_PROCESS) if int(pid) == os.getpid() else is_running(int(pid))
+        if not runs:
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
@@ -218,8 +218,9 @@ def digest_of(data: Mapping[str, Any]) -> str:
 def _problem(manifest: Manifest) -> str:
     """The reason why a manifest is invalid, or ""."""
     for name in manifest.files:
-        if Path(name).name != name or name.startswith("."):
-            return f"{name!r} is no plain file name"
+        parts = PurePosixPath(name).parts
+        if not parts or "/".join(parts) != name or any(part.startswith(".") for part in parts):
+            return f"{name!r} is no name of a file in the folder"
     for name, file in manifest.tensors.items():
         if file not in manifest.files:
             return f"{name} is in {file!r}, which isn't among its files"

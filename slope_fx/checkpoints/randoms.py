@@ -27,8 +27,15 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     """Restore the result of :func:`random_states`."""
     torch.set_rng_state(_state(states["torch"]))
     random.setstate(states["python"])
-    if "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all([_state(state) for state in states["cuda"]])
+    saved, here = len(states.get("cuda", ())), torch.cuda.device_count()
+    if saved == here:
+        torch.cuda.set_rng_state_all([_state(state) for state in states.get("cuda", ())])
+    else:
+        _warn(
+            f"The checkpoint has the random states of {saved} CUDA devices, and this process sees "
+            f"{here}. They keep the states that they have now. Make as many visible as then, or "
+            "give each a seed with torch.cuda.manual_seed_all."
+        )
     numpy = _numpy()
     if "numpy" in states and numpy is not None:
         name, keys, *rest = states["numpy"]
@@ -38,13 +45,15 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 def tell_of_new_rank(rank: int, saved: int) -> None:
     """Warn that a rank has no saved random states, and keeps its own."""
-    warnings.warn(
+    _warn(
         f"The checkpoint has the random states of {saved} ranks. Rank {rank} has none in it and "
         "keeps those that it has now. Give each rank a seed of its own if the data or dropout "
-        "depend on it.",
-        TrainingWarning,
-        stacklevel=users_stacklevel(),
+        "depend on it."
     )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, TrainingWarning, stacklevel=users_stacklevel())
 
 
 def _text(state: Tensor) -> str:

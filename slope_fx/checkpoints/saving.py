@@ -116,7 +116,7 @@ def save_pretrained(
                 described,
                 tensors={name: file.name for file in files for name in file.tensors},
                 aliases={alias: c.name for c in chosen for alias in c.aliases},
-                files={**written, **describe_files(folder, _configuration_files(folder))},
+                files={**written, **describe_files(folder, _files_in(folder) - set(written))},
             ).write(folder)
     return path
 
@@ -307,6 +307,12 @@ def unstored_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name not in stored}
 
 
+def _files_in(folder: Path) -> set[str]:
+    """The names of all files, some of which a tokenizer may have put into folders."""
+    names = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    return {name for name in names if not name.startswith(".") and "/." not in name}
+
+
 def _configuration_files(folder: Path) -> set[str]:
     """The names of the other files of the model, without the files of the Trainer."""
     kinds = (".json", ".jinja", ".model", ".txt")
@@ -365,7 +371,7 @@ def _check_target(path: Path) -> None:
     others = {file.name for file in path.iterdir()}
     if MANIFEST in others:
         with contextlib.suppress(CheckpointError):
-            others -= {MANIFEST, *read_manifest(path).files}
+            others -= {MANIFEST, *(name.split("/")[0] for name in read_manifest(path).files)}
     if others:
         raise CheckpointError(
             f"path={str(path)!r} is a folder that holds {min(others)}, which doesn't belong to a "

@@ -17,10 +17,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from slope_fx.checkpoints.holders import content_of, prints_of_shards
-from slope_fx.checkpoints.manifest import check_files, read_manifest, tensor_names
+from slope_fx.checkpoints.manifest import (
+    Manifest,
+    check_files,
+    check_hashes,
+    read_manifest,
+    tensor_names,
+)
 from slope_fx.checkpoints.randoms import random_states as current_random_states
 from slope_fx.checkpoints.randoms import set_random_states, tell_of_new_rank
 from slope_fx.checkpoints.tensors import Described, TensorReader
@@ -163,7 +170,7 @@ def load_training(
         random_states: whether to set the random states of torch, Python and NumPy, on each rank
             those that the rank had. To continue the run exactly, make this call the last one
             before the training loop.
-        verify: whether to check the hashes of the files.
+        verify: whether to check the hashes of the files of the training state.
 
     Returns:
         The remaining saved state by name: plain data, and the state dicts of objects that are not
@@ -180,11 +187,13 @@ def load_training(
             f"{folder} has no training state: it was saved without training=. Only the model can "
             "be loaded from it."
         )
-    check_files(folder, manifest, hashes=verify)
     training = {} if training is None else training
     if not isinstance(training, Mapping):
         raise CheckpointError(f"training is a {type(training).__name__}; it maps names to objects.")
     together = Together()
+    check_files(folder, manifest, hashes=False)
+    if verify:
+        _check_hashes(folder, manifest, training, together)
     try:
         data = read_tree(folder)
         with TensorReader(folder, data["files"]) as reader:
@@ -207,6 +216,23 @@ def load_training(
             raise
         raise CheckpointError(f"{folder / TREE} is damaged: {error!r:.200}.") from None
     return rest
+
+
+def _check_hashes(
+    folder: Path, manifest: Manifest, training: Mapping[str, Any], together: Together
+) -> None:
+    """Check the hashes of the files of the training state.
+
+    If parameters are sharded, all ranks load their shards, and share the check.
+    """
+    stems = TREE, f"{STATES}-", f"{STATES}.safetensors"
+    files = sorted(name for name in manifest.files if name.startswith(stems))
+    parameters = (p for part in training.values() for p in _parameters(part))
+    if together.world == 1 or not any(isinstance(p, DTensor) for p in parameters):
+        check_hashes(folder, manifest, files)
+        return
+    with together.agreed():
+        check_hashes(folder, manifest, files[together.rank :: together.world])
 
 
 def read_tree(folder: Path) -> dict[str, Any]:

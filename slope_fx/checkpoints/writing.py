@@ -185,7 +185,11 @@ class _Writer:
         """Write the next tensor. At most one waits to be written."""
         self._wait()
         if self._error is None:
-            tensor = tensor.cpu().contiguous()
+            try:
+                tensor = tensor.cpu().contiguous()
+            except RuntimeError as error:  # no memory on the host
+                self._error = error
+                return
             self._last = self._thread.submit(self._add, file, tensor)
 
     def finish(self) -> tuple[dict[str, tuple[int, str]], Exception | None]:

@@ -115,8 +115,17 @@ class Method:
         dense: Tensor = EXPAND(values, read.forward_bits, read.backward_bits, n, m)
         return dense
 
-    def change_gradient(self, gradient: Tensor, kept: Tensor, forward_bits: Tensor) -> None:
-        """Change the gradient of the parameter in place, before a step of an optimizer."""
+    def change_gradient(
+        self, gradient: Tensor, kept: Tensor, forward_bits: Tensor, scale: Tensor | float
+    ) -> None:
+        """Change the gradient of the parameter in place, before a step of an optimizer.
+
+        Args:
+            gradient: of the parameter, times ``scale``.
+            kept: the parameter.
+            forward_bits: the packed forward mask.
+            scale: of a GradScaler, where the optimizer divides the gradient by it; else 1.
+        """
 
     def moves(self, read: WeightState) -> bool:
         """Whether a step, in which the weight was read so, is followed by another forward mask."""

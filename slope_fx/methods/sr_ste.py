@@ -28,6 +28,8 @@ class SRSTE(DenseMaster):
     def __post_init__(self) -> None:
         self.check("decay", is_within(self.decay, 0, math.inf), "a number from 0 up")
 
-    def change_gradient(self, gradient: Tensor, kept: Tensor, forward_bits: Tensor) -> None:
+    def change_gradient(
+        self, gradient: Tensor, kept: Tensor, forward_bits: Tensor, scale: Tensor | float
+    ) -> None:
         pruned = ~unpack(forward_bits, kept.shape[-1])
-        gradient.add_(kept * pruned, alpha=self.decay)
+        gradient.add_(kept * pruned * scale, alpha=self.decay)

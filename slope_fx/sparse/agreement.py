@@ -5,7 +5,9 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import StateError
@@ -54,7 +56,7 @@ def check_agreement(weights: Sequence[SparseWeight], schedule: Mapping[str, obje
         mine = _of_schedule(schedule)
         for weight in weights:
             if group in _groups(weight):
-                mine[f"layer {weight.name}"] = _described(weight)
+                mine[f"layer {weight.name}"] = _described(weight, group)
         digest = hashlib.sha256(json.dumps(mine).encode()).hexdigest()
         digests: list[str] = [""] * group.size()
         dist.all_gather_object(digests, digest, group=group)
@@ -100,9 +102,26 @@ def _of_schedule(schedule: Mapping[str, object]) -> dict[str, str]:
     return {"the version of slope_fx": __version__, **told}
 
 
-def _described(weight: SparseWeight) -> str:
+def _described(weight: SparseWeight, group: dist.ProcessGroup) -> str:
     shape, rank = "x".join(map(str, weight.shape)), weight.rank or "none"
-    return f"{weight.pattern} {shape}, adapter rank {rank}, mask {_fingerprint(weight):016x}"
+    told = f"{weight.pattern} {shape}, adapter rank {rank}, mask {_fingerprint(weight):016x}"
+    if weight.factor is not None:
+        told += f", factor {float(weight.factor):.9g}"
+    return told + _copied(weight.lora_A, group)
+
+
+def _copied(factor: Tensor | None, group: dist.ProcessGroup) -> str:
+    """What to say of a factor of which the ranks of a group hold copies, as replicas of shards.
+
+    FSDP2 averages the gradients of copies, and never compares the copies. A DDP broadcasts its own.
+    """
+    if not isinstance(factor, DTensor):
+        return ""
+    mesh, part = factor.device_mesh, factor.to_local().detach().contiguous()
+    for dim, placement in enumerate(factor.placements):
+        if placement.is_replicate() and mesh.get_group(dim).group_name == group.group_name:
+            return f", adapter {fingerprint_of(part.view(torch.uint8)):016x}"
+    return ""
 
 
 def _difference(told: Mapping[int, Mapping[str, str]], group: dist.ProcessGroup) -> str:

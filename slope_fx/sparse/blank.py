@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from slope_fx.errors import StateError
 from slope_fx.planning.adapters import make_adapter
@@ -83,6 +83,9 @@ def fill(weight: "SparseWeight", matrix: Tensor, mask: object = None) -> None:
     if weight.factor is not None:
         factor = weight.method.factor(matrix, chosen.bits, pattern)
         assert factor is not None
+        if isinstance(weight.values, DTensor):  # that of rank 0's matrix, as the values
+            mesh = weight.values.device_mesh
+            factor = distribute_tensor(factor, mesh, [Replicate()] * mesh.ndim).to_local()
         weight.factor.copy_(factor)
     put(weight.forward_bits, chosen.bits)
     put(weight.backward_bits, weight.chosen_backward_mask(kept, chosen.bits))
@@ -129,8 +132,6 @@ def check_filled(weight: Started) -> None:
     start, bits = start_of(weight), weight.forward_bits
     if start is None or start.written:
         return
-    if isinstance(bits, DTensor) and not bits.to_local().numel() and not bits.is_meta:
-        return  # this rank has no rows, and the others can tell
     what = "is on the meta device" if bits.is_meta else "is not initialized"
     if start.partial is not None:
         what = "is initialized in part, and elements of it are NaN"

@@ -62,8 +62,10 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
             optimizer.state[parameter] = {}
     note_trained(optimizer.param_groups)
     held = {id(parameter) for parameter in parameters}
+    # A fused optimizer divides gradients by this itself, after this hook.
+    scale = getattr(optimizer, "grad_scale", None)
     for weight in find_alive(lambda weight: id(weight.values) in held):
-        before_step(weight)
+        before_step(weight, 1.0 if scale is None else scale)
         if weight.probe is not None:
             note_optimizer(optimizer, [weight.values])
     for weight in find_alive(lambda weight: weight.start is not None):

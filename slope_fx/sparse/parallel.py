@@ -61,7 +61,7 @@ def split(
     places: list[tuple[nn.Module, str, Placement]] = [(module, f"{attribute}_values", Shard(dim))]
     places += [(sparse, name, placement) for name, placement in placements.items()]
     for owner, name, placement in places:
-        whole = owner._parameters[name]
+        whole = owner._parameters.get(name)  # a layer may have no adapter
         if whole is None:
             continue
         part = nn.Parameter(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -125,8 +126,8 @@ def local_part(bits: Tensor, values: DTensor) -> Tensor:
     if bits.device_mesh != values.device_mesh or bits.placements != values.placements:
         raise UnsupportedError(
             f"values are sharded as {values.placements} on {values.device_mesh}, and a mask as "
-            f"{bits.placements} on {bits.device_mesh}. Shard both in the same way, or give the "
-            "masks to fully_shard as ignored_params before any other sharding."
+            f"{bits.placements} on {bits.device_mesh}. Shard both in the same way. Masks can stay "
+            "whole, as ignored_params of fully_shard, only without tensor parallelism."
         )
     return bits.to_local()
 
@@ -217,6 +218,17 @@ def reshard(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def reshard_around(layer: nn.Module) -> None:
+    """Let one layer have its sharded parameters, as :func:`reshard` without the model."""
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule) and any(
+            parameter._module_info.module is layer
+            for group in module._get_fsdp_state()._fsdp_param_groups
+            for parameter in group.fsdp_params
+        ):
             module.reshard()
 
 

@@ -42,12 +42,12 @@ def check_whole(weight: SparseWeight, *, first_step: bool) -> None:
 
 
 @torch.no_grad()
-def before_step(weight: SparseWeight) -> None:
-    """Let the method change the gradient, before a step of an optimizer."""
+def before_step(weight: SparseWeight, scale: Tensor | float) -> None:
+    """Let the method change the gradient, which is times ``scale``, before an optimizer's step."""
     kept, gradient, bits = weight.values.detach(), weight.values.grad, weight.forward_bits
     if gradient is not None:
         mine = local_part(bits, kept) if isinstance(kept, DTensor) else bits
-        weight.method.change_gradient(local(gradient), local(kept), mine)
+        weight.method.change_gradient(local(gradient), local(kept), mine, scale)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from slope_fx.sparse.mask import Mask, fingerprint_of
 from slope_fx.sparse.parts import Parts, Shared
 from slope_fx.sparse.pipelines import refuse_tracer
 from slope_fx.sparse.reading import DenseWeight
-from slope_fx.sparse.shards import put_mask, refresh_sharded, whole
+from slope_fx.sparse.shards import put_mask, refresh_sharded, reshard_around, whole
 from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for
 
 # Finds the layer of a tensor in a compiled graph.
@@ -182,6 +182,7 @@ class SparseWeight(nn.Module):
     def refresh_backward_mask(self) -> None:
         """Choose the backward mask from the current values."""
         check_filled(self)
+        reshard_around(self._owner[0])
         values, forward, backward = self.values, self.forward_bits, self.backward_bits
         if isinstance(values, DTensor):
             refresh_sharded(
@@ -315,6 +316,7 @@ class SparseWeight(nn.Module):
     @torch.no_grad()
     def store(self, matrix: Tensor) -> None:
         """Write the kept elements of a dense matrix (stack * d_out, d_in), as :meth:`write_`."""
+        reshard_around(self._owner[0])
         values = self.values
         if values.is_meta:
             return

@@ -134,6 +134,13 @@ def mean_over_ranks(weight: nn.Module, gradient: Tensor | None, like: Tensor) ->
     return flat[:-1].view_as(like) if flat[-1] > 0 else None
 
 
+def _synchronises(wrapper: DistributedDataParallel) -> bool:
+    """Whether a backward pass averages gradients: not if its forward pass was in ``no_sync()``."""
+    # Each forward sets the first attribute. One under no_grad() sets it to False, and DDP goes on
+    # averaging the gradients of the forward before. The second one is False within no_sync().
+    return wrapper.require_forward_param_sync or wrapper.require_backward_grad_sync
+
+
 class _Reducer:
     """Averages gradients at the end of each backward pass in which DDP averages gradients.
 
@@ -166,8 +173,7 @@ class _Reducer:
 
     def _gradient_is_there(self, factor: Tensor) -> None:
         wrapper = self._wrapper()
-        # DDP sets this attribute in forward: False in no_sync().
-        if wrapper is None or self._queued or not wrapper.require_forward_param_sync:
+        if wrapper is None or self._queued or not _synchronises(wrapper):
             return
         if wrapper._join_config.enable:
             raise UnsupportedError(

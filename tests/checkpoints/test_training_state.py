@@ -11,10 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedulefree import AdamWScheduleFree
 from torch import nn
 
+import models
 import slope_fx
 from checkpoint_cases import BACKEND, trained
+from models import batch, loss_of
+from slope_fx.checkpoints import TrainingState, randoms
 
 _leaves = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
@@ -134,3 +138,47 @@ def test_mistakes_with_training_state(saved, tmp_path):
         slope_fx.load_training(tmp_path / "c")
     with pytest.raises(slope_fx.errors.ArgumentError, match="dtype='int8'"):
         slope_fx.load_pretrained(path, dtype="int8")
+
+
+def test_only_the_files_of_the_state_are_checked(saved, tmp_path):
+    """``load_pretrained`` checks those of the model, and ranks share that."""
+    model, _ = saved
+    optimizer = torch.optim.SGD(model.parameters(), 1)
+    path = slope_fx.save_pretrained(model, tmp_path / "c", training={"optimizer": optimizer})
+    of_model, of_state = path / "model.safetensors", path / "training.json"
+    of_model.write_bytes(of_model.read_bytes()[:-1] + b" ")
+    slope_fx.load_training(path, {"optimizer": optimizer})
+    of_state.write_text(of_state.read_text().replace(": ", ":\t", 1))  # the same, for JSON
+    with pytest.raises(slope_fx.errors.CheckpointError, match=r"training\.json is not what was"):
+        slope_fx.load_training(path, {"optimizer": optimizer})
+    slope_fx.load_training(path, {"optimizer": optimizer}, verify=False)
+
+
+def test_random_states_of_other_devices_are_told(monkeypatch):
+    states = randoms.random_states()
+    states["cuda"] = ["00"] * (torch.cuda.device_count() + 1)
+    with pytest.warns(slope_fx.errors.TrainingWarning, match=r"states of \d+ CUDA devices, and"):
+        randoms.set_random_states(states)
+
+
+def test_a_schedule_of_rates_is_no_schedule():
+    model, _ = trained(rank=None)
+    optimizer = torch.optim.SGD(model.parameters(), 1)
+    rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(slope_fx.errors.ArgumentError, match="schedule is a ConstantLR; it must be"):
+        TrainingState(model, optimizer, rates)
+    TrainingState(model, optimizer, rates=rates)
+
+
+def test_a_schedule_free_optimizer_is_saved_in_its_other_mode():
+    """Its authors ask for ``eval()`` before a checkpoint. Idle adapters have no state then."""
+    model = slope_fx.compile(models.gpt2(), adapter_rank=4, **BACKEND)
+    optimizer = AdamWScheduleFree(model.parameters(), lr=1e-2)
+    optimizer.train()
+    slope_fx.Schedule(model, 10)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    optimizer.eval()
+    found = TrainingState(model, optimizer).state_dict()["optimizer"]
+    assert any("lora_B" in name for name in found)
+    assert not optimizer.param_groups[0]["train_mode"]

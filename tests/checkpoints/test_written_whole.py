@@ -5,6 +5,7 @@ import copy
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +83,10 @@ def test_killed_at_any_moment_the_last_good_one_remains(exists, tmp_path, monkey
     assert left
     slope_fx.save_pretrained(model, path)
     assert sorted(os.listdir(tmp_path)) == sorted([*left, "c"])
-    monkeypatch.setattr(files_module, "is_running", lambda pid: False)
+    # A process of a restarted container may have the host's name and the id of the dead one.
+    monkeypatch.setattr(files_module, "_PROCESS", "restarted")
+    host, beyond_all_ids = files_module._writer().split("-")[0], 2**22 + 1
+    (tmp_path / f".c.partial-{host}-{beyond_all_ids}-0123").mkdir()
     slope_fx.save_pretrained(model, path)
     assert os.listdir(tmp_path) == ["c"]
 
@@ -119,6 +123,26 @@ def test_where_folders_cannot_be_swapped(tmp_path, monkeypatch):
     os.rename(path, files_module.previous_of(path))  # killed between the two renames
     with pytest.raises(slope_fx.errors.CheckpointError, match=r"\.c\.previous"):
         slope_fx.load_pretrained(path)
+
+
+class Tokenizer:
+    """Writes files of other kinds than most, some of them into a folder."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "source.spm").write_bytes(b"\x00\x01")
+        (Path(folder) / "additional_chat_templates").mkdir()
+        (Path(folder) / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+
+
+def test_all_files_of_a_tokenizer_belong_to_the_checkpoint(tmp_path):
+    model, _ = trained(rank=None)
+    for _ in range(2):
+        path = slope_fx.save_pretrained(model, tmp_path / "c", tokenizer=Tokenizer())
+    slope_fx.checkpoints.verify(path)
+    slope_fx.load_pretrained(path, **BACKEND)
+    (path / "additional_chat_templates" / "tools.jinja").write_text("{{ other }}")
+    with pytest.raises(slope_fx.errors.CheckpointError, match=r"tools\.jinja"):
+        slope_fx.checkpoints.verify(path)
 
 
 def test_other_peoples_folders_are_left_alone(tmp_path, monkeypatch):

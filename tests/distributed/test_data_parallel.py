@@ -1,8 +1,11 @@
 """DDP, FSDP2 and HSDP train as one process does: both phases, refreshes, adapters that add much."""
 
 import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from parallel import assert_same
+import models
+from parallel import assert_same, batch, compiled, schedule_of
 from ways import reference, train
 
 FULL = pytest.mark.full
@@ -50,3 +53,28 @@ def test_bf16_of_a_llama(ranks, backend):
         apart = [abs(a - b) for a, b in zip(got["losses"], want, strict=True)]
         assert apart[0] < 1e-4
         assert max(apart) < 1e-2, apart
+
+
+def evaluated_in_between():
+    """The gradients of a step with another forward, under ``no_grad``, before the backward."""
+    model = compiled("gpt2", "eager")
+    wrapped = DistributedDataParallel(model)
+    schedule_of(model, adapter_start=0.0)
+    loss = models.loss_of(wrapped, batch(0, torch.distributed.get_rank()))
+    with torch.no_grad():
+        models.loss_of(wrapped, batch(1, 0))
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_forward_without_gradients_before_backward(ranks):
+    """DDP averages the gradients then, so those of the adapters must be averaged too."""
+    first, second = ranks.run(2, evaluated_in_between)
+    assert any("lora_B" in name for name in first)
+    model = compiled("gpt2", "eager")
+    schedule_of(model, adapter_start=0.0)
+    for rank in range(2):
+        (models.loss_of(model, batch(0, rank)) / 2).backward()
+    for name, parameter in model.named_parameters():
+        for found in (first, second) if parameter.grad is not None else ():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -33,10 +33,17 @@ def disagreement(kind, wrap):
         schedule["backward_mask_interval"] = 5 if odd else 3
     elif kind == "phase":
         schedule["adapter_start"] = 0.0 if odd else 0.5
+    elif kind == "replicas":
+        options["adapter_rank"] = 2
     elif kind == "version":
         agreement.__version__ = "0.1.9" if odd else __version__
     model = compiled("gpt2", "eager", **options)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if kind == "replicas":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    if kind == "replicas" and dist.get_rank() >= 2:  # as from processes without a seed
+        for weight in slope_fx.sparse_weights(model).values():
+            nn.init.normal_(weight.lora_A)
     try:
         if wrap == "ddp":
             model_to_call = DistributedDataParallel(model)
@@ -73,6 +80,13 @@ def test_who_disagrees_about_what(ranks, kind, wrap, message):
     assert first == second
     with pytest.raises(slope_fx.errors.StateError, match=message):
         raise slope_fx.errors.StateError(first)
+
+
+def test_replicas_of_shards_disagree(ranks):
+    """FSDP2 compares no replicas: adapters of other seeds would train apart, and one be saved."""
+    first, *others = ranks.run(4, disagreement, "replicas", "fsdp")
+    assert re.search(r"about layer transformer\.h\.0\.attn\.c_proj: rank \d: .* adapter", first)
+    assert all(others)
 
 
 def test_agreement_says_nothing(ranks):

@@ -1,5 +1,7 @@
 """Models that are compiled on the meta device, sharded, and initialised by their own code."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,60 @@ def train(model, steps=6):
     return losses
 
 
+def factors_of_s_ste():
+    """The factors of a model that each rank draws with a seed of its own, and what they are of."""
+    with torch.device("meta"):
+        model = TRANSFORMERS["llama"]()
+    slope_fx.compile(model, backend=None, method="s-ste", skip_first=False)
+    shard(model).to_empty(device="cpu")
+    plainly(model, 3 + dist.get_rank())
+    found = {}
+    for name, weight in slope_fx.sparse_weights(model).items():
+        matrix, bits = whole(weight.values.detach()), whole(weight.forward_bits.detach())
+        want = weight.method.factor(matrix, bits.as_subclass(torch.Tensor), weight.pattern)
+        found[name] = float(weight.factor), float(want)
+    return found
+
+
+def test_the_factor_is_that_of_the_values(ranks):
+    """S-STE reads the values times a factor: all ranks have that of rank 0's matrix."""
+    first, second = ranks.run(2, factors_of_s_ste)
+    assert first == second
+    assert all(factor == pytest.approx(want, rel=1e-6) for factor, want in first.values())
+
+
+class Narrow(nn.Module):
+    """The second layer has fewer rows than three ranks need."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+def forgotten():
+    """What each rank says of a layer that was not initialised, also one without a row of it."""
+    with torch.device("meta"):
+        model = Narrow()
+        x = torch.empty(2, 16)
+    slope_fx.compile(model, "2:4", backend=None, example_inputs=x, skip_first=False)
+    fully_shard(model).to_empty(device="cpu")
+    model.first.reset_parameters()
+    with pytest.raises(StateError) as error:
+        slope_fx.Schedule(model, 3)
+    return str(error.value), len(model.second.weight_values.to_local())
+
+
+def test_a_rank_without_rows_raises_with_the_others(ranks):
+    told = ranks.run(3, forgotten)
+    assert {message for message, _ in told} == {told[0][0]}
+    assert "second: its sparse weight is not initialized" in told[0][0]
+    assert [rows for _, rows in told] == [2, 2, 0]
+
+
 def sharded_first(mask, diverging):
     model = shard(on_meta("llama", mask=mask, skip_first=False))
     with pytest.raises(StateError, match=r"layers.0.self_attn.q_proj: .* is on the meta device"):
@@ -198,6 +254,23 @@ def test_dense_checkpoint(ranks, tmp_path, kind):
     assert_equal(state(other), state(model))
     for found in ranks.run(2, loaded, kind, tmp_path / "shards"):
         assert_equal(found, state(model))
+
+
+def read_by_one(folder):
+    model = initialise(shard(on_meta("llama")))
+    before = state(model)
+    with pytest.raises(CheckpointError) as error:
+        load_dense(folder / ("there" if dist.get_rank() == 0 else "elsewhere"), model)
+    assert_equal(state(model), before)
+    return str(error.value)
+
+
+def test_a_dense_checkpoint_that_one_rank_cannot_read(ranks, tmp_path):
+    """No rank waits for it."""
+    dense("llama").save_pretrained(tmp_path / "there")
+    first, second = ranks.run(2, read_by_one, tmp_path)
+    assert re.search(r"rank 1 failed.*elsewhere has no safetensors file", first)
+    assert "elsewhere has no safetensors file" in second
 
 
 def test_wrong_dense_checkpoint(tmp_path):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -78,6 +78,38 @@ def read_and_write(with_fsdp, path):
 @pytest.mark.parametrize("with_fsdp", [False, True])
 def test_read_and_write(ranks, tmp_path, with_fsdp):
     ranks.run(4 if with_fsdp else 2, read_and_write, with_fsdp, tmp_path / "model")
+
+
+def gathered_by_a_forward(no_reshard):
+    """Writes to a weight that FSDP2 has gathered for a forward, and left so."""
+    model = two_linears()
+    if no_reshard:
+        fully_shard(model[2], reshard_after_forward=False)
+    fully_shard(model)  # a root stays gathered after a forward
+    weight = slope_fx.sparse_weights(model)["2"]
+    for write in (
+        lambda: weight.write_(torch.ones(weight.shape)),
+        lambda: nn.init.constant_(model[2].weight, 2.0),
+    ):
+        with torch.no_grad():
+            model(torch.randn(3, 64))
+        assert not isinstance(weight.values, DTensor)
+        write()
+        written = weight.to_dense().sum()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        assert weight.to_dense().sum() == written
+        assert whole(weight.values).unique().numel() == 1
+        assert not weight.masks_problem()
+    with pytest.raises(UnsupportedError, match=r"is sharded\. Save the model"):
+        slope_fx.densify(model, inplace=True)
+    assert slope_fx.sparse_weights(model)
+
+
+@pytest.mark.parametrize("no_reshard", [False, True])
+def test_a_write_after_a_forward_is_kept(ranks, no_reshard):
+    ranks.run(2, gathered_by_a_forward, no_reshard)
 
 
 def weight_in_eager_code():

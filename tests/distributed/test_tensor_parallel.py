@@ -114,15 +114,15 @@ def split_mlp(model, mesh):
     return model
 
 
-def mlp_as_one(backend):
+def mlp_as_one(backend, rank=4):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    model = mlp(backend)
+    model = mlp(backend, adapter_rank=rank)
     want = train(copy.deepcopy(model), mlp_loss)
     got = train(split_mlp(model, mesh), mlp_loss)
     assert_alike(got, want)
     sparse = slope_fx.sparse_weights(model)
     assert {weight.values.placements for weight in sparse.values()} == {(Shard(0),), (Shard(1),)}
-    assert all(weight.adapter_active for weight in sparse.values())
+    assert all(weight.adapter_active == (rank is not None) for weight in sparse.values())
     assert not any(row.reason for row in slope_fx.explain(model).sparse)
     return want[0][0], want[0][-1]
 
@@ -131,17 +131,19 @@ FULL = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    ("world", "backend"),
+    ("world", "backend", "rank"),
     [
-        pytest.param(2, "inductor", marks=FULL),
-        pytest.param(4, "aot_eager", marks=FULL),
-        pytest.param(2, "aot_eager", marks=FULL),
-        (2, "eager"),
-        pytest.param(4, "inductor", marks=FULL),
+        pytest.param(2, "inductor", 4, marks=FULL),
+        pytest.param(4, "aot_eager", 4, marks=FULL),
+        pytest.param(2, "aot_eager", 4, marks=FULL),
+        (2, "eager", 4),
+        (2, "eager", None),
+        pytest.param(2, "inductor", None, marks=FULL),
+        pytest.param(4, "inductor", 4, marks=FULL),
     ],
 )
-def test_column_and_row_parallel(ranks, world, backend):
-    first, last = ranks.run(world, mlp_as_one, backend)[0]
+def test_column_and_row_parallel(ranks, world, backend, rank):
+    first, last = ranks.run(world, mlp_as_one, backend, rank)[0]
     assert last < 0.85 * first
 
 

@@ -298,3 +298,26 @@ def test_slope_is_the_default():
     model = slope_fx.compile(models.gpt2(), backend=None)
     assert all(w.method == Slope() for w in slope_fx.sparse_weights(model).values())
     assert sys.modules["slope_fx.methods"] is slope_fx.methods
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscales", [False, True])
+def test_the_decay_of_sr_ste_is_not_that_of_a_scaled_gradient(fused, unscales):
+    """A fused optimizer divides the gradient by a GradScaler's scale within its step."""
+    found = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = slope_fx.compile(models.gpt2(), "2:4", method=SRSTE(decay=0.5), backend=None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+        slope_fx.Schedule(model, STEPS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        for step in range(2):
+            scaler.scale(loss_of(model, batch(seed=step))).backward()
+            if unscales:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -113,7 +113,13 @@ def test_the_text_is_prepared_without_ranks(monkeypatch, tmp_path):
     want = [i for line in lines for i in tokenizer(line)["input_ids"]]
     assert rows.shape == (len(want) // 32, 32)
     assert rows.flatten().tolist() == want[: rows.numel()]
-    assert sorted(p.name for p in out.iterdir()) == ["rows.npy", "tokenizer"]
+    assert sorted(p.name for p in out.iterdir()) == ["rows.json", "rows.npy", "tokenizer"]
+    pretrain_fsdp.main()  # once more: the rows stay
+    assert text_data.mapped_rows(out).shape == rows.shape
+    # A job that asks for other rows does not train on these.
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--context", "64"])
+    with pytest.raises(SystemExit, match="its rows have --context 32, not 64"):
+        pretrain_fsdp.main()
 
 
 @pytest.mark.full
