@@ -283,7 +283,18 @@ def _autocast(dtype: torch.dtype, x: Tensor, values: Any, *operands: Any) -> tup
     return x.to(dtype_of(one, operands[-1])), values, *operands
 
 
-register_autocast(FROZEN_LINEAR, _autocast)
-register_autocast(FROZEN_LINEARS, _autocast)
+def _autocast_with_bias(
+    dtype: torch.dtype, x: Tensor, values: Any, masks: Any, scales: Any, bias: Any, *operands: Any
+) -> tuple[Any, ...]:
+    x, *rest = _autocast(dtype, x, values, masks, scales, *operands)
+    if isinstance(bias, Tensor):
+        bias = bias.to(x.dtype)
+    elif bias is not None:
+        bias = [each.to(x.dtype) for each in bias]
+    return x, *rest[:3], bias, *rest[3:]
+
+
+register_autocast(FROZEN_LINEAR, _autocast_with_bias)
+register_autocast(FROZEN_LINEARS, _autocast_with_bias)
 register_autocast(FROZEN_GROUPED_LINEAR, _autocast)
-register_autocast(FROZEN_LINEAR_WITH_GRAD, _autocast)
+register_autocast(FROZEN_LINEAR_WITH_GRAD, _autocast_with_bias)

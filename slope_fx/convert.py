@@ -17,7 +17,7 @@ from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError, ArgumentWarning, UnsupportedError, first_line
 from slope_fx.frozen.freeze import Values
 from slope_fx.frozen.freeze import freeze as freeze_
-from slope_fx.hub import class_of, config_of, transformers
+from slope_fx.hub import class_of, config_of, tokenizer_of
 from slope_fx.integrations import peft
 from slope_fx.integrations.peft import export_peft
 from slope_fx.planning.config import AdapterRank, Sparsity, check_choice
@@ -103,7 +103,7 @@ def convert(
         if (kind, to) == ("sparse", "dcp"):
             return {"dcp": dcp_files.from_checkpoint(source, target)}
         raise ArgumentError(f"there is no way from {kind} to {to}. Convert to sparse first.")
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
     if to == "sparse":
         if kind == "sparse" and values == "float" and group is None:
             # Without what training needs, and mapped.
@@ -121,7 +121,7 @@ def convert(
         return {"sparse": save_pretrained(model, target, tokenizer=tokenizer)}
     if kind != "sparse":
         if to == "dense":
-            return {"dense": _save_dense(_merged(source), target, _tokenizer(source))}
+            return {"dense": _save_dense(_merged(source), target, tokenizer_of(source))}
         raise ArgumentError(
             f"{source} is a dense model, which has no adapters for PEFT. Convert it to sparse "
             "first, with --adapter-rank and --adapter-init svd."
@@ -281,10 +281,3 @@ def _save_dense(model: nn.Module, folder: Path, tokenizer: Any) -> Path:
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
-
-
-def _tokenizer(source: Path) -> Any:
-    """The tokenizer in ``source``, or None."""
-    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    return transformers().AutoTokenizer.from_pretrained(source)

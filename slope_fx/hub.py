@@ -30,6 +30,28 @@ def transformers() -> Any:
         ) from error
 
 
+def tokenizer_of(source: str | os.PathLike[str]) -> Any:
+    """Returns the tokenizer in a folder or on the hub, or None if there is none.
+
+    Raises:
+        ArgumentError: there is one, and it can't be read.
+    """
+    here = Path(source)
+    files = ("tokenizer.json", "tokenizer_config.json")
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the file formats raise many types
+        there = any((here / name).is_file() for name in files)
+        if there or not (here.is_dir() or isinstance(error, OSError)):
+            raise ArgumentError(
+                f"source={os.fspath(source)!r}: its tokenizer can't be read: {first_line(error)}"
+            ) from error
+        return None
+    # Of a configuration alone, transformers makes a tokenizer without words.
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    return tokenizer if words else None
+
+
 def config_of(source: str | os.PathLike[str]) -> Any:
     """Returns the configuration in a folder, in a file, or on the hub.
 

@@ -113,6 +113,13 @@ class Schedule:
                 f"adapter_start={adapter_start!r}; allowed is a fraction of total_steps from 0 "
                 "(adapters from the first step) to 1 (never)."
             )
+        if reason := self._method.without_effect(total_steps):
+            warnings.warn(
+                f'method="{self._method.name}" has no effect in this run: {reason}. Give the '
+                "method a smaller interval, or leave it out.",
+                ArgumentWarning,
+                stacklevel=2,
+            )
         self.total_steps = total_steps
         self.backward_mask_interval = backward_mask_interval
         # The slack keeps 0.99 * 100 from being 98.99999.

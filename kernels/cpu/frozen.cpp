@@ -185,6 +185,7 @@ void linears(Tensor x, std::vector<Product> products, const std::vector<Form> &f
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     std::vector<Product> streamed;
     for (size_t k = 0; k < products.size(); k++) {
+        products[k].bias = contiguous(products[k].bias);
         int64_t route = x.scalar_type() == ScalarType::Double ? DENSE : route_of(forms[k], tokens);
         if (route == STREAM)
             streamed.push_back(products[k]);
@@ -194,18 +195,24 @@ void linears(Tensor x, std::vector<Product> products, const std::vector<Form> &f
     if (!streamed.empty()) stream(x, streamed, forms[0], tokens);
 }
 
-/* The output of a product; checks the operands. */
+/* The output of a product; checks the operands. `values` are none if they are codes. */
 Tensor output(const Tensor &x, int64_t d_out, const std::optional<Tensor> &values,
-              const std::optional<Tensor> &lora_a, const std::optional<Tensor> &lora_b, const Form &form) {
+              const std::optional<Tensor> &bias, const std::optional<Tensor> &lora_a,
+              const std::optional<Tensor> &lora_b, const Form &form) {
     int64_t dims = x.dim(), d_in = x.size(dims - 1), sizes[64];
     STD_TORCH_CHECK(dims <= 64 && form[D_IN] == d_in, "slope_fx::frozen_linear: x has ", d_in,
                     " features, the weight reads ", form[D_IN]);
-    for (const auto &factor : {values, lora_a, lora_b})
-        STD_TORCH_CHECK(!factor || factor->scalar_type() == x.scalar_type(),
-                        "slope_fx::frozen_linear: x and the weight have different dtypes");
+    for (const auto &operand : {values, bias, lora_a, lora_b})
+        STD_TORCH_CHECK(!operand || operand->scalar_type() == x.scalar_type(),
+                        "slope_fx::frozen_linear: x, the weight and the bias have different dtypes");
     for (int64_t i = 0; i < dims - 1; i++) sizes[i] = x.size(i);
     sizes[dims - 1] = d_out;
     return empty(sizes, dims, x.scalar_type());
+}
+
+/* The values, if they have the dtype of the weight and are no codes. */
+std::optional<Tensor> typed(const Tensor &values, const std::optional<Tensor> &scales) {
+    return scales ? std::nullopt : std::optional<Tensor>(values);
 }
 
 int64_t tokens_of(const Tensor &x) {
@@ -217,7 +224,7 @@ int64_t tokens_of(const Tensor &x) {
 Tensor frozen_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
                      std::optional<Tensor> bias, std::optional<Tensor> lora_a,
                      std::optional<Tensor> lora_b, Form form) {
-    Tensor y = output(x, values.size(0), scales ? bias : values, lora_a, lora_b, form);
+    Tensor y = output(x, values.size(0), typed(values, scales), bias, lora_a, lora_b, form);
     if (int64_t tokens = tokens_of(x))
         linears(x, {{y, values, mask, scales, bias, lora_a, lora_b}}, {form}, tokens);
     return y;
@@ -239,7 +246,7 @@ Tensors frozen_linears(Tensor x, Tensors values, Tensors masks, std::optional<Te
     for (size_t k = 0; k < values.size(); k++) {
         each.emplace_back(forms.begin() + k * length, forms.begin() + (k + 1) * length);
         Product p{values[k], values[k], masks.at(k), of(scales, k), of(biases, k), of(lora_as, k), of(lora_bs, k)};
-        p.y = output(x, values[k].size(0), p.scales ? p.bias : values[k], p.lora_a, p.lora_b, each[k]);
+        p.y = output(x, values[k].size(0), typed(values[k], p.scales), p.bias, p.lora_a, p.lora_b, each[k]);
         products.push_back(p);
         results.push_back(p.y);
     }
@@ -262,9 +269,7 @@ std::optional<Tensor> part(const std::optional<Tensor> &stacked, int64_t group, 
 Tensor frozen_grouped_linear(Tensor x, Tensor values, Tensor mask, std::optional<Tensor> scales,
                              std::optional<Tensor> lora_a, std::optional<Tensor> lora_b,
                              std::optional<Tensor> offsets, int64_t groups, Form form) {
-    std::optional<Tensor> typed;
-    if (!scales) typed = values;
-    Tensor y = output(x, values.size(0) / groups, typed, lora_a, lora_b, form);
+    Tensor y = output(x, values.size(0) / groups, typed(values, scales), std::nullopt, lora_a, lora_b, form);
     if (!tokens_of(x)) return y;
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     bool wide = offsets && offsets->scalar_type() == ScalarType::Long;

@@ -1,6 +1,7 @@
 """The commands ``slope-fx generate`` and ``slope-fx bench``."""
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from torch import nn
 from slope_fx.checkpoints import load_pretrained
 from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError
-from slope_fx.frozen.warm import request
-from slope_fx.hub import transformers
+from slope_fx.frozen.warm import check_positions, request
+from slope_fx.hub import tokenizer_of
 from slope_fx.progress import progress
 
 ROUNDS = 5
@@ -39,11 +40,13 @@ def generate_text(
             longer than the model's positions, or an argument is not allowed.
         CheckpointError: as for ``load_pretrained``.
     """
-    if tokens < 1 or temperature < 0:
+    if tokens < 1 or not 0 <= temperature < math.inf:
         raise ArgumentError(
             f"tokens={tokens}, temperature={temperature}; tokens is a number from 1 up, and the "
             "temperature one from 0 up."
         )
+    if not 0 <= seed < 2**63:
+        raise ArgumentError(f"seed={seed}; allowed is a whole number from 0 to 2**63 - 1.")
     tokenizer = _tokenizer(source)
     # To compile the model takes longer than to write a text.
     model: Any = load_pretrained(source, frozen=True, dtype=dtype, backend=None)
@@ -52,7 +55,7 @@ def generate_text(
     inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise ArgumentError(f"prompt={prompt!r} has no tokens. Pass a text to go on from.")
-    _check_positions(model, inputs["input_ids"].shape[1], tokens)
+    check_positions(model, inputs["input_ids"].shape[1], tokens)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -106,7 +109,7 @@ def bench(
             raise ArgumentError(f"{name}={value}; allowed is a whole number from {least} up.")
     model = load_pretrained(source, frozen=True, dtype=dtype)
     _check_generates(model, source)
-    _check_positions(model, length, tokens)
+    check_positions(model, length, tokens)
     models = {"frozen": model}
     if dense:
         models["dense"] = densify(copy.deepcopy(model), inplace=True)
@@ -177,23 +180,13 @@ def _check_generates(model: Any, source: str) -> None:
         )
 
 
-def _check_positions(model: Any, length: int, tokens: int) -> None:
-    """Check that a prompt and its new tokens fit into the model."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and length + tokens > limit:
-        raise ArgumentError(
-            f"length={length}, tokens={tokens}: a prompt of {length} tokens and {tokens} new ones "
-            f"are {length + tokens}, and the model has {limit} positions. Ask for fewer."
-        )
-
-
 def _tokenizer(source: str) -> Any:
     if not Path(source).is_dir():
         raise ArgumentError(f"source={source!r} is not a folder. Pass a checkpoint.")
-    try:
-        return transformers().AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    tokenizer = tokenizer_of(source)
+    if tokenizer is None:
         raise ArgumentError(
             f"source={source!r} has no tokenizer. Save it with the model: "
             "slope_fx.save_pretrained(model, path, tokenizer=tokenizer)."
-        ) from error
+        )
+    return tokenizer

@@ -10,7 +10,13 @@ from torch.distributed.tensor import DTensor
 from slope_fx.attach import attach_frozen, detach
 from slope_fx.densify import densify
 from slope_fx.errors import ArgumentError, UnsupportedError
-from slope_fx.frozen.install import FrozenParts, folded, put_weight, sparse_places
+from slope_fx.frozen.install import (
+    FrozenParts,
+    folded,
+    form_of_parts,
+    put_weight,
+    sparse_places,
+)
 from slope_fx.frozen.weight import Kept
 from slope_fx.kernels import quantised
 from slope_fx.ops import expand
@@ -90,15 +96,23 @@ def freeze(
     if calibration is not None:
         chosen = [plans[name] for name in weights]
         grams = observe(densify(model), chosen, calibration, grams=True)
-    places = sparse_places(model)
-    detach(model)
+    places, engines = sparse_places(model), record.settings.engine
+    adapters: dict[str, tuple[Tensor, Tensor] | None] = {}
     with torch.no_grad(), plain_modes():
-        for name in progress(list(weights), "freeze", "layer"):
-            weight = weights.pop(name)
+        # What takes long, and may fail or be interrupted, comes before the model changes.
+        for name, weight in progress(list(weights.items()), "freeze", "layer"):
             parts = parts_of(weight, to)
             if frozen.group:
                 parts = quantised_parts(weight, parts, frozen, ranks[name], grams.pop(name, None))
-            put_weight(plans[name], places.pop(weight), parts, record.settings.engine)
+                adapters[name] = parts.adapter
+            form_of_parts(plans[name], parts, engines)
+        detach(model)
+        for name in list(weights):
+            weight = weights.pop(name)
+            parts = parts_of(weight, to)
+            if frozen.group:
+                parts = dataclasses.replace(coded(weight, parts, frozen), adapter=adapters[name])
+            put_weight(plans[name], places.pop(weight), parts, engines)
         del weight
         _finish(model, to)
     attach_frozen(model, record, frozen)
@@ -174,12 +188,11 @@ def quantised_parts(
         rank: rank of the adapter, or None.
         activations: the calibration sums of the layer, or None.
     """
-    values = weight.kept_values()
-    codes, scales = quantised.quantise(values, frozen.values, frozen.group)
+    parts = coded(weight, parts, frozen)
     if rank is None:
-        return dataclasses.replace(
-            parts, values=codes, scales=scales, group=frozen.group, adapter=None
-        )
+        return parts
+    values, (codes, scales) = weight.kept_values(), (parts.values, parts.scales)
+    assert scales is not None
     kept = values.shape[1]
     away = values.float() - quantised.dequantise(codes, scales, frozen.values, frozen.group, kept)
     dense = expand(away, weight.forward_bits, weight.forward_bits, weight.n, weight.m)
@@ -192,9 +205,13 @@ def quantised_parts(
     assert grams is not None
     factors = [low_rank(error[i], rank, grams[i]) for i in range(weight.stack)]
     a, b = (torch.cat(part).to(parts.dtype) for part in zip(*factors, strict=True))
-    return dataclasses.replace(
-        parts, values=codes, scales=scales, group=frozen.group, adapter=(a, b)
-    )
+    return dataclasses.replace(parts, adapter=(a, b))
+
+
+def coded(weight: SparseWeight, parts: FrozenParts, frozen: Frozen) -> FrozenParts:
+    """The parts with codes and scales in the place of the values, and without an adapter."""
+    codes, scales = quantised.quantise(weight.kept_values(), frozen.values, frozen.group)
+    return dataclasses.replace(parts, values=codes, scales=scales, group=frozen.group, adapter=None)
 
 
 def _finish(model: nn.Module, dtype: torch.dtype | None) -> None:

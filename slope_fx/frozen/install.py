@@ -85,7 +85,7 @@ def put_weight(plan: SparsePlan, places: Places, parts: FrozenParts, engines: st
         parts: the tensors.
         engines: the allowed engines, as in :class:`~slope_fx.backend.Settings`.
     """
-    form = _form(plan, parts, engines)
+    form = form_of_parts(plan, parts, engines)
     weight = FrozenWeight(plan, *places[0], parts.forward_bits, parts.scales, parts.adapter, form)
     values = Kept(parts.values)
     for module, attribute in places:
@@ -109,7 +109,8 @@ def _is_plain(module: nn.Module) -> bool:
     return any(base.forward is known.forward for known in linear_classes())
 
 
-def _form(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]:
+def form_of_parts(plan: SparsePlan, parts: FrozenParts, engines: str) -> tuple[int, ...]:
+    """The form of a weight. Its routes are measured once for each shape."""
     layout, pattern = plan.layout, plan.pattern
     product = Product(
         layout.d_out, layout.d_in, pattern.n, pattern.m, parts.dtype, parts.rank, parts.bits,

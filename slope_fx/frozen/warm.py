@@ -40,7 +40,8 @@ def warm_up(
 
     Raises:
         StateError: ``model`` is not the object that ``compile`` or ``load_pretrained`` returned.
-        ArgumentError: the model can't generate, or an argument has a value that is not allowed.
+        ArgumentError: the model can't generate, ``length`` and 6 new tokens are more than the
+            model's positions, or an argument has a value that is not allowed.
     """
     record_of(model)
     if not callable(getattr(model, "generate", None)):
@@ -52,14 +53,36 @@ def warm_up(
     for name, value in [("length", length), *(("batch", value) for value in batches)]:
         if type(value) is not int or value < 1:
             raise ArgumentError(f"{name}={value!r}; allowed is a whole number from 1 up.")
+    check_positions(model, length, TOKENS)
+    limit = positions_of(model)
+    # Two lengths, so that Dynamo sees that the length changes.
+    other = length + 3 if limit is None or length + 3 + TOKENS <= limit else max(1, length - 3)
     started = time.perf_counter()
     for rows in batches:
-        # Two lengths, so that Dynamo sees that the length changes.
-        for count in (length, length + 3):
+        for count in (length, other):
             request(model, rows, count, TOKENS, **options)
     seconds = time.perf_counter() - started
     log.info("warmed up in %.1f s", seconds)
     return seconds
+
+
+def positions_of(model: Any) -> int | None:
+    """The largest number of tokens of a prompt and its text, or None."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_positions(model: Any, length: int, tokens: int) -> None:
+    """Check that a prompt and its new tokens fit into the model.
+
+    Raises:
+        ArgumentError: they do not.
+    """
+    limit = positions_of(model)
+    if limit is not None and length + tokens > limit:
+        raise ArgumentError(
+            f"length={length}, tokens={tokens}: a prompt of {length} tokens and {tokens} new ones "
+            f"are {length + tokens}, and the model has {limit} positions. Ask for fewer."
+        )
 
 
 @torch.no_grad()

@@ -49,6 +49,14 @@ class Evolve(Method):
         self.check("rate", is_within(self.rate, 0, 1), "a fraction of the groups from 0 to 1")
         self.check("end", is_within(self.end, 0, 1), "a fraction of the steps from 0 to 1")
 
+    def without_effect(self, total_steps: int) -> str:
+        if any(self.probes(step, total_steps) for step in range(total_steps)):
+            return ""
+        return (
+            f"its masks never move: interval={self.interval}, and they are kept from "
+            f"{self.end * total_steps:g} of {total_steps} steps on"
+        )
+
     def probes(self, step: int, total_steps: int) -> bool:
         return (step + 1) % self.interval == 0 and step + 1 <= self.end * total_steps
 
@@ -82,6 +90,7 @@ class Evolve(Method):
         count = round(self.rate * 0.5 * (1 + turn) * score.numel())
         chosen = torch.zeros_like(score, dtype=torch.bool)
         chosen[score.topk(count).indices] = True
+        chosen &= score > 0  # where no gradient came, as of an expert without tokens
         chosen = chosen.view(rows, -1, 1)
         mask = mask.scatter(-1, drop, mask.gather(-1, drop) & ~chosen)
         mask = mask.scatter(-1, grow, mask.gather(-1, grow) | chosen)

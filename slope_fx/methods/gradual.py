@@ -49,7 +49,9 @@ class Gradual(DenseMaster):
 
     def factor_at(self, step: int, total_steps: int) -> float | None:
         begin, end = self.start * total_steps, self.end * total_steps
-        return min(1.0, max(0.0, 1.0 - (step - begin) / max(end - begin, 1.0)))
+        if step >= end:
+            return 0.0
+        return 1.0 if step <= begin else (end - step) / (end - begin)
 
     def weight(self, kept: Tensor, read: WeightState) -> Tensor:
         if read.factor is None or not read.fading:

@@ -115,6 +115,10 @@ class Method:
         dense: Tensor = EXPAND(values, read.forward_bits, read.backward_bits, n, m)
         return dense
 
+    def without_effect(self, total_steps: int) -> str:
+        """The reason why a run of so many steps is one of "slope", or ""."""
+        return ""
+
     def change_gradient(
         self, gradient: Tensor, kept: Tensor, forward_bits: Tensor, scale: Tensor | float
     ) -> None:

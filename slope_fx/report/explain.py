@@ -98,7 +98,8 @@ def explain_frozen(model: nn.Module, record: Record) -> Explanation:
     if expanded:
         some = ", ".join(list(expanded)[:3]) + (" and so on" if len(expanded) > 3 else "")
         what = "layer reads its" if len(expanded) == 1 else "layers read their"
-        notes.append(f"{len(expanded)} {what} dense weight: {some}.")
+        where = " outside of compiled code" if record.settings.backend is not None else ""
+        notes.append(f"{len(expanded)} {what} dense weight{where}: {some}.")
     return Explanation(tuple(reports), "\n".join(notes))
 
 
@@ -111,7 +112,7 @@ def _expanded(model: nn.Module, *, compiled: bool) -> dict[str, str]:
             if kind.forward is not None:
                 continue
             reason = f"{kind.base.__name__} reads {attribute}, which is made at each call"
-            if compiled and weight.stack == 1:  # by the pass freeze_linears
+            if compiled:  # by the pass freeze_linears
                 reason += ", but in compiled code, where the product is sparse"
             found[weight.name] = reason
     return found

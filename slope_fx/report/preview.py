@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import nn
 from typing_extensions import Unpack
 
+from slope_fx.checkpoints.loading import load_pretrained
 from slope_fx.checkpoints.manifest import MANIFEST, Manifest, read_manifest
 from slope_fx.errors import ArgumentError, ArgumentWarning, NoEligibleLinearError, first_line
 from slope_fx.hub import class_of, config_of
@@ -25,7 +26,7 @@ from slope_fx.planning.plan import (
     values_name,
 )
 from slope_fx.planning.trace import trace
-from slope_fx.report.explain import product_reports, report_dense, report_sparse
+from slope_fx.report.explain import explain, product_reports, report_dense, report_sparse
 from slope_fx.report.sharding import check_world_size, sharding
 from slope_fx.report.tables import Explanation, LinearReport, ProductReport
 
@@ -47,7 +48,8 @@ def preview(
     """Returns the report that ``explain`` would give for a transformers model after ``compile``.
 
     The weights are not needed: the model is built on the meta device and traced. For a checkpoint
-    of slope_fx, the report describes the checkpoint.
+    of slope_fx, the report describes the checkpoint. A frozen one is opened, without ``measure``
+    too: which product is used for how many tokens is measured then, once for each shape.
 
     Args:
         source: a ``config.json``, a folder with a ``config.json``, a name on the hub, or a
@@ -118,9 +120,16 @@ def preview(
 
 def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> Explanation:
     manifest = read_manifest(folder)
+    if manifest.inference is not None:
+        if world_size is not None:
+            raise ArgumentError(
+                f"world_size={world_size}: {folder} is a frozen model, which is not sharded. "
+                "Pass the checkpoint of a model that trains."
+            )
+        return explain(load_pretrained(folder, backend=None))
     sparse = sparse_plans(manifest.plans)
     dtype = _dtype_of(folder, manifest)
-    products = {} if tokens is None else _measured(sparse, dtype, tokens)
+    products = {} if tokens is None or dtype is None else _measured(sparse, dtype, tokens)
     reports: list[LinearReport] = []
     for plan in manifest.plans:
         if isinstance(plan, SparsePlan):
@@ -132,7 +141,9 @@ def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> 
             reports.append(report_dense(plan))
     active = sum(entry.adapter_active for entry in manifest.sparse.values())
     note = f"A sparse checkpoint; adapters take part in {active} of its layers."
-    if tokens is not None:
+    if not sparse:
+        note = f'A checkpoint of method="{method_of(manifest.config.method).name}".'
+    if tokens is not None and products:
         note += f"\n{_gains(reports, tokens)}"
     shards = None
     if world_size is not None:
@@ -142,9 +153,11 @@ def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> 
     return Explanation(tuple(reports), note, shards)
 
 
-def _dtype_of(folder: Path, manifest: Manifest) -> torch.dtype:
-    """The dtype of the values in a checkpoint."""
-    name = next(name for name in manifest.tensors if name.endswith(values_name("")))
+def _dtype_of(folder: Path, manifest: Manifest) -> torch.dtype | None:
+    """The dtype of the values in a checkpoint. None: it has none, as of method "dense"."""
+    name = next((name for name in manifest.tensors if name.endswith(values_name(""))), None)
+    if name is None:
+        return None
     with safe_open(folder / manifest.tensors[name], framework="pt") as file:
         return file.get_tensor(name).dtype
 

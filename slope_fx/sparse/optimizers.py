@@ -46,7 +46,9 @@ def _register() -> None:
     register_optimizer_step_post_hook(torch.compiler.disable(_ends))
 
 
-def _begins(optimizer: Optimizer, *_: object) -> None:
+def _begins(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     note_step()
     parameters = list(_parameters(optimizer))
     idle = find_alive(lambda weight: weight.rank is not None and not weight.adapter_active)
@@ -62,23 +64,52 @@ def _begins(optimizer: Optimizer, *_: object) -> None:
             optimizer.state[parameter] = {}
     note_trained(optimizer.param_groups)
     held = {id(parameter) for parameter in parameters}
-    # A fused optimizer divides gradients by this itself, after this hook.
-    scale = getattr(optimizer, "grad_scale", None)
     for weight in find_alive(lambda weight: id(weight.values) in held):
-        before_step(weight, 1.0 if scale is None else scale)
         if weight.probe is not None:
             note_optimizer(optimizer, [weight.values])
     for weight in find_alive(lambda weight: weight.start is not None):
         if id(weight.values) in held:
             settle(weight)
-    _tell_of_missing_schedule(parameters)
     _tell_of_replaced(optimizer, parameters)
     if isinstance(optimizer, LBFGS) and any(isinstance(p, Mask) for p in parameters):
         raise ArgumentError(
             "LBFGS moves every parameter that it holds, and it holds masks. Give it those that "
             "train: LBFGS([p for p in model.parameters() if p.requires_grad])."
         )
-    begin_warmup(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        _gradients_are_there(optimizer, first=True)
+        return None
+    calls = 0
+
+    def run() -> Any:
+        nonlocal calls
+        calls += 1
+        loss = closure()
+        _gradients_are_there(optimizer, first=calls == 1)
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": run}
+    return (args[0], run, *args[2:]), kwargs
+
+
+def _gradients_are_there(optimizer: Optimizer, *, first: bool) -> None:
+    """Before the update of a step, after its closure if it has one: Lightning's always has.
+
+    Args:
+        optimizer: the optimizer.
+        first: whether the closure was called once. LBFGS calls it several times.
+    """
+    parameters = list(_parameters(optimizer))
+    held = {id(parameter) for parameter in parameters}
+    # A fused optimizer divides gradients by this itself, in the update.
+    scale = getattr(optimizer, "grad_scale", None)
+    for weight in find_alive(lambda weight: id(weight.values) in held):
+        before_step(weight, 1.0 if scale is None else scale)
+    _tell_of_missing_schedule(parameters)
+    if first:
+        begin_warmup(optimizer)
 
 
 def _ends(optimizer: Optimizer, *_: object) -> None:

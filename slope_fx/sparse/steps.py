@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from slope_fx import ops
 from slope_fx.errors import UnsupportedError
@@ -45,9 +46,15 @@ def check_whole(weight: SparseWeight, *, first_step: bool) -> None:
 def before_step(weight: SparseWeight, scale: Tensor | float) -> None:
     """Let the method change the gradient, which is times ``scale``, before an optimizer's step."""
     kept, gradient, bits = weight.values.detach(), weight.values.grad, weight.forward_bits
-    if gradient is not None:
-        mine = local_part(bits, kept) if isinstance(kept, DTensor) else bits
-        weight.method.change_gradient(local(gradient), local(kept), mine, scale)
+    if gradient is None or _changed.get(gradient) == local(gradient)._version:
+        return
+    mine = local_part(bits, kept) if isinstance(kept, DTensor) else bits
+    weight.method.change_gradient(local(gradient), local(kept), mine, scale)
+    _changed[gradient] = local(gradient)._version
+
+
+_changed = WeakTensorKeyDictionary()
+"""The versions of gradients that a method has changed. An optimizer in another one steps too."""
 
 
 @torch.no_grad()

@@ -47,11 +47,12 @@ def test_bf16_of_a_llama(ranks, backend):
     """The weights of norms stay near 1, where a step of AdamW is half of the last bit of bf16.
 
     Summing gradients in another order can round such a weight the other way. Later losses differ.
+    Inductor rounds fewer steps of a layer to bf16 than the reference, which is eager.
     """
     want = reference("FSDP2, bf16", "llama", 2, 1)["losses"]
     for got in ranks.run(2, train, "FSDP2, bf16", "llama", backend):
         apart = [abs(a - b) for a, b in zip(got["losses"], want, strict=True)]
-        assert apart[0] < 1e-4
+        assert apart[0] < (1e-3 if backend == "inductor" else 1e-4)
         assert max(apart) < 1e-2, apart
 
 

@@ -8,10 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import slope_fx
-from models import VOCABULARY, awake, llama
+from models import VOCABULARY, awake, gpt2, llama
 from slope_fx import cli
 from slope_fx.frozen import FrozenWeight
 from slope_fx.record import Frozen, record_of
@@ -126,6 +126,9 @@ def test_package_writes_what_a_bare_process_loads(checkpoint, tmp_path, capsys):
         (("generate", "{}", "a", "--tokens", "0"), "tokens=0"),
         (("generate", "{}", "w1 w2 w3", "--tokens", "30"), "33, and the model has 32 positions"),
         (("generate", "{}", ""), "prompt='' has no tokens"),
+        (("generate", "{}", "a", "--temperature", "nan"), "temperature=nan"),
+        (("generate", "{}", "a", "--temperature", "inf"), "temperature=inf"),
+        (("generate", "{}", "a", "--seed", str(10**20)), f"seed={10**20}; allowed is"),
         (("bench", "{}", "--length", "32"), "length=32, tokens=32: "),
         (("bench", "{}", "--tokens", "1"), "tokens=1; allowed is a whole number from 2"),
         (("convert", "{}", "new", "--to", "dense", "--freeze"), "freeze was given with to='dense'"),
@@ -140,3 +143,26 @@ def test_mistakes_are_told(checkpoint, arguments, said, capsys, monkeypatch, tmp
     assert cli.main([a.format(checkpoint[0]) for a in arguments]) == cli.FAILED
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_without_a_tokenizer(tmp_path, capsys):
+    """transformers makes a gpt2 an empty one from its configuration."""
+    path = slope_fx.save_pretrained(awake(gpt2(), backend=None), tmp_path / "c")
+    assert cli.main(["generate", str(path), "w1"]) == cli.FAILED
+    assert "has no tokenizer. Save it with the model" in capsys.readouterr().err
+
+
+def test_a_tokenizer_goes_with_a_converted_model(tmp_path, capsys):
+    """Also one of other files than tokenizer.json; one that can't be read is told."""
+    source = tmp_path / "source"
+    gpt2().save_pretrained(source)
+    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
+    (source / "vocab.json").write_text(json.dumps(words))
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    run(capsys, "convert", source, tmp_path / "sparse", "--to", "sparse")
+    assert AutoTokenizer.from_pretrained(tmp_path / "sparse").get_vocab() == words
+    (source / "tokenizer.json").write_text("{")
+    arguments = ["convert", str(source), str(tmp_path / "again"), "--to", "sparse"]
+    assert cli.main(arguments) == cli.FAILED
+    assert "its tokenizer can't be read" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()

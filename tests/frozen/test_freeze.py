@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import weakref
 
 import pytest
@@ -10,11 +11,13 @@ from torch import nn
 
 import slope_fx
 from architectures import ARCHITECTURES, inputs_of, logits_of, made, shaken
-from models import awake, batch, gpt2, llama
+from models import awake, batch, gpt2, llama, loss_of
 from slope_fx.errors import ArgumentError, StateError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
 from slope_fx.kernels import racing
 from slope_fx.ops.frozen import FROZEN_LINEAR, FROZEN_LINEARS
+
+freezing = sys.modules["slope_fx.frozen.freeze"]  # the name in the package is the function
 
 
 def size_of(model: nn.Module) -> int:
@@ -199,6 +202,29 @@ def test_bad_arguments_change_nothing(arguments, said):
     with pytest.raises(ArgumentError, match=said):
         slope_fx.freeze(model, **arguments)
     assert not any(isinstance(m, FrozenWeight) for m in model.modules())
+
+
+@pytest.mark.parametrize(("values", "what"), [("float", "form_of_parts"), ("int8", "low_rank")])
+def test_an_interrupted_freeze_leaves_the_model_as_it_was(values, what, monkeypatch):
+    """Measurements and decompositions take long: Ctrl-C at the third layer loses nothing."""
+    model, calls = awake(gpt2()), 0
+    original = getattr(freezing, what)
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(freezing, what, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slope_fx.freeze(model, values=values)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    loss_of(model, batch()).backward()
+    slope_fx.freeze(model, values=values)
 
 
 @pytest.mark.parametrize(

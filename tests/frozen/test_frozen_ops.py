@@ -45,6 +45,8 @@ def products(draw):
     if b is not None and draw(st.booleans()):
         b = b.t().contiguous().t()
     bias = normal((d_out,), seed + 3, dtype) if draw(st.booleans()) else None
+    if bias is not None and draw(st.booleans()):
+        bias = bias.repeat_interleave(2)[::2]
     routes = [PANELS, DENSE] + ([STREAM] if d_out >= FEWEST_ROWS else [])
     form = [pattern.n, pattern.m, 0, 0, 0, d_in, 0, draw(st.sampled_from(routes))]
     return x, values, mask, bias, a, b, form
@@ -287,25 +289,38 @@ def test_more_tokens_take_another_route():
         )
 
 
-@pytest.mark.parametrize("change", ["features", "dtype"])
+@pytest.mark.parametrize("change", ["features", "dtype", "dtype of the bias"])
 def test_wrong_operands_are_refused(change):
     weight = torch.randn(8, 16)
     mask = ops.magnitude_mask(weight, 2, 4)
     values = ops.compress(weight, mask, 2, 4)
     x = torch.randn(3, 12) if change == "features" else torch.randn(3, 16, dtype=torch.float16)
     said = "12 features, the weight reads 16" if change == "features" else "dtype"
+    bias = torch.zeros(8, dtype=torch.bfloat16) if change == "dtype of the bias" else None
+    form = [2, 4, 0, 0, 0, 16, 0, STREAM]
     with pytest.raises(RuntimeError, match=said):
-        FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
+        FROZEN_LINEAR(x, values, mask, None, bias, None, None, form)
+    biases = None if bias is None else [bias]
+    with pytest.raises(RuntimeError, match=said):
+        FROZEN_LINEARS(x, [values], [mask], None, biases, None, None, form)
 
 
 def test_autocast_keeps_the_weight_as_it_is():
+    """The inputs and the bias get its dtype."""
     weight = torch.randn(8, 16)
     mask = ops.magnitude_mask(weight, 2, 4)
     values = ops.compress(weight, mask, 2, 4)
-    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    x, bias = torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(8, dtype=torch.bfloat16)
+    form = [2, 4, 0, 0, 0, 16, 0, STREAM]
+    want = x.float() @ ops.expand(values, mask, mask, 2, 4).t()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = FROZEN_LINEAR(x, values, mask, None, None, None, None, [2, 4, 0, 0, 0, 16, 0, STREAM])
-    torch.testing.assert_close(y, x.float() @ ops.expand(values, mask, mask, 2, 4).t())
+        y = FROZEN_LINEAR(x, values, mask, None, None, None, None, form)
+        biased = FROZEN_LINEAR(x, values, mask, None, bias, None, None, form)
+        (joined,) = FROZEN_LINEARS(x, [values], [mask], None, [bias], None, None, form)
+        graded = FROZEN_LINEAR_WITH_GRAD(x, values, mask, None, bias, None, None, form)
+    torch.testing.assert_close(y, want)
+    for each in (biased, joined, graded):
+        torch.testing.assert_close(each, want + bias.float())
 
 
 def test_a_library_that_cannot_be_built_is_told(monkeypatch):

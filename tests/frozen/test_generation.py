@@ -66,6 +66,17 @@ def test_each_way_to_decode_writes_what_the_dense_model_writes(make, rows, cache
                 assert got.sequences.tolist() == want.sequences.tolist(), way
 
 
+def test_a_warm_up_up_to_the_last_position():
+    """gpt2 has a table of positions: past its end there is an IndexError."""
+    model = slope_fx.freeze(awake(gpt2(), backend=None))
+    limit = model.config.max_position_embeddings
+    options = {"cache_implementation": "static", "do_sample": False}
+    for length in (limit - 10, limit - 9, limit - 6):
+        assert slope_fx.warm_up(model, length=length, **options) > 0
+    with pytest.raises(ArgumentError, match=rf"length={limit - 5}, tokens=6: .* {limit} positions"):
+        slope_fx.warm_up(model, length=limit - 5, **options)
+
+
 @pytest.mark.parametrize(
     ("backend", "cache"),
     [

@@ -12,8 +12,18 @@ import models
 import slope_fx
 from models import batch, loss_of
 from slope_fx.checkpoints.pair import sparse_of_pair
-from slope_fx.errors import ArgumentError, CheckpointError, StateError
-from slope_fx.methods import METHODS, SRSTE, SSTE, Evolve, Gradual, Method, Slope, method_of
+from slope_fx.errors import ArgumentError, ArgumentWarning, CheckpointError, StateError
+from slope_fx.methods import (
+    METHODS,
+    SRSTE,
+    SSTE,
+    Evolve,
+    Gradual,
+    Method,
+    Slope,
+    WeightState,
+    method_of,
+)
 from slope_fx.record import record_of
 
 STEPS = 8
@@ -321,3 +331,75 @@ def test_the_decay_of_sr_ste_is_not_that_of_a_scaled_gradient(fused, unscales):
         found.append([p.detach().clone() for p in model.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+class Twice(torch.optim.Optimizer):
+    """An optimizer that takes the step of another one, which has the same gradients."""
+
+    def __init__(self, parameters):
+        self.base = torch.optim.SGD(parameters, lr=0.1)
+        super().__init__(self.base.param_groups, {})
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), Twice])
+def test_the_decay_of_sr_ste_is_added_once(make, closure):
+    """To the gradient of the step, by whatever road it comes: Lightning passes a closure."""
+    decay, method = 0.5, SRSTE(decay=0.5)
+    torch.manual_seed(0)
+    model = slope_fx.compile(models.gpt2(), "2:4", method=method, backend=None)
+    optimizer, lr = make(list(model.parameters())), 0.1
+    slope_fx.Schedule(model, STEPS)
+    for step in range(3):  # gradients of a later step may be at the place of an earlier one
+        weights = slope_fx.sparse_weights(model)
+        before = {n: w.values.detach().clone() for n, w in weights.items()}
+        pruned = {n: ~w.forward_mask() for n, w in weights.items()}
+        clean = {}
+
+        def gradients(step=step, weights=weights, clean=clean):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch(seed=step))
+            loss.backward()
+            clean.update({n: w.values.grad.clone() for n, w in weights.items()})
+            return loss
+
+        if closure:
+            optimizer.step(gradients)
+        else:
+            gradients()
+            optimizer.step()
+        for name, weight in weights.items():
+            want = before[name] - lr * (clean[name] + decay * before[name] * pruned[name])
+            torch.testing.assert_close(weight.values.detach(), want)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps"), [(0.9, 1.0, 5), (1.0, 1.0, 4), (0.999, 1.0, 100), (0.0, 0.5, 7)]
+)
+def test_a_fading_ends_within_the_run(start, end, steps):
+    factors = [Gradual(start=start, end=end).factor_at(step, steps) for step in range(steps + 1)]
+    assert factors[-1] == 0.0
+    assert factors == sorted(factors, reverse=True)
+    assert all(f == 1.0 for step, f in enumerate(factors) if step < start * steps)
+
+
+def test_masks_that_cannot_move_in_a_run_are_told():
+    model = slope_fx.compile(models.gpt2(), "2:4", method="evolve", backend=None)
+    with pytest.warns(ArgumentWarning, match=r"never move: interval=100, .* 90 of 120 steps"):
+        slope_fx.Schedule(model, 120)
+
+
+def test_a_group_without_a_gradient_keeps_its_mask():
+    """As of an expert without tokens: its weakest weight is not dropped for nothing."""
+    pattern, rows = slope_fx.planning.patterns.Pattern(2, 4), 8
+    kept = torch.randn(rows, 8)
+    bits = slope_fx.ops.magnitude_mask(torch.randn(rows, 16), 2, 4)
+    probe = torch.zeros(rows, 8, requires_grad=True)
+    probe.grad = torch.zeros(rows, 8)
+    probe.grad[3, 0] = 1.0
+    read = WeightState(bits, bits, pattern, None, False, probe)
+    moved = Evolve(interval=1, rate=1.0).next_mask(kept, read, 1, 100)
+    assert (moved != bits).any(1).nonzero().flatten().tolist() == [3]

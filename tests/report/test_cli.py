@@ -64,6 +64,24 @@ def test_explain_says_what_gains_here_of_a_checkpoint(dense, tmp_path, run):
     assert "(not run yet)" in run("explain", tmp_path / "sparse", "--no-measure").out
 
 
+def test_explain_describes_a_frozen_checkpoint(dense, tmp_path, run):
+    """With the bytes and the routes of the model in it."""
+    run("convert", dense, tmp_path / "sparse", "--to", "sparse")
+    more = ("--values", "int8", "--adapter-rank", "4")
+    run("convert", tmp_path / "sparse", tmp_path / "frozen", "--freeze", *more)
+    told = json.loads(run("explain", tmp_path / "frozen", "--json").out)
+    model = slope_fx.load_pretrained(tmp_path / "frozen", backend=None)
+    assert told == json.loads(json.dumps(slope_fx.explain(model).to_dict()))
+    error = run("explain", tmp_path / "frozen", "--world-size", "2", code=cli.FAILED).err
+    assert "is a frozen model, which is not sharded" in error
+
+
+def test_explain_describes_a_checkpoint_in_which_nothing_is_pruned(tmp_path, run):
+    model = slope_fx.compile(models.llama(), method="dense", backend=None)
+    slope_fx.save_pretrained(model, tmp_path / "c")
+    assert 'A checkpoint of method="dense".' in run("explain", tmp_path / "c").out
+
+
 def test_explain_describes_70_billion_parameters(tmp_path, run):
     """On the meta device: its weights would take 140 GB."""
     LlamaConfig(

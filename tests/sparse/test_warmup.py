@@ -30,8 +30,8 @@ def cosine(step):
 class Run:
     """A short run. ``by_hand``: the warm-up is done between steps, as a user would without it."""
 
-    def __init__(self, make, warmup, by_hand=False, model=None):
-        self.model, self.by_hand = model or compiled(), by_hand
+    def __init__(self, make, warmup, by_hand=False, model=None, closure=False):
+        self.model, self.by_hand, self.closure = model or compiled(), by_hand, closure
         groups = slope_fx.param_groups(self.model, 1e-2, adapter_lr=3e-2, adapter_warmup=warmup)
         self.optimizer = make(groups)
         self.schedule = slope_fx.Schedule(self.model, STEPS, adapter_start=START / STEPS)
@@ -39,13 +39,21 @@ class Run:
 
     def train(self, first, last):
         for step in range(first, last):
-            loss_of(self.model, batch(seed=step)).backward()
+
+            def gradients(step=step):
+                self.optimizer.zero_grad()
+                loss = loss_of(self.model, batch(seed=step))
+                loss.backward()
+                return loss
+
+            if not self.closure:
+                gradients()
             groups = [g for g in self.optimizer.param_groups if g["name"] == "adapters"]
             before = [copy.deepcopy(g["lr"]) for g in groups]
             if self.by_hand and step >= START:
                 for group in groups:
                     group["lr"] = group["lr"] * min(1, (step - START + 1) / WARMUP)
-            self.optimizer.step()
+            self.optimizer.step(gradients) if self.closure else self.optimizer.step()
             if self.by_hand:
                 for group, rate in zip(groups, before, strict=True):
                     group["lr"] = rate
@@ -86,6 +94,12 @@ def test_a_warm_up_equals_one_by_hand(make):
     run = Run(make, WARMUP).train(0, STEPS)
     assert run.equals(Run(make, 0, by_hand=True).train(0, STEPS))
     assert not run.equals(Run(make, 0).train(0, STEPS))
+
+
+def test_gradients_that_a_closure_makes_within_the_step():
+    """As Lightning's always does: the first step of the adapters has no gradients before it."""
+    run = Run(AdamW, WARMUP, closure=True).train(0, STEPS)
+    assert run.equals(Run(AdamW, 0, by_hand=True).train(0, STEPS))
 
 
 def test_zero_redundancy_optimizer(tmp_path):
