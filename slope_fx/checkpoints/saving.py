@@ -308,7 +308,7 @@ def unstored_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _files_in(folder: Path) -> set[str]:
-    """The names of all files, some of which a tokenizer may have put into folders."""
+    """The paths of all files in a folder and its subfolders, without hidden files."""
     names = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
     return {name for name in names if not name.startswith(".") and "/." not in name}
 

@@ -125,10 +125,10 @@ class Method:
         """Change the gradient of the parameter in place, before a step of an optimizer.
 
         Args:
-            gradient: of the parameter, times ``scale``.
+            gradient: the gradient of the parameter, multiplied by ``scale``.
             kept: the parameter.
             forward_bits: the packed forward mask.
-            scale: of a GradScaler, where the optimizer divides the gradient by it; else 1.
+            scale: a GradScaler's factor, which the gradient still has; else 1.
         """
 
     def moves(self, read: WeightState) -> bool:

@@ -48,8 +48,8 @@ def preview(
     """Returns the report that ``explain`` would give for a transformers model after ``compile``.
 
     The weights are not needed: the model is built on the meta device and traced. For a checkpoint
-    of slope_fx, the report describes the checkpoint. A frozen one is opened, without ``measure``
-    too: which product is used for how many tokens is measured then, once for each shape.
+    of slope_fx, the report describes the checkpoint. A frozen checkpoint is loaded, which measures
+    its routes for all numbers of tokens; ``tokens`` and ``measure`` have no effect on that.
 
     Args:
         source: a ``config.json``, a folder with a ``config.json``, a name on the hub, or a

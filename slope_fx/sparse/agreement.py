@@ -111,9 +111,10 @@ def _described(weight: SparseWeight, group: dist.ProcessGroup) -> str:
 
 
 def _copied(factor: Tensor | None, group: dist.ProcessGroup) -> str:
-    """What to say of a factor of which the ranks of a group hold copies, as replicas of shards.
+    """A fingerprint of an adapter's factor, if the ranks of a group should have equal shards of it.
 
-    FSDP2 averages the gradients of copies, and never compares the copies. A DDP broadcasts its own.
+    So it is with HSDP: FSDP2 averages the gradients of the replicas, and never compares the
+    replicas. Returns "" for other factors. DDP needs no check, because it broadcasts parameters.
     """
     if not isinstance(factor, DTensor):
         return ""

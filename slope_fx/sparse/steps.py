@@ -44,7 +44,12 @@ def check_whole(weight: SparseWeight, *, first_step: bool) -> None:
 
 @torch.no_grad()
 def before_step(weight: SparseWeight, scale: Tensor | float) -> None:
-    """Let the method change the gradient, which is times ``scale``, before an optimizer's step."""
+    """Let the method change the gradient before an optimizer's step.
+
+    Args:
+        weight: the sparse weight.
+        scale: a GradScaler's factor, which the gradient still has; else 1.
+    """
     kept, gradient, bits = weight.values.detach(), weight.values.grad, weight.forward_bits
     if gradient is None or _changed.get(gradient) == local(gradient)._version:
         return

@@ -153,7 +153,7 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path, capsys):
 
 
 def test_a_tokenizer_goes_with_a_converted_model(tmp_path, capsys):
-    """Also one of other files than tokenizer.json; one that can't be read is told."""
+    """A tokenizer of other files than tokenizer.json is copied. A damaged one is an error."""
     source = tmp_path / "source"
     gpt2().save_pretrained(source)
     words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
