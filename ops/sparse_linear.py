@@ -62,13 +62,13 @@ def sparse_linear(
     Returns:
         (..., d_out), (groups, tokens, d_out) or (tokens, d_out).
     """
+    _check(x, values, bias, n, m, groups, offsets)
     product = ENGINES[engine or _choice("sparse_linear", x, values, n, m, groups, engines)]
     values = product.values_for(values, x.dtype)
     # A graph with gradients names the engines of the gradients.
     training = bool(input_engine or weight_engine)
     if grouped.is_plain(groups, offsets):
         return product.sparse_linear(x, values, forward_mask, bias, n, m, training)
-    _check_bias(bias, groups, offsets)
 
     def one(rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
         return product.sparse_linear(rows, of(values), of(forward_mask), None, n, m, training)
@@ -89,16 +89,7 @@ def _(
     offsets: Tensor | None = None,
     *others: str | Tensor | None,
 ) -> Tensor:
-    d_in = values.shape[1] * m // n
-    torch._check(
-        x.shape[-1] == d_in,
-        lambda: f"slope_fx::sparse_linear: x has {x.shape[-1]} features, the weight reads {d_in}",
-    )
-    torch._check(
-        x.dtype == values.dtype or (values.dtype == torch.float32 and x.dtype.itemsize == 2),
-        lambda: f"slope_fx::sparse_linear: x is {x.dtype}, the weight {values.dtype}",
-    )
-    _check_bias(bias, groups, offsets)
+    _check(x, values, bias, n, m, groups, offsets)
     return x.new_empty((*x.shape[:-1], values.shape[0] // groups))
 
 
@@ -191,10 +182,32 @@ def _(
     return grad.new_empty(shape, dtype=dtype or grad.dtype)
 
 
-def _check_bias(bias: Tensor | None, groups: int, offsets: Tensor | None) -> None:
+def _check(
+    x: Tensor, values: Tensor, bias: Tensor | None, n: int, m: int, groups: int,
+    offsets: Tensor | None,
+) -> None:  # fmt: skip
+    """Check the operands, which an engine reads as memory of a known size."""
+    d_in = values.shape[1] * m // n
     torch._check(
-        bias is None or grouped.is_plain(groups, offsets),
+        x.shape[-1] == d_in,
+        lambda: f"slope_fx::sparse_linear: x has {x.shape[-1]} features, the weight reads {d_in}",
+    )
+    torch._check(
+        x.dtype == values.dtype or (values.dtype == torch.float32 and x.dtype.itemsize == 2),
+        lambda: f"slope_fx::sparse_linear: x is {x.dtype}, the weight {values.dtype}",
+    )
+    if bias is None:
+        return
+    torch._check(
+        grouped.is_plain(groups, offsets),
         lambda: "slope_fx::sparse_linear: a stack of weights takes no bias",
+    )
+    torch._check(
+        bias.shape == values.shape[:1] and bias.dtype == x.dtype,
+        lambda: (
+            f"slope_fx::sparse_linear: the bias is {bias.dtype} {tuple(bias.shape)}, the output "
+            f"{x.dtype} with {values.shape[0]} features"
+        ),
     )
 
 

@@ -217,7 +217,9 @@ def _attention(
     assert isinstance(size, Tensor)
     scores = (q * math.sqrt(1.0 / size.shape[-1])) @ k.mT
     weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
-    return (F.dropout(weights, dropout_p) if dropout_p else weights) @ v, weights
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)  # torch returns them after dropout, too
+    return weights @ v, weights
 
 
 def _merged(attn_mask: Any, key_padding_mask: Any, heads: int, more: int, like: Any) -> Any:

@@ -3,7 +3,10 @@
 A marker's result is a temporary tensor, so a write to it would be lost.
 """
 
+import functools
+import inspect
 import operator
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -46,18 +49,30 @@ def written_by(node: Node) -> list[Node]:
     written = [node.kwargs.get("out")]
     name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
     in_place = name.endswith("_") and not name.endswith("__")
-    if (
-        in_place
-        or node.target in _IN_PLACE
-        or name in _DUNDERS
-        or node.kwargs.get("inplace") is True
-    ):
+    if in_place or node.target in _IN_PLACE or name in _DUNDERS or _inplace_flag(node) is True:
         written.append(node.args[0] if node.args else None)
     if isinstance(node.target, OpOverload):  # a custom op may have any name
         schema, given = node.target._schema.arguments, arguments(node)
         written += [given.get(a.name) for a in schema if a.is_write]
     flat = [t for w in written for t in (w if isinstance(w, (list, tuple)) else [w])]
     return [target for target in flat if isinstance(target, Node)]
+
+
+def _inplace_flag(node: Node) -> object:
+    """The argument ``inplace`` of a function such as ``F.leaky_relu``, also by position."""
+    position = _place_of_inplace(node.target) if node.op == "call_function" else None
+    if position is not None and position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get("inplace")
+
+
+@functools.cache
+def _place_of_inplace(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin, which has no such argument
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def memory_of(node: Node) -> Node:

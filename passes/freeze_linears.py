@@ -13,7 +13,7 @@ from slope_fx.ops.targets import (
     FROZEN_LINEAR_WITH_GRAD,
 )
 from slope_fx.passes.context import Context
-from slope_fx.passes.graph import arguments, emit, rank_of, replace, value_of
+from slope_fx.passes.graph import arguments, emit, is_row, rank_of, replace, value_of
 from slope_fx.passes.linears import LinearCall, find_linears
 from slope_fx.passes.markers import marked_read, rows
 from slope_fx.passes.views import Read
@@ -33,7 +33,7 @@ def freeze_linears(gm: GraphModule, context: Context) -> int:
         if call.build is not None or found is None:
             continue
         view, read = found
-        if view.source.target is not FROZEN_EXPAND or view.dtype is not None:
+        if view.source.target is not FROZEN_EXPAND or view.dtypes:
             continue
         marker = arguments(view.source)
         of_a = _rows_of_a(marker, read, value_of(view.source))
@@ -87,7 +87,7 @@ def _frozen(
     op: Any,
 ) -> Any:
     assert isinstance(whole, Tensor)
-    total, bias_rank = whole.shape[0], 1 if call.bias is None else rank_of(call.bias)
+    total, fused = whole.shape[0], call.bias is None or is_row(call.bias)
 
     def build(
         x: Any, bias: Any, offsets: Any, values: Any, mask: Any, scales: Any, a: Any, b: Any
@@ -99,8 +99,8 @@ def _frozen(
         a = a if a is None else rows(a, *of_a)
         if op is FROZEN_GROUPED_LINEAR:
             return op(x, values, mask, scales, a, b, offsets, read.groups, list(form))
-        added = bias if bias_rank == 1 else None
+        added = bias if fused else None
         y = op(x, values, mask, scales, added, a, b, list(form))
-        return y if added is bias else torch.add(y, bias)
+        return y if fused else torch.add(y, bias)
 
     return build

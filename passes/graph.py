@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._prims_common import is_contiguous_or_false
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import map_arg
@@ -26,6 +27,12 @@ def rank_of(node: object) -> int | None:
     """The number of dimensions of the tensor that ``node`` computes, or None if unknown."""
     value = value_of(node) if isinstance(node, Node) else None
     return value.dim() if isinstance(value, Tensor) else None
+
+
+def is_row(bias: Node) -> bool:
+    """Whether a bias has an element for each output. Of one element, torch makes a row too."""
+    value = value_of(bias)
+    return isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != 1
 
 
 def nested_calls(gm: GraphModule) -> Iterator[tuple[Node, GraphModule, list[Node] | None]]:
@@ -74,7 +81,7 @@ def emit(before: Node, build: Callable[..., Any], *operands: Any) -> Any:
     """Insert the nodes of a computation before the node ``before``.
 
     Args:
-        before: the node after the new nodes.
+        before: the node after the new nodes, which the result replaces.
         build: a function of tensors, written with torch's functions and methods.
         operands: arguments of ``build``. Nodes are passed as proxies, other objects unchanged.
 
@@ -88,7 +95,23 @@ def emit(before: Node, build: Callable[..., Any], *operands: Any) -> Any:
         # In the `with` block, because an attribute such as .mT becomes a node when .node is read.
         if isinstance(result, tuple):
             return tuple(part.node if isinstance(part, Proxy) else part for part in result)
-        return result.node
+        return _as_recorded(result, value_of(before)).node
+
+
+def _as_recorded(result: Proxy, recorded: object) -> Proxy:
+    """``result`` with the dtype and the contiguity that the trace recorded for the old node.
+
+    Nodes after it depend on both: a view needs the strides, and a write in place the dtype, which
+    is that of autocast for ``addmm`` and not for a sum.
+    """
+    value = value_of(result.node)
+    if not isinstance(value, Tensor) or not isinstance(recorded, Tensor):
+        return result
+    if value.dtype != recorded.dtype:
+        result = result.to(recorded.dtype)
+    if is_contiguous_or_false(recorded) and not is_contiguous_or_false(value):
+        result = result.contiguous()
+    return result
 
 
 @contextmanager

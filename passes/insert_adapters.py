@@ -64,21 +64,22 @@ def _part(view: View, read: Read) -> _Part | None:
     a, b = value_of(marker["lora_a"]), value_of(marker["lora_b"])
     assert isinstance(a, Tensor)
     assert isinstance(b, Tensor)
+    if len(view.dtypes) > 1:
+        return None  # the sum is rounded, which is not the sum of what is rounded
     stack = a.shape[0] // b.shape[1]
     part = _Part(stack, b.shape[1], b.shape[0] // stack, read)
     return part if part.known else None
 
 
 def _branch(call: LinearCall, view: View, read: Read, part: _Part) -> Any:
-    dtype, total = view.dtype, part.stack * part.d_out
+    total = part.stack * part.d_out
     stacked = rank_of(call.weight) == 3
 
     def build(x: Any, weight: Any, a: Any, b: Any, scale: Any, bias: Any, offsets: Any) -> Any:
         weight = rows(weight, read.start, read.stop, total)
         a = rows(a, part.first * part.rank, part.last * part.rank, part.stack * part.rank)
         b = rows(b, read.start, read.stop, total)
-        if dtype is not None:
-            weight, a, b = weight.to(dtype), a.to(dtype), b.to(dtype)
+        weight, a, b = (view.cast(t) for t in (weight, a, b))
         if not stacked:
             down = F.linear(x, a) * scale
             if part.blocks == 1:

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from slope_fx.ops.targets import ADD_ADAPTER, EXPAND, FROZEN_EXPAND
+from slope_fx.passes.graph import value_of
 from slope_fx.passes.linears import LinearCall
 from slope_fx.passes.views import Read, View, read_of, source_of, view_of
 
 MARKERS = (EXPAND, ADD_ADAPTER, FROZEN_EXPAND)
+_SET_GRAD_ENABLED = torch._C._set_grad_enabled
 
 
 def is_marked(operand: object) -> bool:
@@ -24,11 +27,12 @@ def markers(gm: GraphModule) -> list[Node]:
 def marked_read(call: LinearCall) -> tuple[View, Read] | None:
     """The view and the rows of a marker that ``call`` reads.
 
-    None if the weight of ``call`` is not a marker, or is not made of complete rows of one.
+    None if the weight of ``call`` is not a marker, is not made of complete rows of one, or was read
+    under ``no_grad`` for a linear with gradients: the product would give the values a gradient.
     """
     if not is_marked(call.weight):
         return None
-    view = view_of(call.weight)
+    view = None if _lost_grad(call) else view_of(call.weight)
     matrix = None if view is None else call.matrix(view.tensor)
     read = None if matrix is None else read_of(matrix)
     if view is None or read is None or read.transposed:
@@ -36,6 +40,19 @@ def marked_read(call: LinearCall) -> tuple[View, Read] | None:
     # The columns of the marker must be the inputs of the linear.
     whole = view_of(view.source)
     return (view, read) if whole and whole.tensor.shape[1] == read.d_in else None
+
+
+def _lost_grad(call: LinearCall) -> bool:
+    """Whether the weight was read without gradients, by a linear after the ``no_grad`` region."""
+    modes = [
+        node for node in call.node.graph.find_nodes(op="call_function", target=_SET_GRAD_ENABLED)
+        if node < call.node
+    ]  # fmt: skip
+    if not modes or not modes[-1].args[0]:
+        return False
+    marker = source_of(call.weight)
+    trains = any(getattr(value_of(n), "requires_grad", False) for n in marker.all_input_nodes)
+    return trains and not getattr(value_of(call.weight), "requires_grad", False)
 
 
 def rows(tensor: Any, start: int, stop: int, total: int) -> Any:

@@ -3,7 +3,7 @@
 from torch.fx import GraphModule, Node
 
 from slope_fx.passes.context import Context
-from slope_fx.passes.graph import arguments, erase_unused
+from slope_fx.passes.graph import arguments, erase_unused, value_of
 from slope_fx.passes.markers import is_marked, markers
 
 
@@ -17,7 +17,9 @@ def prune_expands(gm: GraphModule, context: Context) -> int:
     known: dict[tuple[object, ...], Node] = {}
     for node in markers(gm):
         # The marker of an adapter comes after the marker of its weight, which is already merged.
-        first = known.setdefault((node.target, *arguments(node).values()), node)
+        # One that was read under no_grad has no gradient.
+        trains = getattr(value_of(node), "requires_grad", None)
+        first = known.setdefault((node.target, trains, *arguments(node).values()), node)
         if first is not node:
             node.replace_all_uses_with(first)
     for node in reversed(list(gm.graph.nodes)):

@@ -11,7 +11,7 @@ from slope_fx.kernels.selection import Request, choose
 from slope_fx.ops.dispatch import request_of
 from slope_fx.ops.targets import EXPAND, SPARSE_LINEAR
 from slope_fx.passes.context import Context
-from slope_fx.passes.graph import arguments, emit, rank_of, replace, value_of
+from slope_fx.passes.graph import arguments, emit, is_row, rank_of, replace, value_of
 from slope_fx.passes.linears import LinearCall, find_linears
 from slope_fx.passes.markers import marked_read, rows
 from slope_fx.passes.views import Read, View
@@ -57,7 +57,7 @@ def _sparse(call: LinearCall, view: View, read: Read, context: Context) -> Any:
     total, pattern = whole.shape[0], (marker["n"], marker["m"])
     stacked = rank_of(call.weight) == 3
     fused = call.bias is None or (
-        rank_of(call.bias) == 1 and not stacked and _length(call.bias) != 1
+        not stacked and _is_fused(call.x, call.bias, context.at(call.node))
     )
     engines, computed = context.engines, marker["values"].op in ("call_function", "call_method")
     if computed or stacked or (read.start, read.stop) != (0, total):
@@ -74,13 +74,22 @@ def _sparse(call: LinearCall, view: View, read: Read, context: Context) -> Any:
         more = {}
         if master is not None:
             more["master"] = rows(master, read.start, read.stop, total)
-        values = values if view.dtype is None else values.to(view.dtype)
+        values = view.cast(values)
         masks, added = (forward, backward), bias if fused else None
         groups = (read.groups, offsets) if stacked else ()
         y = SPARSE_LINEAR(x, values, *masks, added, *pattern, *groups, engines=engines, **more)
         return y if fused else torch.add(y, bias)
 
     return build
+
+
+def _is_fused(x: Node, bias: Node, here: Context) -> bool:
+    """Whether the op can add a bias: a row in the dtype of the product."""
+    one, other = value_of(x), value_of(bias)
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor) and is_row(bias)):
+        return False
+    device = one.device
+    return here.dtype_of(device, one.dtype) == here.dtype_of(device, other.dtype)
 
 
 def _name_engines(gm: GraphModule, context: Context) -> None:
@@ -129,8 +138,3 @@ def _engines_of(node: Node, context: Context) -> dict[str, str]:
         for name, (op, needed) in wanted.items()
         if needed and (sparse or op == "sparse_linear")
     }
-
-
-def _length(vector: Node) -> int | None:
-    value = value_of(vector)
-    return int(value.shape[0]) if isinstance(value, Tensor) else None

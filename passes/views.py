@@ -98,12 +98,19 @@ class View:
     Attributes:
         source: the node at the start of the chain of views.
         tensor: the view as a meta tensor, over a contiguous tensor of the source's shape.
-        dtype: the dtype of the last cast in the chain, or None without a cast.
+        dtypes: the dtypes of the casts in the chain, in order. Those that change no value are left
+            out, such as fp32 between bf16 and fp16, but for the last one.
     """
 
     source: Node
     tensor: Tensor
-    dtype: torch.dtype | None
+    dtypes: tuple[torch.dtype, ...]
+
+    def cast(self, tensor: Any) -> Any:
+        """A tensor, or its proxy, after the casts."""
+        for dtype in self.dtypes:
+            tensor = tensor.to(dtype)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -184,16 +191,36 @@ def view_of(node: Node) -> View | None:
     if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
         return None
     views: Views = meta_like(value)
-    dtype = None
+    dtypes: list[torch.dtype] = []
     for step in reversed(chain):
         if is_cast(step):
-            dtype = value_of(step).dtype  # type: ignore[attr-defined]
+            dtypes.append(value_of(step).dtype)  # type: ignore[attr-defined]
             continue
         seen = apply_view(step, views)
         if seen is None:
             return None
         views = seen
-    return View(node, views, dtype) if isinstance(views, Tensor) else None
+    if not isinstance(views, Tensor):
+        return None
+    return View(node, views, _that_round(value.dtype, dtypes))
+
+
+_WIDER = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+"""The dtypes that have all values of a dtype."""
+
+
+def _that_round(dtype: torch.dtype, casts: list[torch.dtype]) -> tuple[torch.dtype, ...]:
+    """The casts of a tensor that may change a value, and the last one."""
+    kept = []
+    for cast in casts[:-1]:
+        if cast != dtype and cast not in _WIDER.get(dtype, ()):
+            kept.append(cast)
+            dtype = cast
+    return (*kept, *casts[-1:])
 
 
 def source_of(node: Node) -> Node:

@@ -186,7 +186,10 @@ void linears(Tensor x, std::vector<Product> products, const std::vector<Form> &f
     std::vector<Product> streamed;
     for (size_t k = 0; k < products.size(); k++) {
         products[k].bias = contiguous(products[k].bias);
+        const Product &p = products[k];
         int64_t route = x.scalar_type() == ScalarType::Double ? DENSE : route_of(forms[k], tokens);
+        /* A part of the rows of a weight whose form has this route. */
+        if (route == STREAM && !p.scales && p.values.size(0) < FEWEST_ROWS) route = DENSE;
         if (route == STREAM)
             streamed.push_back(products[k]);
         else
@@ -205,6 +208,8 @@ Tensor output(const Tensor &x, int64_t d_out, const std::optional<Tensor> &value
     for (const auto &operand : {values, bias, lora_a, lora_b})
         STD_TORCH_CHECK(!operand || operand->scalar_type() == x.scalar_type(),
                         "slope_fx::frozen_linear: x, the weight and the bias have different dtypes");
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == d_out), "slope_fx::frozen_linear: the bias has ",
+                    bias->numel(), " elements, the weight ", d_out, " rows");
     for (int64_t i = 0; i < dims - 1; i++) sizes[i] = x.size(i);
     sizes[dims - 1] = d_out;
     return empty(sizes, dims, x.scalar_type());

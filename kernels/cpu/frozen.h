@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define FEWEST_ROWS 4 /* fewest rows of a weight of values for slope_stream */
+
 /* y = x W^T + bias + (x A^T) B^T */
 typedef struct {
     const void *values;   /* (d_out, d_in * N / M), or their codes */

@@ -1,12 +1,12 @@
 /* The product for few tokens. The time is that of reading the weight. Each run of values is
  * expanded to its columns in a register, and multiplied there with each token. */
+#include "frozen.h"
 #include "linear.h"
 #include "masks.h"
 #include "panels.h"
 #include "scratch.h"
 
-#define FEW 16        /* most tokens of a product that streams the weight */
-#define FEWEST_ROWS 4 /* fewest rows of such a weight: the most rows of one dots function */
+#define FEW 16 /* most tokens of a product that streams the weight */
 
 #define MOST_B 8 /* tokens at a time; more do not fit the registers */
 

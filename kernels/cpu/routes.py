@@ -18,7 +18,7 @@ NAMES = {STREAM: "stream", PANELS: "panels", DENSE: "dense"}
 MOST_STREAMED, MOST_STREAMED_CODES = 16, 32
 """The largest number of tokens of STREAM, with values and with codes."""
 FEWEST_ROWS = 4
-"""The fewest rows of a weight for STREAM, as in linear_few.c."""
+"""The fewest rows of a weight for STREAM, as in frozen.h."""
 TOKENS = (1, 2, 4, 8, 16, 17, 32, 64, 512)
 """The numbers of tokens that are measured. A call uses the route of the next smaller one."""
 

@@ -47,12 +47,12 @@ class RewritingBackend:
         self.graphs += 1
         before, after = self.settings.own_passes()
         context = Context.here(self.settings.engine, self.settings.replays)
-        # Modes of the caller must not affect the passes.
-        with context.in_force():
-            gm = _run_own(gm, before)
-            rewrites = run_passes(gm, context, self.settings.disable_passes)
-            compiled = _run_own(gm, after)
         try:
+            # Modes of the caller must not affect the passes.
+            with context.in_force():
+                gm = _run_own(gm, before)
+                rewrites = run_passes(gm, context, self.settings.disable_passes)
+                compiled = _run_own(gm, after)
             chosen = self._tell(gm, rewrites, example_inputs, context.training)
         except SlopeError as error:
             return _raiser(error)  # an error that is raised here would be wrapped by Dynamo

@@ -28,6 +28,7 @@ from slope_fx.checkpoints.randoms import random_states, set_random_states, tell_
 from slope_fx.checkpoints.saving import describe_together, named_tensors, write_configuration
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.trees import decode_inline, encode_inline
+from slope_fx.checkpoints.unstored import make_unstored_buffers
 from slope_fx.errors import ArgumentError, CheckpointError, first_line
 from slope_fx.record import sparse_weights, trainable_record_of
 from slope_fx.schedule import Schedule
@@ -145,6 +146,7 @@ class TrainingState(Stateful):
                 f"the state was saved with {sorted(set(rest['parts']) - {'random_states'})}, and "
                 f"this TrainingState has {sorted(self._parts)}: {min(missing)} differs."
             )
+        make_unstored_buffers(self._model)
         strict = StateDictOptions(strict=not _is_partial(self._model, state_dict[DCP_MODEL]))
         set_model_state_dict(self._model, state_dict[DCP_MODEL], options=strict)
         self._load_optimizers(state_dict[DCP_OPTIMIZER], rest)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from slope_fx.checkpoints.together import Together
+from slope_fx.checkpoints.unstored import make_unstored_buffers
 from slope_fx.errors import ArgumentError, CheckpointError, StateError
 from slope_fx.planning.plan import sparse_name
 from slope_fx.record import trainable_record_of
@@ -39,7 +40,8 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
 
     Tensors are read one by one, so a rank holds its shards and one dense tensor. All ranks must
     call this function, with the same files. Buffers that a model computes and does not store, such
-    as rotary frequencies, are not loaded. After ``to_empty`` the model must make them again.
+    as rotary frequencies, have no content after ``to_empty``. Those of transformers' models are
+    made again. A warning names all others, which the caller must make.
 
     Args:
         path: a folder with safetensors files, as ``save_pretrained`` of transformers writes it, or
@@ -75,6 +77,7 @@ def load_dense(path: str | os.PathLike[str], model: nn.Module) -> None:
         with together.agreed() if _is_sharded(targets) else nullcontext():
             stored = _open(Path(path), stack)
             sources = _match(Path(path), model, stored, targets)
+        make_unstored_buffers(model)
         for name, (_, target) in zip(sources, targets, strict=True):
             _write(target, stored[name].get_tensor(name), config.mask)
 

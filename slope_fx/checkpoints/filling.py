@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from slope_fx.checkpoints.manifest import Manifest, check_files, check_hashes
 from slope_fx.checkpoints.tensors import TensorReader
 from slope_fx.checkpoints.together import Together
+from slope_fx.checkpoints.unstored import make_unstored_buffers
 from slope_fx.errors import CheckpointError
 from slope_fx.planning.masks import packed_masks_problem
 from slope_fx.planning.plan import sparse_plans
@@ -60,6 +61,7 @@ def fill_model(
                     _check_masks(weight, folder, tensors, stored, reader)
             except SafetensorError as error:
                 raise CheckpointError(f"{folder} can't be read: {error}.") from None
+        make_unstored_buffers(model, device)
         replaced = _write(model, tensors, stored, reader, device)
     for name in manifest.frozen:
         tensor = tensors.get(name)

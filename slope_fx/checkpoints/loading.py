@@ -22,7 +22,8 @@ from slope_fx.checkpoints.layers import (
     read_parts,
 )
 from slope_fx.checkpoints.manifest import Manifest, check_files, read_manifest
-from slope_fx.checkpoints.saving import named_tensors, unstored_buffers
+from slope_fx.checkpoints.saving import named_tensors
+from slope_fx.checkpoints.unstored import unstored_buffers
 from slope_fx.checks import check_model, check_plain, say_without_effect
 from slope_fx.errors import ArgumentError, CheckpointError, StateError, first_line
 from slope_fx.frozen.install import put_weight

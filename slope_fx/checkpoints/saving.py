@@ -23,6 +23,7 @@ from slope_fx.checkpoints.manifest import (
 )
 from slope_fx.checkpoints.together import Together
 from slope_fx.checkpoints.training import STATES, TREE, collect_training, encode_training
+from slope_fx.checkpoints.unstored import unstored_buffers
 from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_files, write_index
 from slope_fx.errors import CheckpointError, UnsupportedError
 from slope_fx.frozen import FrozenWeight
@@ -299,12 +300,6 @@ def _said(plan: LinearPlan | None, entry: SparseEntry | None) -> str:
         f" with {'an active' if entry.adapter_active else 'an idle'} adapter of rank {entry.rank}"
     )  # fmt: skip
     return f"{plan.pattern} of shape {plan.shape}{adapter}"
-
-
-def unstored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are not in the state dict."""
-    stored = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name not in stored}
 
 
 def _files_in(folder: Path) -> set[str]:

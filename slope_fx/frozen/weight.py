@@ -14,8 +14,9 @@ from slope_fx.ops.frozen import FROZEN_EXPAND, FROZEN_LINEAR, FROZEN_LINEAR_WITH
 from slope_fx.planning.patterns import Pattern
 from slope_fx.planning.plan import SparsePlan, values_name
 from slope_fx.sparse.blank import Start
-from slope_fx.sparse.mask import Mask
+from slope_fx.sparse.mask import Mask, classes_kept
 from slope_fx.sparse.reading import DenseWeight
+from slope_fx.sparse.wrappers import refuse_data_parallel
 
 UNFROZEN = (
     "A frozen model is for inference: train the compiled model, or load its checkpoint without "
@@ -192,6 +193,13 @@ class FrozenWeight(nn.Module):
         a, b = (self.lora_A, self.lora_B) if adapter else (None, None)
         dense: Tensor = FROZEN_EXPAND(kept, self.forward_bits, self.scales, a, b, self.form)
         return dense
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with classes_kept(self):
+            super()._load_from_state_dict(*args)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel()
 
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""

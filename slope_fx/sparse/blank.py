@@ -37,11 +37,14 @@ class Start:
         written: whether the weight has content.
         partial: the dense parameter while an initialization has written a part of it. Other
             elements are NaN.
+        emptied: whether ``to_empty`` or a move took the content, so that of the model's buffers
+            too.
     """
 
     mask: str | None
     written: bool = False
     partial: Tensor | None = None
+    emptied: bool = False
 
 
 class Started(Protocol):
@@ -161,7 +164,7 @@ def settle(weight: "SparseWeight") -> None:
 def emptied(weight: "SparseWeight") -> None:
     """Note that the weight lost its content."""
     start = weight.start
-    weight.start = Start(None if start is None else start.mask)
+    weight.start = Start(None if start is None else start.mask, emptied=True)
     weight.forward_bits.zero_()
     weight.backward_bits.zero_()
 

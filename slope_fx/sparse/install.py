@@ -6,6 +6,7 @@ only for modules of the same class.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, NoReturn, cast
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from slope_fx.errors import UnsupportedError
+from slope_fx.errors import ArgumentWarning, UnsupportedError, users_stacklevel
 from slope_fx.methods import Method
 from slope_fx.planning.plan import SparsePlan, sparse_name, values_name
 from slope_fx.sparse.fallback import Fallback, OnFallback
+from slope_fx.sparse.mask import classes_kept
 from slope_fx.sparse.parts import Choices, Parts, Shared
 from slope_fx.sparse.phase import Phase
 from slope_fx.sparse.sharded_first import Member, Places, gathered, members, take_place
@@ -134,10 +136,13 @@ def _load_from_state_dict(
                 f"{prefix}{values_name(attribute)}. Load dense weights before slope_fx.compile, or "
                 "with slope_fx.checkpoints.load_dense(path, model)."
             )
-    kind.base._load_from_state_dict(
-        module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-        error_msgs,
-    )  # fmt: skip
+    with classes_kept(module):
+        kind.base._load_from_state_dict(
+            module, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+            error_msgs,
+        )  # fmt: skip
+    for attribute in kind.attributes:  # with assign=True, each module got a parameter of its own
+        getattr(module, sparse_name(attribute)).share()
 
 
 def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -233,14 +238,25 @@ def install(
     sharded, locations = members(model), places_of(model)
     shared = Shared(method, Phase(), Choices())
     replaced: list[tuple[Tensor, Tensor]] = []
+    hooked = []
     with plain_modes():
         for plan in plans:
             dense = model.get_parameter(plan.parameter_name)
+            if dense._backward_hooks or dense._post_accumulate_grad_hooks:
+                hooked.append(plan.parameter_name)
             places, member = locations[id(dense)], sharded.get(id(dense))
             fallback = Fallback(plan.name, on_fallback, method.when_expanded)
             _replace(plan, dense, member, places, make_parts, shared, fallback, undo)
             module, name = places[0]
             replaced.append((dense, module.get_parameter(values_name(name))))
+    if hooked:
+        warnings.warn(
+            f"{hooked[0]}" + (f" and {len(hooked) - 1} more parameters" if hooked[1:] else "")
+            + ": their hooks (register_hook, register_post_accumulate_grad_hook) are lost, because "
+            "slope_fx.compile replaced the parameters. Register hooks after compile.",
+            ArgumentWarning,
+            stacklevel=users_stacklevel(),
+        )  # fmt: skip
     return replaced
 
 
@@ -258,6 +274,7 @@ def _replace(
     with torch.no_grad():
         parts = make_parts(plan, gathered(dense.detach(), member))
     values = nn.Parameter(parts.kept, requires_grad=dense.requires_grad)
+    values.__dict__.update(dense.__dict__)  # such as _no_weight_decay
     sparse = SparseWeight(plan, *places[0], parts, shared, fallback)
     sparse.holders = tuple((module, values_name(name)) for module, name in places)
     for module, name in places:
@@ -301,6 +318,7 @@ def uninstall(model: nn.Module, dense_of: Callable[[SparseWeight], Tensor]) -> N
             if sparse not in made:
                 trains = sparse.values.requires_grad
                 made[sparse] = nn.Parameter(dense_of(sparse), requires_grad=trains)
+                made[sparse].__dict__.update(sparse.values.__dict__)
             del module._modules[sparse_name(attribute)], module._parameters[values_name(attribute)]
             # The weight comes before the bias, as in torch's layers.
             module.__dict__["_parameters"] = {attribute: made[sparse], **module._parameters}

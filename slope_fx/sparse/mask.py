@@ -1,11 +1,13 @@
 """``Mask``: the parameter of a packed mask, which does not train."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slope_fx.errors import UnsupportedError
 
@@ -100,3 +102,19 @@ def _refused(name: str) -> Callable[..., NoReturn]:
 
 for _name in _ARITHMETIC:
     setattr(Mask, _name, _refused(_name))
+
+
+@contextmanager
+def classes_kept(module: nn.Module) -> Iterator[None]:
+    """Lets parameters that torch replaces in a ``with`` block have their classes, such as `Mask`.
+
+    ``to_empty`` and ``load_state_dict(assign=True)`` make plain parameters.
+    """
+    before = {name: type(parameter) for name, parameter in module._parameters.items()}
+    yield
+    for name, parameter in module._parameters.items():
+        kind = before.get(name)
+        if type(parameter) is not nn.Parameter or isinstance(parameter.data, DTensor):
+            continue
+        if kind is not None and kind is not nn.Parameter and issubclass(kind, nn.Parameter):
+            module._parameters[name] = kind(parameter.data)

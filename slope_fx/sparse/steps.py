@@ -75,7 +75,7 @@ def after_step(weight: SparseWeight, step: int, total_steps: int) -> None:
     def chosen(kept: Tensor) -> Tensor:
         bits = weight.method.next_mask(kept, read, step, total_steps)
         if weight.method.compressed:
-            _move_values(weight, bits)
+            move_values(weight, bits)
         return bits
 
     put_mask(weight.forward_bits, weight.values, chosen)
@@ -95,12 +95,25 @@ def prepare(weight: SparseWeight, step: int, total_steps: int) -> None:
         weight.probe = weight.values.new_zeros(rows, pruned).requires_grad_()
 
 
-def _move_values(weight: SparseWeight, forward_bits: Tensor) -> None:
+def move_values(weight: SparseWeight, forward_bits: Tensor) -> None:
     """Reorder compressed values for a new forward mask. New elements are zero.
 
-    The states of the optimizer follow: those of new elements are zero. A mean of squared
-    gradients, by which an optimizer divides, is that of the group's elements before.
+    The states of the optimizer follow: those of new elements are zero. A state without negative
+    numbers is one that an optimizer divides by, such as a mean of squared gradients. There, new
+    elements get the mean of their group.
+
+    Raises:
+        UnsupportedError: a state is not stored as floating-point numbers.
     """
+    states = states_of(weight.values)
+    for name, state in states:
+        if not state.is_floating_point():
+            raise UnsupportedError(
+                f'{weight.name}: the optimizer stores {name} as {state.dtype}. method="'
+                f'{weight.method.name}" moves states to other elements, which it can do with '
+                "floating-point ones: use an optimizer without quantised states."
+            )
+
     old, n, m = weight.forward_bits.detach().clone(), weight.n, weight.m
     new = unpack(forward_bits, weight.d_in) & ~unpack(old, weight.d_in)
 
@@ -111,7 +124,7 @@ def _move_values(weight: SparseWeight, forward_bits: Tensor) -> None:
             dense = torch.where(new, means.repeat_interleave(m, -1), dense)
         return ops.compress(dense, forward_bits, n, m)
 
-    for name, state in states_of(weight.values):
-        state.copy_(moved(state, squares=name.endswith("_sq")))
+    for _, state in states:
+        state.copy_(moved(state, squares=bool((state >= 0).all())))
     weight.values.copy_(moved(weight.values.detach()))
     weight.note_write()

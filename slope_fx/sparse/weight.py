@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,17 @@ from slope_fx.sparse.blank import (
     to_initialise,
 )
 from slope_fx.sparse.fallback import Fallback, tell_of_export
-from slope_fx.sparse.mask import Mask, fingerprint_of
+from slope_fx.sparse.mask import Mask, classes_kept, fingerprint_of
 from slope_fx.sparse.parts import Parts, Shared
 from slope_fx.sparse.pipelines import refuse_tracer
 from slope_fx.sparse.reading import DenseWeight
 from slope_fx.sparse.shards import put_mask, refresh_sharded, reshard_around, whole
-from slope_fx.sparse.wrappers import check_wrapper, ddp_that_asks, reduce_for
+from slope_fx.sparse.wrappers import (
+    check_wrapper,
+    ddp_that_asks,
+    reduce_for,
+    refuse_data_parallel,
+)
 
 # Finds the layer of a tensor in a compiled graph.
 _alive: "weakref.WeakSet[SparseWeight]" = weakref.WeakSet()
@@ -373,6 +378,9 @@ class SparseWeight(nn.Module):
         for module, name in self.holders:
             module._parameters[name] = self.values
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel()
+
     def extra_repr(self) -> str:
         adapter = f", rank={self.rank}" if self.rank else ""
         stack = f", stack={self.stack}" if self.stack > 1 else ""
@@ -382,11 +390,8 @@ class SparseWeight(nn.Module):
         # The model moves to another device or dtype, so kept operands are no longer valid.
         self.note_write()
         was_meta = self.forward_bits.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("forward_bits", "backward_bits"):
-            bits = self._parameters[name]
-            if type(bits) is nn.Parameter and not isinstance(bits.data, DTensor):
-                self._parameters[name] = Mask(bits.data)  # torch made a plain parameter
+        with classes_kept(self):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         empties = getattr(fn, "__qualname__", "").startswith("Module.to_empty.")
         if empties or was_meta != self.forward_bits.is_meta:
             emptied(self)
@@ -421,9 +426,11 @@ class SparseWeight(nn.Module):
         if problem:
             error_msgs.append(f"{prefix}{problem}; the layer is {self.pattern}.")
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with classes_kept(self):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                error_msgs,
+            )  # fmt: skip
         loaded = all(f"{prefix}{name}" in state_dict for name in ("forward_bits", "backward_bits"))
         if loaded and not self.forward_bits.is_meta:
             self.start = None

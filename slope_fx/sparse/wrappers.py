@@ -9,7 +9,7 @@ gradients when they are active.
 import sys
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,20 @@ def check_wrapper(name: str, values: Tensor) -> None:
         f"{name}: the DistributedDataParallel around the model was made before compile and goes on "
         "synchronising the parameters that compile replaced. Call slope_fx.compile first, then "
         "wrap."
+    )
+
+
+def refuse_data_parallel() -> NoReturn:
+    """Refuse ``torch.nn.DataParallel``, which copies a compiled model to several devices.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError(
+        "torch.nn.DataParallel can't copy a compiled model: each copy would call the original. Use "
+        "torch.nn.parallel.DistributedDataParallel, with one process a device. The Trainer of "
+        "transformers does so under torchrun; without it, CUDA_VISIBLE_DEVICES=0 limits it to one "
+        "device."
     )
 
 

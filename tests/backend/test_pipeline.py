@@ -84,7 +84,7 @@ def test_own_passes_run_before_and_after_ours():
 
 def test_an_own_pass_that_returns_nonsense_is_told():
     model = compiled(passes=[lambda gm: 3])
-    with pytest.raises(Exception, match="returned a int; a pass changes its"):
+    with pytest.raises(slope_fx.errors.ArgumentError, match="returned a int; a pass changes its"):
         model(X)
 
 

@@ -68,7 +68,6 @@ def initialise_then_shard(model, path):
 def shard_then_load(model, path):
     fully_shard(model)
     model.to_empty(device="cpu")
-    model._init_weights(model.model.rotary_emb)
     load_dense(path, model)
 
 
