@@ -17,12 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 import slope_fx
 
-PREFIX = "checkpoint-"
+CHECKPOINTS = f"checkpoint-{'[0-9]' * 6}"
+KEPT = ("arguments.json", "rows.json")
+"""Files that tell the folder of a run from any other."""
 
 
 def latest(out: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
-    return max(out.glob(f"{PREFIX}[0-9]*"), default=None)
+    return max(out.glob(CHECKPOINTS), default=None)
 
 
 def latest_of_ranks(out: Path) -> Path | None:
@@ -30,14 +32,39 @@ def latest_of_ranks(out: Path) -> Path | None:
 
     Its metadata are written last, so a folder that has them is whole.
     """
-    return max((file.parent for file in out.glob(f"{PREFIX}[0-9]*/.metadata")), default=None)
+    return max((file.parent for file in out.glob(f"{CHECKPOINTS}/.metadata")), default=None)
 
 
 def delete_all_but(kept: Path, out: Path) -> None:
     """Delete the other checkpoints, whole or not."""
-    for folder in out.glob(f"{PREFIX}[0-9]*"):
+    for folder in out.glob(CHECKPOINTS):
         if folder != kept:
             shutil.rmtree(folder)
+
+
+def delete_run(out: Path) -> None:
+    """Delete the files of an earlier run, and no others."""
+    for path in out.glob("*"):
+        if path.match(CHECKPOINTS) or path.match(f"partial-{CHECKPOINTS}"):
+            shutil.rmtree(path)
+        elif path.name in (*KEPT, "log.json", "loss.png", "sample.txt"):
+            path.unlink()
+
+
+def check_folder(out: Path) -> None:
+    """Check that a folder is empty or of a run: a run deletes its old checkpoints."""
+    if any(out.iterdir()) and not any((out / name).exists() for name in KEPT):
+        raise SystemExit(
+            f"{out} holds other files than those of a run, such as {min(out.iterdir()).name}: "
+            "give a new folder (--out)."
+        )
+
+
+def write_arguments(out: Path, mine: dict[str, Any], of: str = "arguments") -> None:
+    """Write the arguments of a new run, or of its rows, as ``OUT/arguments.json``."""
+    partial = out / f"{of}.partial"
+    partial.write_text(json.dumps(mine))
+    partial.rename(out / f"{of}.json")
 
 
 def keep_arguments(
@@ -51,10 +78,9 @@ def keep_arguments(
         free: names of those that may differ.
         of: what they are of; the name of the file.
     """
-    file, partial = out / f"{of}.json", out / f"{of}.partial"
+    file = out / f"{of}.json"
     if not file.exists():
-        partial.write_text(json.dumps(mine))
-        partial.rename(file)
+        write_arguments(out, mine, of)
     saved = json.loads(file.read_text())
     for name, value in mine.items():
         if name not in free and saved.get(name) != value:
@@ -78,7 +104,7 @@ def save(
 
     ``parts`` are the optimizer and the like, and plain data, by name.
     """
-    final = out / f"{PREFIX}{step:06d}"
+    final = out / f"checkpoint-{step:06d}"
     if dense:
         _save_dense(final, model, tokenizer, parts)
     else:

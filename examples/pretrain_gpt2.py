@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,16 @@ from typing import Any
 
 import torch
 import transformers
-from checkpoints import keep_arguments, latest, load_dense, load_tokenizer, load_training, save
+from checkpoints import (
+    check_folder,
+    delete_run,
+    keep_arguments,
+    latest,
+    load_dense,
+    load_tokenizer,
+    load_training,
+    save,
+)
 from plot_run import plot
 from text_data import Batches, add_arguments, load_text, pack, train_tokenizer
 from torch import nn
@@ -143,8 +151,10 @@ class Run:
                 f"{self.out} holds a run already. Go on with it (--resume), delete it "
                 "(--overwrite), or choose another folder (--out)."
             )
-        shutil.rmtree(self.out, ignore_errors=True)
-        self.out.mkdir(parents=True)
+        if (self.out / "arguments.json").exists():
+            delete_run(self.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        check_folder(self.out)
         keep_arguments(self.out, vars(self.args), FREE_TO_CHANGE)
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import keep_arguments
+from checkpoints import check_folder, keep_arguments, write_arguments
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
@@ -123,14 +123,14 @@ def prepare_rows(args: argparse.Namespace, out: Path) -> None:
         keep_arguments(out, asked, of="rows")
         return
     out.mkdir(parents=True, exist_ok=True)
-    (out / "rows.json").unlink(missing_ok=True)  # of a preparation that was killed
+    check_folder(out)
+    write_arguments(out, asked, of="rows")  # also over those of a preparation that was killed
     train = load_text(args)["train"]
     few = train.select(range(min(len(train), TOKENIZER_ROWS)))
     tokenizer = train_tokenizer(few, args.vocab_size)
     tokenizer.save_pretrained(out / "tokenizer")
     partial = out / f"partial-{ROWS}"
     pack(train, tokenizer, args.context, partial)
-    keep_arguments(out, asked, of="rows")
     partial.rename(out / ROWS)  # last, so that what has this name is whole
 
 

@@ -179,9 +179,8 @@ def _check_split(model: nn.Module) -> None:
             raise UnsupportedError(
                 f"{name}: transformers split it between {split[0].device_mesh.size()} ranks "
                 "(tp_plan) and gave it a forward of its own. Load the model without tp_plan, "
-                "compile it, then call torch.distributed.tensor.parallel.parallelize_module with "
-                "ColwiseParallel for the colwise and RowwiseParallel for the rowwise layers of "
-                "model.tp_plan."
+                "compile it, then split it by the same plan: "
+                "slope_fx.integrations.tensor_parallel.parallelize(model, mesh)."
             )
     if hasattr(model, "_pp_stage"):
         raise UnsupportedError(

@@ -8,15 +8,15 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from slope_fx.errors import SlopeError, SlopeWarning
+from slope_fx.errors import ArgumentError, SlopeError, SlopeWarning
 
 FAILED, MISUSED = 1, 2
-"""Exit codes: FAILED for a SlopeError (a wrong model, checkpoint or value), MISUSED for a wrong
-command line (from argparse). 0 is success."""
+"""Exit codes: FAILED for a SlopeError (a wrong model, checkpoint or value) or an error of the file
+system, MISUSED for a wrong command line (from argparse). 0 is success."""
 
 _EXPLAIN = """example:
   slope-fx explain config.json --sparsity 2:4
-  slope-fx explain runs/gpt2/checkpoint --json
+  slope-fx explain my-model-2-4 --json
   slope-fx explain config.json --sparsity '*.mlp.*=2:8' '*=2:4' --adapter-rank 16
   slope-fx explain config.json --no-measure --world-size 64
 """
@@ -30,8 +30,8 @@ _CONVERT = """example:
   slope-fx convert my-model-2-4 my-frozen --freeze --values int8 --dtype bfloat16
 """
 _GENERATE = """example:
-  slope-fx generate runs/gpt2/checkpoint "To be, or not to be" --tokens 40
-  slope-fx generate runs/gpt2/checkpoint "Enter" --temperature 0.8 --seed 1 --json
+  slope-fx generate my-model-2-4 "To be, or not to be" --tokens 40
+  slope-fx generate my-model-2-4 "Enter" --temperature 0.8 --seed 1 --json
 """
 _BENCH = """example:
   slope-fx bench my-frozen
@@ -42,8 +42,8 @@ _PACKAGE = """example:
   slope-fx package my-frozen model.pt2 --cache 1 1024 --dtype bfloat16
 """
 _INSPECT = """example:
-  slope-fx inspect runs/gpt2/checkpoint
-  slope-fx inspect runs/gpt2/checkpoint --json && echo whole
+  slope-fx inspect my-model-2-4
+  slope-fx inspect my-model-2-4 --json && echo whole
 """
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             warnings.simplefilter("always", SlopeWarning)
             text, data = options.run(options)
-    except SlopeError as error:
+    except (SlopeError, OSError) as error:  # such as a full disk
         if options.json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(f"slope-fx {options.command}: {error}", file=sys.stderr)
@@ -94,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a config.json, a folder with one, a hub name, or a sparse checkpoint",
     )  # fmt: skip
     _pattern_options(explain)
-    explain.add_argument(
-        "--tokens", type=int, default=1024, help="tokens in a measured step (default: %(default)s)"
-    )
+    explain.add_argument("--tokens", type=int, help="tokens in a measured step (default: 1024)")
     explain.add_argument(
         "--no-measure", action="store_true", help="don't measure speedups on this machine"
     )
@@ -118,12 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _pattern_options(convert)
     convert.add_argument(
-        "--adapters", choices=("merge", "drop"), default="merge",
-        help="to dense: add the adapters to the weights, or leave them out (default: %(default)s)",
+        "--adapters", choices=("merge", "drop"),
+        help="to dense: add the adapters to the weights, or leave them out (default: merge)",
     )  # fmt: skip
     convert.add_argument(
-        "--adapter-init", choices=("zero", "svd"), default="zero",
-        help="to sparse, with --adapter-rank: what the adapters start from (default: %(default)s)",
+        "--adapter-init", choices=("zero", "svd"),
+        help="to sparse, with --adapter-rank: what the adapters start from (default: zero)",
     )  # fmt: skip
     convert.add_argument(
         "--freeze", action="store_true",
@@ -180,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pattern_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sparsity", nargs="+", default=["2:4"], metavar="N:M",
+        "--sparsity", nargs="+", metavar="N:M",
         help="one pattern, or NAME=N:M for layers by name, the first match wins, NAME=dense "
         "(default: 2:4)",
     )  # fmt: skip
@@ -272,14 +270,20 @@ def _inspect(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     return "\n".join(lines), report.to_dict()
 
 
-def _sparsity(given: list[str]) -> str | dict[str, str | None]:
+def _sparsity(given: list[str] | None) -> str | dict[str, str | None] | None:
+    if given is None:
+        return None
     if len(given) == 1 and "=" not in given[0]:
         return given[0]
     rules: dict[str, str | None] = {}
     for rule in given:
         name, equals, pattern = rule.rpartition("=")
-        if not equals:
-            name = "*"
+        name = name if equals else "*"
+        if name in rules:
+            raise ArgumentError(
+                f"--sparsity {' '.join(given)}: two patterns for {name!r}. Give one, or NAME=N:M "
+                "for other layers."
+            )
         rules[name] = None if pattern == "dense" else pattern
     return rules
 

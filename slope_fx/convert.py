@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_fx.checkpoints import dcp_files, load_pretrained, save_pretrained
+from slope_fx.checkpoints.files import replaced_whole
 from slope_fx.checkpoints.manifest import MANIFEST
 from slope_fx.checkpoints.pair import sparse_of_pair
 from slope_fx.compiler import compile
@@ -30,10 +31,10 @@ def convert(
     target: str | os.PathLike[str],
     to: Kind,
     *,
-    sparsity: Sparsity = "2:4",
+    sparsity: Sparsity | None = None,
     adapter_rank: AdapterRank = None,
-    adapter_init: str = "zero",
-    adapters: Literal["merge", "drop"] = "merge",
+    adapter_init: str | None = None,
+    adapters: Literal["merge", "drop"] | None = None,
     freeze: bool = False,
     values: Values = "float",
     group: int | None = None,
@@ -50,10 +51,12 @@ def convert(
             adapter in ``target``, and its dense base model in ``target`` + "-base". "dcp": a
             TrainingState, for ``load({"training": TrainingState(...)})``; its source is a sparse
             checkpoint. Between "sparse" and "dcp" the training state is kept.
-        sparsity, adapter_rank, adapter_init: as for :func:`slope_fx.compile`, used for "sparse". A
-            PEFT adapter keeps its rank, and is active from the first step. One that
-            :func:`slope_fx.export_peft` wrote becomes the model that it is of, bit for bit.
-        adapters: for "dense": "merge" adds the adapters to the weights, "drop" omits them.
+        sparsity, adapter_rank, adapter_init: as for :func:`slope_fx.compile`, used for "sparse".
+            None: "2:4", no adapters, "zero". A PEFT adapter keeps its rank, and is active from the
+            first step. One that :func:`slope_fx.export_peft` wrote becomes the model that it is
+            of, bit for bit.
+        adapters: for "dense": "merge" (the default) adds the adapters to the weights, "drop" omits
+            them.
         freeze: for "sparse": whether to freeze the model (:func:`slope_fx.freeze`). The source may
             then be a sparse checkpoint too.
         values, group, dtype: with ``freeze``, as for :func:`slope_fx.freeze`. With quantised
@@ -64,10 +67,11 @@ def convert(
 
     Raises:
         ArgumentError: ``source`` is none of these, or ``target`` is not empty.
+        CheckpointError: a file cannot be read or written. ``target`` is then as it was.
         SlopeError: as for ``compile``, ``load_pretrained``, ``densify`` and ``export_peft``.
     """
     check_choice("to", to, get_args(Kind))
-    check_choice("adapters", adapters, ("merge", "drop"))
+    check_choice("adapters", adapters, (None, "merge", "drop"))
     source, target = Path(source), Path(target)
     base = target.with_name(f"{target.name}-base")
     for folder in (target, base) if to == "peft" else (target,):
@@ -82,14 +86,15 @@ def convert(
     for name, argument in more.items():
         if argument is not None and not freeze:
             raise ArgumentError(f"{name} was given without freeze, which it belongs to.")
-    given = {"sparsity": sparsity != "2:4", "adapter_rank": adapter_rank is not None,
-             "adapter_init": adapter_init != "zero", "adapters": adapters != "merge"}  # fmt: skip
+    given = {"sparsity": sparsity, "adapter_rank": adapter_rank, "adapter_init": adapter_init,
+             "adapters": adapters}  # fmt: skip
+    init = adapter_init or "zero"
     used = _used(source, kind, to)
     if freeze and values != "float":
         used.add("adapter_rank")
-    elif freeze and adapter_init == "zero":
+    elif freeze and init == "zero":
         used.discard("adapter_rank")  # an adapter that was never trained is not kept
-    for argument in (name for name, is_given in given.items() if is_given and name not in used):
+    for argument in (n for n, value in given.items() if value is not None and n not in used):
         warnings.warn(
             f"{argument} has no effect on the way from {kind} to {to}.",
             ArgumentWarning,
@@ -99,9 +104,9 @@ def convert(
         if freeze:
             raise ArgumentError(f"{source} is dcp. Convert it to sparse first, then freeze that.")
         if (kind, to) == ("dcp", "sparse"):
-            return {"sparse": dcp_files.to_checkpoint(source, target)}
+            return {"sparse": dcp_files.to_checkpoint(source, target, tokenizer_of(source))}
         if (kind, to) == ("sparse", "dcp"):
-            return {"dcp": dcp_files.from_checkpoint(source, target)}
+            return {"dcp": dcp_files.from_checkpoint(source, target, tokenizer_of(source))}
         raise ArgumentError(f"there is no way from {kind} to {to}. Convert to sparse first.")
     tokenizer = tokenizer_of(source)
     if to == "sparse":
@@ -114,7 +119,7 @@ def convert(
         elif _is_pair(source, kind):
             model = sparse_of_pair(_dense(_base_of(source)), source)
         else:
-            model = _compiled(source, kind, sparsity, adapter_rank, adapter_init)
+            model = _compiled(source, kind, sparsity or "2:4", adapter_rank, init)
         if freeze:
             rank = adapter_rank if values != "float" else None
             freeze_(model, dtype=dtype, values=values, group=group, adapter_rank=rank)
@@ -128,9 +133,12 @@ def convert(
         )
     model = load_pretrained(source, backend=None)
     if to == "dense":
-        return {"dense": _save_dense(densify(model, adapters, inplace=True), target, tokenizer)}
-    export_peft(model, target, base_model=str(base.absolute()))
-    return {"peft": target, "dense": _save_dense(densify(model, "drop"), base, tokenizer)}
+        model = densify(model, adapters or "merge", inplace=True)
+        return {"dense": _save_dense(model, target, tokenizer)}
+    with replaced_whole(target) as folder:
+        export_peft(model, folder, base_model=str(base.absolute()))
+        _save_dense(densify(model, "drop"), base, tokenizer)  # before target has its name
+    return {"peft": target, "dense": base}
 
 
 def _is_pair(source: Path, kind: Kind) -> bool:
@@ -277,7 +285,8 @@ def _dense(name: str) -> nn.Module:
 
 
 def _save_dense(model: nn.Module, folder: Path, tokenizer: Any) -> Path:
-    model.save_pretrained(folder)  # type: ignore[operator]
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    with replaced_whole(folder) as partial:
+        model.save_pretrained(partial)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
     return folder

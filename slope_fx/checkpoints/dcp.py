@@ -161,6 +161,8 @@ class TrainingState(Stateful):
                 ) from error
         for weight in sparse_weights(self._model).values():
             note_loaded(weight)
+        if "random_states" not in rest["parts"]:
+            return  # converted from a checkpoint of a model alone
         if together.rank < rest["world_size"]:
             set_random_states(decode_inline(_own("random_states", rest, together)))
         else:

@@ -6,19 +6,20 @@ Neither way builds the model. Tensors are read and written a few at a time.
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from slope_fx.checkpoints.dcp import DCP_MODEL, DCP_OPTIMIZER, DCP_REST
-from slope_fx.checkpoints.files import replaced_whole
+from slope_fx.checkpoints.files import files_in, replaced_whole
 from slope_fx.checkpoints.layers import check_names
 from slope_fx.checkpoints.manifest import (
     Manifest,
@@ -29,7 +30,7 @@ from slope_fx.checkpoints.manifest import (
 from slope_fx.checkpoints.tensors import Described, TensorReader, TensorWriter, ordered
 from slope_fx.checkpoints.training import STATES, TREE, read_tree
 from slope_fx.checkpoints.trees import TENSOR, decode, decode_inline, encode_inline
-from slope_fx.checkpoints.writing import INDEX, STEM, Wanted, plan_files, write_index
+from slope_fx.checkpoints.writing import STEM, Wanted, plan_files, write_index
 from slope_fx.errors import CheckpointError, first_line
 
 TRAINING = "training"
@@ -42,11 +43,13 @@ def is_dcp(folder: Path) -> bool:
     return (folder / ".metadata").is_file()
 
 
-def to_checkpoint(source: Path, target: Path, max_shard_size: int | str = "5GB") -> Path:
-    """Write the TrainingState in ``source`` as ``save_pretrained`` would.
+def to_checkpoint(
+    source: Path, target: Path, tokenizer: Any, max_shard_size: int | str = "5GB"
+) -> Path:
+    """Write the TrainingState in ``source`` as ``save_pretrained`` would, with a tokenizer or None.
 
     Raises:
-        CheckpointError: ``source`` holds no TrainingState, or several.
+        CheckpointError: ``source`` holds no TrainingState, or several, or is damaged.
     """
     stored = _Stored(source)
     rest = json.loads(stored.rest)
@@ -71,8 +74,9 @@ def to_checkpoint(source: Path, target: Path, max_shard_size: int | str = "5GB")
         for name, text in rest["files"].items():
             (folder / name).write_text(text)
         (folder / TREE).write_text(json.dumps({**data, "files": where[STATES]}))
-        index = {INDEX} if (folder / INDEX).exists() else set()
-        others = describe_files(folder, {TREE, *rest["files"], *index})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        others = describe_files(folder, files_in(folder) - set(written))
         dataclasses.replace(
             manifest, tensors=where[STEM], aliases=rest["aliases"], files={**written, **others}
         ).write(folder)
@@ -156,8 +160,19 @@ class _Stored:
                 waiting, size = [], 0
 
     def _load(self, state: dict[str, Any]) -> dict[str, Any]:
-        load(state, storage_reader=FileSystemReader(self.folder), no_dist=True)
+        with _readable("read", self.folder):
+            load(state, storage_reader=FileSystemReader(self.folder), no_dist=True)
         return state
+
+
+@contextmanager
+def _readable(what: str, folder: Path) -> Iterator[None]:
+    """Gives errors of DCP, which do not derive from Exception, the class of slope_fx."""
+    try:
+        yield
+    except CheckpointException as error:
+        reason = first_line(next(iter(error.failures.values()))[0])
+        raise CheckpointError(f"{folder} can't be {what} by DCP: {reason}") from error
 
 
 def _training_of(
@@ -219,15 +234,21 @@ def _external(inline: Mapping[str, Any]) -> Any:
     return inline["tree"]
 
 
-def from_checkpoint(source: Path, target: Path) -> Path:
+def from_checkpoint(source: Path, target: Path, tokenizer: Any) -> Path:
     """Write the checkpoint in ``source`` as DCP would write its TrainingState.
 
-    Load it with ``{"training": TrainingState(...)}``.
+    Load it with ``{"training": TrainingState(...)}``. A tokenizer is written beside it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its optimizer cannot be converted.
+        CheckpointError: the checkpoint is damaged or of a frozen model, or its optimizer cannot be
+            converted.
     """
     manifest = read_manifest(source)
+    if manifest.inference is not None:
+        raise CheckpointError(
+            f"{source} is a frozen model, which no training state can hold. Convert the checkpoint "
+            "of the model that was frozen."
+        )
     check_files(source, manifest, hashes=True)
     check_names(source, manifest)
     names = {**dict.fromkeys(manifest.tensors), **manifest.aliases}
@@ -254,7 +275,10 @@ def from_checkpoint(source: Path, target: Path) -> Path:
             rest["world_size"] = data["world_size"]
             states = _states_of(data, reader, model, rest, source)
         state = {DCP_MODEL: model, DCP_OPTIMIZER: states, DCP_REST: json.dumps(rest)}
-        save({TRAINING: state}, checkpoint_id=target, no_dist=True)
+        with replaced_whole(target) as folder, _readable("written", target):
+            save({TRAINING: state}, checkpoint_id=folder, no_dist=True)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
     return target
 
 

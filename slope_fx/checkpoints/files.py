@@ -63,6 +63,12 @@ def replaced_whole(path: Path, together: Together | None = None) -> Iterator[Pat
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def files_in(folder: Path) -> set[str]:
+    """The paths of all files in a folder and its subfolders, without hidden files."""
+    names = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    return {name for name in names if not name.startswith(".") and "/." not in name}
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slope_fx.checkpoints.files import replaced_whole
+from slope_fx.checkpoints.files import files_in, replaced_whole
 from slope_fx.checkpoints.holders import choose_holders, describe_copies, prints_of_shards
 from slope_fx.checkpoints.manifest import (
     MANIFEST,
@@ -117,7 +117,7 @@ def save_pretrained(
                 described,
                 tensors={name: file.name for file in files for name in file.tensors},
                 aliases={alias: c.name for c in chosen for alias in c.aliases},
-                files={**written, **describe_files(folder, _files_in(folder) - set(written))},
+                files={**written, **describe_files(folder, files_in(folder) - set(written))},
             ).write(folder)
     return path
 
@@ -300,12 +300,6 @@ def _said(plan: LinearPlan | None, entry: SparseEntry | None) -> str:
         f" with {'an active' if entry.adapter_active else 'an idle'} adapter of rank {entry.rank}"
     )  # fmt: skip
     return f"{plan.pattern} of shape {plan.shape}{adapter}"
-
-
-def _files_in(folder: Path) -> set[str]:
-    """The paths of all files in a folder and its subfolders, without hidden files."""
-    names = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
-    return {name for name in names if not name.startswith(".") and "/." not in name}
 
 
 def _configuration_files(folder: Path) -> set[str]:

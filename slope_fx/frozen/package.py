@@ -101,6 +101,8 @@ def package(
             f"path is {os.fspath(path)!r}; it should be a file that ends in .pt2, in a folder that "
             "exists."
         )
+    if not os.access(target.parent, os.W_OK):
+        raise ArgumentError(f"path is {os.fspath(path)!r}; its folder can't be written.")
     library = _library_for(model)
     if cache is not None:
         if example_inputs is not None:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from slope_fx.planning.plan import (
     DensePlan,
     SparsePlan,
     layer_rank,
+    nothing_to_do,
     plan_linears,
     sparse_plans,
     values_name,
@@ -30,6 +32,8 @@ from slope_fx.report.explain import explain, product_reports, report_dense, repo
 from slope_fx.report.sharding import check_world_size, sharding
 from slope_fx.report.tables import Explanation, LinearReport, ProductReport
 
+TOKENS = 1024
+"""Products are measured for so many tokens by default."""
 MOST_WIDTH = 2048
 """Products are measured on weights of at most this width. Wider weights have nearly the same
 speedup, and their measurement takes seconds."""
@@ -37,10 +41,10 @@ speedup, and their measurement takes seconds."""
 
 def preview(
     source: str | os.PathLike[str],
-    sparsity: Sparsity | SlopeConfig = "2:4",
+    sparsity: Sparsity | SlopeConfig | None = None,
     *,
     dtype: str | torch.dtype | None = None,
-    tokens: int = 1024,
+    tokens: int | None = None,
     measure: bool = True,
     world_size: int | None = None,
     **options: Unpack[ConfigOptions],
@@ -49,14 +53,14 @@ def preview(
 
     The weights are not needed: the model is built on the meta device and traced. For a checkpoint
     of slope_fx, the report describes the checkpoint. A frozen checkpoint is loaded, which measures
-    its routes for all numbers of tokens; ``tokens`` and ``measure`` have no effect on that.
+    its routes for all numbers of tokens.
 
     Args:
         source: a ``config.json``, a folder with a ``config.json``, a name on the hub, or a
             checkpoint that ``save_pretrained`` wrote.
-        sparsity, options: as for :func:`slope_fx.compile`.
+        sparsity, options: as for :func:`slope_fx.compile`. None for ``sparsity`` is "2:4".
         dtype: dtype of the weights. None: the dtype of the configuration, or float32.
-        tokens: number of tokens for which the products are measured.
+        tokens: number of tokens for which the products are measured; None for 1024.
         measure: whether to measure the products on this machine.
         world_size: number of ranks. The report then has a :class:`Sharding`: what a rank holds and
             sends if ``fully_shard`` shards each block and the model over so many ranks, beside the
@@ -67,7 +71,7 @@ def preview(
             or an argument has a value that is not allowed.
         SlopeError: as for ``compile``.
     """
-    if not isinstance(tokens, int) or tokens < 1:
+    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise ArgumentError(f"tokens={tokens!r}; allowed is a whole number from 1 up.")
     if world_size is not None:
         check_world_size(world_size)
@@ -77,23 +81,20 @@ def preview(
             f"{', '.join(ConfigOptions.__annotations__)}."
         )
     if (Path(source) / MANIFEST).is_file():
-        ignored = {"sparsity": sparsity != "2:4", "dtype": dtype is not None, **options}
-        for argument in (name for name, given in ignored.items() if given not in (None, False)):
-            warnings.warn(
-                f"{argument} has no effect: {source} is a sparse checkpoint, and what it holds is "
-                "reported.",
-                ArgumentWarning,
-                stacklevel=2,
-            )
-        return _of_checkpoint(Path(source), tokens if measure else None, world_size)
-    config = SlopeConfig.of(sparsity, options)
+        ignored = {"sparsity": sparsity, "dtype": dtype, **options}
+        _tell_ignored(ignored, f"{source} is a sparse checkpoint, and what it holds is reported")
+        return _of_checkpoint(Path(source), tokens, measure, world_size)
+    if not measure:
+        _tell_ignored({"tokens": tokens}, "nothing is measured")
+    tokens = tokens or TOKENS
+    config = SlopeConfig.of("2:4" if sparsity is None else sparsity, options)
     rules = PatternRules(config.sparsity)
     model = _meta_model(source, parse_dtype(dtype))
     traced = trace(model, None)
     plans = plan_linears(model, traced, config, rules)
     sparse = sparse_plans(plans)
     if not sparse:
-        raise NoEligibleLinearError(f"No linear of {source} can be made {config.sparsity}.")
+        raise NoEligibleLinearError(nothing_to_do(plans, traced.untraced_because))
     first = next(model.parameters())
     products = _measured(sparse, first.dtype, tokens) if measure else {}
     ranks = {plan.name: layer_rank(config, plan) for plan in sparse}
@@ -118,9 +119,19 @@ def preview(
     return Explanation(tuple(reports), "\n".join(notes), shards)
 
 
-def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> Explanation:
+def _tell_ignored(arguments: Mapping[str, object], why: str) -> None:
+    for name, given in arguments.items():
+        if given not in (None, False):
+            warnings.warn(f"{name} has no effect: {why}.", ArgumentWarning, stacklevel=3)
+
+
+def _of_checkpoint(
+    folder: Path, tokens: int | None, measure: bool, world_size: int | None
+) -> Explanation:
     manifest = read_manifest(folder)
     if manifest.inference is not None:
+        ignored = {"tokens": tokens, "measure=False": not measure}
+        _tell_ignored(ignored, f"{folder} is a frozen model, which measures its routes")
         if world_size is not None:
             raise ArgumentError(
                 f"world_size={world_size}: {folder} is a frozen model, which is not sharded. "
@@ -129,7 +140,10 @@ def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> 
         return explain(load_pretrained(folder, backend=None))
     sparse = sparse_plans(manifest.plans)
     dtype = _dtype_of(folder, manifest)
-    products = {} if tokens is None or dtype is None else _measured(sparse, dtype, tokens)
+    if not measure:
+        _tell_ignored({"tokens": tokens}, "nothing is measured")
+    tokens = tokens or TOKENS
+    products = _measured(sparse, dtype, tokens) if measure and dtype is not None else {}
     reports: list[LinearReport] = []
     for plan in manifest.plans:
         if isinstance(plan, SparsePlan):
@@ -143,7 +157,7 @@ def _of_checkpoint(folder: Path, tokens: int | None, world_size: int | None) -> 
     note = f"A sparse checkpoint; adapters take part in {active} of its layers."
     if not sparse:
         note = f'A checkpoint of method="{method_of(manifest.config.method).name}".'
-    if tokens is not None and products:
+    if products:
         note += f"\n{_gains(reports, tokens)}"
     shards = None
     if world_size is not None:

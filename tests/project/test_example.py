@@ -89,7 +89,7 @@ def test_run_interrupt_resume_and_dense(text, tmp_path):
     stopped.wait()
     assert "holds a run already" in run(*TINY, *data, "--out", parts, fails=True).stderr
     refused = run(*TINY, *data, "--out", parts, "--resume", "--lr", "0.1", fails=True)
-    assert "started with --lr" in refused.stderr
+    assert "its arguments have --lr 0.002, not 0.1" in refused.stderr
     resumed = run(*TINY, *data, "--out", parts, "--resume")
     assert "Going on from" in resumed.stdout
     assert losses(parts) == losses(whole)
@@ -133,11 +133,39 @@ def test_a_data_set_folder_stands_for_a_hub_name(text, tmp_path):
 )
 def test_mistakes(arguments, words, tmp_path, monkeypatch):
     """In this process, to spare one's start: what would be printed is what is raised."""
+    mistaken([*arguments, "--out", tmp_path / "out"], words, monkeypatch)
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_a_folder_of_something_else_is_left_alone(more, tmp_path, monkeypatch):
+    """Runs of other programs in it, whose checkpoints have names that are alike."""
+    (tmp_path / "checkpoint-000100").mkdir()
+    (tmp_path / "thesis.tex").write_text("all of it")
+    if not more:
+        (tmp_path / "checkpoint-000100").rmdir()
+    before = sorted(tmp_path.rglob("*"))
+    mistaken(["--out", tmp_path, *more], "holds other files than those of a run", monkeypatch)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwriting_deletes_the_files_of_the_run_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from checkpoints import delete_run
+
+    for folder in ("checkpoint-000100", "partial-checkpoint-000200", "checkpoint-4", "gpt2"):
+        (tmp_path / folder).mkdir()
+    for file in ("arguments.json", "log.json", "loss.png", "sample.txt", "notes.txt"):
+        (tmp_path / file).write_text("")
+    delete_run(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-4", "gpt2", "notes.txt"}
+
+
+def mistaken(arguments, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import pretrain_gpt2
 
-    told = [*TINY, "--out", tmp_path / "out", *arguments]
+    told = [*TINY, *arguments]
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt2.py", *map(str, told)])
     with pytest.raises(SystemExit, match=words):
         pretrain_gpt2.main()

@@ -226,3 +226,59 @@ def test_help_has_an_example_of_each_command():
         check=True,
     )  # fmt: skip
     assert "slope-fx convert my-model my-model-2-4 --to sparse" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("explain", "sparse", "--sparsity", "2:4"), "sparsity has no effect"),
+        (("explain", "sparse", "--no-measure", "--tokens", "1024"), "tokens has no effect"),
+        (("explain", "dense", "--no-measure", "--tokens", "1024"), "tokens has no effect"),
+        (("explain", "frozen", "--tokens", "1024"), "tokens has no effect"),
+        (("explain", "frozen", "--no-measure"), "measure=False has no effect"),
+        (
+            ("convert", "sparse", "a", "--to", "dense", "--sparsity", "2:4"),
+            "sparsity has no effect",
+        ),
+        (
+            ("convert", "dense", "b", "--to", "sparse", "--adapters", "merge"),
+            "adapters has no effect",
+        ),
+        (
+            ("convert", "sparse", "c", "--to", "dense", "--adapter-init", "zero"),
+            "adapter_init has no effect",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_an_option_without_effect_is_told_though_it_has_the_default_value(
+    arguments, words, of_each_kind, run, monkeypatch, tmp_path
+):
+    for folder in of_each_kind.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    assert words in run(*arguments).err
+
+
+@pytest.fixture(scope="module")
+def of_each_kind(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    shutil.copytree(dense, folder / "dense")
+    for source, target, more in (("dense", "sparse", ["--to", "sparse"]),
+                                 ("sparse", "frozen", ["--freeze"])):  # fmt: skip
+        assert cli.main(["convert", str(folder / source), str(folder / target), *more]) == 0
+    return folder
+
+
+def test_two_patterns_for_all_layers_are_refused(dense, run):
+    told = run("explain", dense, "--no-measure", "--sparsity", "2:4", "2:8", code=cli.FAILED).err
+    assert "--sparsity 2:4 2:8: two patterns for '*'" in told
+
+
+def test_explain_of_a_model_in_which_nothing_can_be_sparse_says_why(tmp_path, run):
+    LlamaConfig(
+        hidden_size=30, intermediate_size=30, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, vocab_size=30, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)  # fmt: skip
+    told = run("explain", tmp_path, "--no-measure", code=cli.FAILED).err
+    assert "model.layers.0.mlp.up_proj: " in told
