@@ -24,10 +24,10 @@ train: $(INSTALLED) ## pretrain a small GPT-2 on Shakespeare, 2:4, about four mi
 train-dense: $(INSTALLED) ## the same run, dense
 	$(BIN)/python examples/pretrain_gpt2.py --out runs/gpt2-dense --overwrite --dense
 
-test: $(INSTALLED) ## all tests, a worker a core (at most four); each runs on one thread
+test: $(INSTALLED) ## the tests of CI, a worker a core (at most four); each runs on one thread
 	$(BIN)/pytest -n auto --maxprocesses 4
 
-test-full: $(INSTALLED) ## those that take long too, and the matrix of consistency: over an hour on two cores
+test-full: $(INSTALLED) ## all tests and the matrices of consistency: over two hours on two cores
 	$(BIN)/python tests/helpers/full.py --write benchmarks/results/test_full.json
 	$(BIN)/python docs/generate.py consistency scaling
 

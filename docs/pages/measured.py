@@ -33,10 +33,10 @@ INTRODUCTION = """\
 # Results on a CPU
 
 `make readme` writes this page from the files in `benchmarks/results`. `make bench` writes those
-files in half an hour. The dense side is `torch.compile` with the same dtype and optimizer. The two
-sides run in turns in one process, after a check of the results. Each speed-up is the ratio of the
-medians, dense over sparse: above 1 the sparse side is faster, below 1 it is slower. The range in
-brackets holds half of the paired ratios.
+files, in two hours on two cores. The dense side is `torch.compile` with the same dtype and
+optimizer. The two sides run in turns in one process, after a check of the results. Each speed-up
+is the ratio of the medians, dense over sparse: above 1 the sparse side is faster, below 1 it is
+slower. The range in brackets holds half of the paired ratios.
 """
 
 

@@ -66,9 +66,10 @@ class SlopeConfig:
             experts. They are small and have a large effect.
         method: how the weights are stored and trained, by name or as an object of
             :mod:`slope_fx.methods` with other numbers. "slope", the default, stores only the kept
-            values. "dense" prunes nothing, as a control. "sr-ste" (arXiv 2102.04010), "s-ste"
-            (arXiv 2409.09099) and "gradual" (arXiv 2402.04744) store the dense weight and
-            end in :func:`slope_fx.compress_`. Each step of a Schedule chooses their masks again.
+            values. So does "evolve", whose masks move. "dense" prunes nothing, as a control.
+            "sr-ste" (arXiv 2102.04010), "s-ste" (arXiv 2409.09099) and "gradual" (arXiv 2402.04744)
+            store the dense weight and end in :func:`slope_fx.compress_`. Each step of a Schedule
+            chooses their masks again.
 
     Raises:
         ArgumentError: a field has a value that is not allowed.

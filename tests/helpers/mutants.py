@@ -103,7 +103,7 @@ MUTANTS = (
     Mutant(
         "markers of different weights are merged",
         "passes/prune_expands.py",
-        "known.setdefault((node.target, *arguments(node).values()), node)",
+        "known.setdefault((node.target, trains, *arguments(node).values()), node)",
         "known.setdefault((node.target, node.args[-2:], str(node.meta['example_value'].shape)),"
         " node)",
     ),
