@@ -1,6 +1,9 @@
 """All tests, the matrix of consistency and that of several ranks, with a results file.
 
-python tests/helpers/full.py --write benchmarks/results/test_full.json
+    python tests/helpers/full.py --write benchmarks/results/test_full.json
+    python tests/helpers/full.py --write benchmarks/results/test_full.json --again
+
+The second command runs the tests again that failed, after a repair, and notes it in the file.
 """
 
 import argparse
@@ -25,16 +28,15 @@ PARTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, required=True)
+    parser.add_argument("--again", action="store_true", help="only what failed")
     options = parser.parse_args()
-    report = ROOT / "build" / "test-full.xml"
-    begun = time.perf_counter()
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "-m", "",
-         "--durations", "200", "--junitxml", str(report)],
-        cwd=ROOT,
-    )  # fmt: skip
-    results = {**about(), **counts(report), "seconds": round(time.perf_counter() - begun)}
-    codes = [tests.returncode]
+    if options.again:
+        results = json.loads(options.write.read_text())
+        results["again"], code = run_tests([name for name, _ in results["failures"]])
+        write(options.write, results)
+        sys.exit(code)
+    results, code = run_tests([])
+    codes = [code]
     # After each part, so that a run that is stopped keeps what it has.
     write(options.write, results)
     for name, program, file in PARTS:
@@ -43,6 +45,19 @@ def main() -> None:
         results[name] = {"file": file, "agrees": part.returncode == 0}
         write(options.write, results)
     sys.exit(max(codes))
+
+
+def run_tests(names: list[str]) -> tuple[dict[str, Any], int]:
+    """Run the named tests, or all; returns the results and pytest's exit code."""
+    report = ROOT / "build" / "test-full.xml"
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "-m", "",
+         "--durations", "200", "--junitxml", str(report), *names],
+        cwd=ROOT,
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - begun)
+    return {**about(), **counts(report), "seconds": seconds}, done.returncode
 
 
 def about() -> dict[str, Any]:
@@ -58,11 +73,19 @@ def about() -> dict[str, Any]:
     }
 
 
-def counts(report: Path) -> dict[str, int]:
-    """The numbers of tests in a JUnit report."""
-    suite = ElementTree.parse(report).getroot()[0].attrib
-    failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
-    return {"passed": int(suite["tests"]) - failed - skipped, "failed": failed, "skipped": skipped}
+def counts(report: Path) -> dict[str, Any]:
+    """The numbers of tests in a JUnit report, and the names of those that failed, with why."""
+    suite = ElementTree.parse(report).getroot()[0]
+    failed = int(suite.attrib["failures"]) + int(suite.attrib["errors"])
+    skipped = int(suite.attrib["skipped"])
+    passed = int(suite.attrib["tests"]) - failed - skipped
+    failures = [
+        [f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}",
+         problem.attrib.get("message", "").partition("\n")[0]]
+        for case in suite
+        for problem in (*case.findall("failure"), *case.findall("error"))
+    ]  # fmt: skip
+    return {"passed": passed, "failed": failed, "skipped": skipped, "failures": failures}
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
