@@ -57,7 +57,7 @@ def file_of(tensor: torch.Tensor) -> str:
 
 @pytest.mark.parametrize("shards", SHARDS)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("make", [pytest.param(gpt2, marks=pytest.mark.full), llama])
 def test_both_kinds_of_checkpoints_give_what_freeze_gives(make, dtype, shards, tmp_path):
     model = awake(make)
     dense = slope_fx.densify(model)

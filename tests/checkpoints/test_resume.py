@@ -67,6 +67,7 @@ def test_interrupted_equals_uninterrupted(stop):
         assert torch.equal(second["model"].state_dict()[name], value), name
 
 
+@pytest.mark.full
 def test_killed_and_resumed(tmp_path, monkeypatch):
     """The benchmark of thirty kills, with three."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))

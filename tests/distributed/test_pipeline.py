@@ -284,7 +284,7 @@ def check(ranks, world, form, kind, layers, stages, data=1, backend="aot_eager")
 
 
 CASES = {
-    ("of_one_model", "GPipe"), ("one_by_one", "1F1B"), ("of_copies", "Interleaved1F1B"),
+    ("one_by_one", "1F1B"), ("of_copies", "Interleaved1F1B"),
 }  # fmt: skip
 
 

@@ -30,7 +30,8 @@ def gap(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.inductor
 @pytest.mark.parametrize("make", [gpt2, pytest.param(llama, marks=pytest.mark.full)])
-def test_the_logits_and_the_text_of_the_dense_model(make):
+@pytest.mark.parametrize("cache", ["static", pytest.param("dynamic", marks=pytest.mark.full)])
+def test_the_logits_and_the_text_of_the_dense_model(make, cache):
     model = awake(make())
     dense = slope_fx.densify(model)
     frozen = slope_fx.freeze(model)
@@ -38,11 +39,10 @@ def test_the_logits_and_the_text_of_the_dense_model(make):
     with torch.no_grad():
         assert gap(frozen(ids).logits, dense(ids).logits) < 1e-5
         want = dense.generate(ids[:, :4], max_new_tokens=8, do_sample=False)
-        for cache in ("dynamic", "static"):
-            text = frozen.generate(
-                ids[:, :4], max_new_tokens=8, do_sample=False, cache_implementation=cache
-            )
-            assert text.tolist() == want.tolist()
+        text = frozen.generate(
+            ids[:, :4], max_new_tokens=8, do_sample=False, cache_implementation=cache
+        )
+        assert text.tolist() == want.tolist()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,10 @@ def test_bad_arguments_change_nothing(arguments, said):
     assert not any(isinstance(m, FrozenWeight) for m in model.modules())
 
 
-@pytest.mark.parametrize(("values", "what"), [("float", "form_of_parts"), ("int8", "low_rank")])
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [pytest.param("float", "form_of_parts", marks=pytest.mark.full), ("int8", "low_rank")],
+)
 def test_an_interrupted_freeze_leaves_the_model_as_it_was(values, what, monkeypatch):
     """Measurements and decompositions take long: Ctrl-C at the third layer loses nothing."""
     model, calls = awake(gpt2()), 0

@@ -80,7 +80,7 @@ def test_a_warm_up_up_to_the_last_position():
 @pytest.mark.parametrize(
     ("backend", "cache"),
     [
-        ("aot_eager", "static"),
+        pytest.param("aot_eager", "static", marks=FULL),
         pytest.param("inductor", "static", marks=FULL),
         pytest.param("inductor", "dynamic", marks=FULL),
     ],

@@ -27,12 +27,13 @@ from triton_cases import (
     why_not,
 )
 
+FULL = pytest.mark.full
 pytestmark = pytest.mark.skipif(bool(why_not), reason=why_not or "-")
 
 
 @pytest.mark.skipif(ON_GPU, reason="the interpreter counts")
-@pytest.mark.parametrize("pattern", ["2:4", "1:2", "2:8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["2:4", *(pytest.param(p, marks=FULL) for p in ("1:2", "2:8"))])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=FULL), torch.bfloat16])
 def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
     """Every byte that a kernel loads or stores, counted, for whole tiles."""
     from triton.runtime import interpreter
@@ -97,6 +98,7 @@ def test_traffic_is_what_it_is_on_paper(monkeypatch, pattern, dtype):
         assert tuple(counted) == tuple(each * d_out * d_in for each in paper), kernel
 
 
+@FULL
 @pytest.mark.skipif(ON_GPU, reason="test_cuda.py does this, and under a sanitizer")
 def test_the_sanitizers_script_launches_every_configuration():
     import compiled_kernels

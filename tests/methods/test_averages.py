@@ -58,7 +58,7 @@ def soft(dense, mask, first):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("use_buffers", [pytest.param(False, marks=pytest.mark.full), True])
 def test_an_average_is_read_by_its_own_mask(method, use_buffers):
     torch.manual_seed(0)
     first = {f"{i}": nn.Linear(WIDTH, WIDTH).weight.detach().double() for i in range(4)}

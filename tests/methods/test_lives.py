@@ -64,7 +64,7 @@ def train(model, parts, first, last):
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=() if m.name == "gradual" else FULL) for m in ALL],
+    [pytest.param(m, marks=() if m.name == "evolve" else FULL) for m in ALL],
     ids=named,
 )
 @pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full)])

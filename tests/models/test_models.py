@@ -110,9 +110,18 @@ def test_activation_checkpointing(reentrant):
     "make",
     [
         lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5),
-        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, foreach=True),
-        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, fused=True),
-        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.5),
+        pytest.param(
+            lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, foreach=True),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, fused=True),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.5),
+            marks=pytest.mark.full,
+        ),
         lambda p: torch.optim.Adafactor(p, lr=1e-2),
     ],
     ids=["AdamW", "foreach", "fused", "SGD", "Adafactor"],

@@ -56,11 +56,19 @@ GROUPS = [list(FORMS)[i::9] for i in range(9)]
 """Each form once, a few in one model: most of the time goes into tracing what is around them."""
 
 
-@pytest.mark.parametrize("forms", GROUPS, ids=" + ".join)
+@pytest.mark.parametrize(
+    "forms",
+    [
+        pytest.param(forms, marks=pytest.mark.full if i % 2 else ())
+        for i, forms in enumerate(GROUPS)
+    ],
+    ids=" + ".join,
+)
 def test_every_form(forms):
     two_steps(forms, [], "2:4", adapters=True, seed=0)
 
 
+@pytest.mark.full
 @settings(max_examples=6)
 @given(st.data(), seeds)
 def test_random_models(data, seed):

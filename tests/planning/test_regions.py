@@ -167,11 +167,11 @@ def test_swins_unequal_stages_are_one_graph():
     ("name", "more", "kinds"),
     [
         ("Llama", {}, 2),
-        ("GPT-2", {}, 2),
+        pytest.param("GPT-2", {}, 2, marks=pytest.mark.full),
         ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, 8),
         pytest.param("Gemma 2", {}, 2, marks=pytest.mark.full),
         pytest.param("T5", {}, 4, marks=pytest.mark.full),
-        ("BERT", {}, 3),  # with the head's own linear
+        pytest.param("BERT", {}, 3, marks=pytest.mark.full),  # with the head's own linear
     ],
 )
 def test_kinds_of_real_models(name, more, kinds):

@@ -52,8 +52,8 @@ def test_the_sum_is_near_the_largest_one(pattern, seed):
         assert block[mask].sum().item() >= (1 - 1e-5 if m <= 4 else 0.97) * best
 
 
-@pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("pattern", ["2:4", "2:8"])
+@pytest.mark.parametrize("make", [gpt2, pytest.param(llama, marks=pytest.mark.full)])
+@pytest.mark.parametrize("pattern", [pytest.param("2:4", marks=pytest.mark.full), "2:8"])
 def test_the_backward_pass_prunes_nothing(make, pattern):
     """So the gradients of the inputs are those of the dense product with ``W^R``."""
     torch.manual_seed(0)

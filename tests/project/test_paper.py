@@ -71,7 +71,10 @@ def test_operations_are_those_that_torch_counts(bench, family):
     assert both.get_total_flops() == pytest.approx(rest + 3 * attention, rel=0.01)
 
 
-@pytest.mark.parametrize(("family", "kind"), [("opt", "bf16 with fp32 moments"), ("llama", "fp32")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("opt", "bf16 with fp32 moments"), pytest.param("llama", "fp32", marks=pytest.mark.full)],
+)
 def test_state_is_what_lies_in_memory(bench, family, kind):
     import state
     from arithmetic import training_state

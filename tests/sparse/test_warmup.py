@@ -89,7 +89,11 @@ class Ascending(torch.optim.Optimizer):
         self.base.step()
 
 
-@pytest.mark.parametrize("make", [AdamW, SGD, Adafactor, tensor_rates, Ascending])
+@pytest.mark.parametrize(
+    "make",
+    [AdamW, *(pytest.param(m, marks=pytest.mark.full) for m in (SGD, Adafactor, tensor_rates)),
+     Ascending],
+)  # fmt: skip
 def test_a_warm_up_equals_one_by_hand(make):
     run = Run(make, WARMUP).train(0, STEPS)
     assert run.equals(Run(make, 0, by_hand=True).train(0, STEPS))
