@@ -79,7 +79,11 @@ def from_dcp(folder, make):
 ROADS = [from_dense, from_sparse, from_sparse_on_meta, from_sparse_made_without_data, from_dcp]
 
 
-@pytest.mark.parametrize("make", [models.llama, models.gpt2, models.bert], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [models.llama, pytest.param(models.gpt2, marks=pytest.mark.full), models.bert],
+    ids=lambda f: f.__name__,
+)
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
 def test_made_again_by_loading(tmp_path, road, make):
     """Right numbers, and no word of it."""

@@ -118,7 +118,7 @@ def results(ranks, wrap, full):
 
 # ZeRO is another way to shard. torch's Adafactor has no rule for DTensors.
 REFUSED = {("FSDP2", "ZeRO"), ("FSDP2", "Adafactor")}
-IN_CI = {("FSDP2", "AdamW"), ("DDP", "ZeRO")}
+IN_CI = {("FSDP2", "AdamW")}
 CASES = [
     pytest.param(wrap, name, marks=[] if (wrap, name) in IN_CI else [pytest.mark.full])
     for wrap in WRAPS

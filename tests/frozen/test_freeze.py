@@ -204,10 +204,8 @@ def test_bad_arguments_change_nothing(arguments, said):
     assert not any(isinstance(m, FrozenWeight) for m in model.modules())
 
 
-@pytest.mark.parametrize(
-    ("values", "what"),
-    [pytest.param("float", "form_of_parts", marks=pytest.mark.full), ("int8", "low_rank")],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("values", "what"), [("float", "form_of_parts"), ("int8", "low_rank")])
 def test_an_interrupted_freeze_leaves_the_model_as_it_was(values, what, monkeypatch):
     """Measurements and decompositions take long: Ctrl-C at the third layer loses nothing."""
     model, calls = awake(gpt2()), 0

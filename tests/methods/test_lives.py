@@ -62,12 +62,9 @@ def train(model, parts, first, last):
     return losses
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=() if m.name == "evolve" else FULL) for m in ALL],
-    ids=named,
-)
-@pytest.mark.parametrize("stop", [3, pytest.param(6, marks=pytest.mark.full)])
+@FULL
+@pytest.mark.parametrize("method", ALL, ids=named)
+@pytest.mark.parametrize("stop", [3, 6])
 def test_resumed_equals_uninterrupted(method, stop, tmp_path):
     whole, parts = start(method)
     want = train(whole, parts, 0, STEPS)

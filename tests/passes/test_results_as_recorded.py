@@ -58,7 +58,7 @@ class AsTheyAre(nn.Module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.full), True])
 def test_views_and_writes_after_a_product(backend, autocast):
     torch.manual_seed(0)
     dense, x = AsTheyAre(), torch.randn(2, W, W)

@@ -124,7 +124,7 @@ def test_a_dense_model_trains():
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.full), "llama", "opt"])
 def test_a_peft_adapter_on_the_dense_checkpoint_gives_the_same_logits(kind, tmp_path):
     """By another process that never imports slope_fx."""
     model = adapted(kind)
