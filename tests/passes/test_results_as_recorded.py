@@ -126,7 +126,7 @@ CASTS = [
 @pytest.mark.parametrize("dtypes", CASTS, ids=str)
 @pytest.mark.parametrize("adapter", [False, True])
 def test_each_cast_rounds(dtypes, adapter):
-    """Of a sum with an adapter too; then the layer may stay expanded, which is told."""
+    """With an adapter, the sum is rounded. The layer may then stay expanded, with a warning."""
     torch.manual_seed(0)
     x = torch.randn(8, W)
     model = slope_fx.compile(
@@ -161,7 +161,7 @@ class WithoutGradient(nn.Module):
 
 
 class OnceWithout(nn.Module):
-    """The same weight in two products, of which one has no gradient."""
+    """Two products with the same weight. The first one runs under ``no_grad``."""
 
     def __init__(self):
         super().__init__()
@@ -177,7 +177,7 @@ class OnceWithout(nn.Module):
 @pytest.mark.parametrize("disabled", [(), ("sparsify_linears",)])
 @pytest.mark.parametrize("trains_input", [True, False])
 def test_a_weight_that_was_read_without_gradients(kind, disabled, trains_input):
-    """It gets none, and the other readings get theirs. The compiled one is as the eager one."""
+    """A read under ``no_grad`` gives no gradient, other reads do: compiled as eager."""
     torch.manual_seed(0)
     x = torch.randn(8, W, requires_grad=trains_input)
     how = {"example_inputs": x, "skip_first": False, "skip_head": False, "on_fallback": "ignore"}

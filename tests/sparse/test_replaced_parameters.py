@@ -1,4 +1,4 @@
-"""Parameters that torch or compile replace keep what belongs to them, or it is told."""
+"""Replaced parameters keep their class, sharing and attributes; lost hooks give a warning."""
 
 import warnings
 
@@ -22,8 +22,7 @@ def tied():
     )
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize(("frozen", "meta"), [(False, False), (False, True), (True, False)])
 def test_load_by_assignment(frozen, meta):
     """Shared weights stay shared, and masks stay masks."""
     model, other = tied(), tied()
@@ -33,8 +32,6 @@ def test_load_by_assignment(frozen, meta):
     if frozen:
         model, other = slope_fx.freeze(model.eval()), slope_fx.freeze(other.eval())
     if meta:
-        if frozen:
-            return  # a frozen model has a device
         other = other.to("meta")
     other.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     assert other[3].weight_values is other[1].weight_values
