@@ -1,6 +1,6 @@
 """The arms of the study: how each model is made, and the cost of its products."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -112,6 +112,19 @@ ARMS = {
     "exact backward 1:4": Arm("1:4", exact_from=0.0),
 }
 """By name. The first is the reference of the gap, the third its other end."""
+
+
+def trunk_of(name: str) -> tuple[str, float] | None:
+    """The arm that has the same first steps, and the fraction of the steps that they share."""
+    arm = ARMS[name]
+    shared = min(arm.start if arm.rank else 1.0, arm.exact_from)
+    plain = replace(
+        arm, rank=0.0, start=Arm.start, exact_from=1.0, adapter_rate=1.0, adapter_warmup=0.0,
+        pooled=False,
+    )  # fmt: skip
+    if 0 < shared < 1:
+        return next(((other, shared) for other, found in ARMS.items() if found == plain), None)
+    return None
 
 
 def width_of(arm: Arm, rung: Rung) -> int:

@@ -2,6 +2,8 @@
 
 A run is one process on one thread, and adds one JSON line to ``results/accuracy.jsonl``. A stage
 runs what is not there yet, so it goes on after any kill; a run that was cut short begins again.
+An arm that has the first steps of another one, its trunk, begins where they part, if the trunk left
+its state in ``build/accuracy/forks``.
 
     python benchmarks/accuracy/study.py quick               # three arms in under ten minutes
     python benchmarks/accuracy/study.py tune --workers 2    # hours
@@ -10,7 +12,6 @@ runs what is not there yet, so it goes on after any kill; a run that was cut sho
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -23,21 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, RUNGS, cost, make, own_rates, set_backward
+from arms import ARMS, RUNGS, trunk_of
 from data import rows
 from filelock import FileLock
-from torch import nn
 from tqdm import tqdm
-
-import slope_fx
+from training import CACHE, run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import RESULTS, commit, processor
+from common import RESULTS
 
-ROOT = Path(__file__).resolve().parents[2]
-CACHE = ROOT / "build" / "accuracy"
 LINES = RESULTS / "accuracy.jsonl"
-CONTEXT, HELD_OUT_ROWS, EVALUATIONS = 256, 2048, 10
 RATES = (4e-3, 8e-3, 16e-3)
 """Where the grid begins; it grows by a factor of two where the best rate is at its edge."""
 TUNED_ON = "quick"
@@ -71,6 +67,7 @@ def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
         rungs, seeds, arms = ("small", "medium"), (1, 2, 3), list(ARMS)
         if stage == "large":
             rungs, seeds, arms = ("large",), (1, 2), ["dense", "slope", *_leaders(results)]
+        arms.sort(key=lambda arm: trunk_of(arm) is not None)  # after their trunks
         for rung in rungs:
             for seed in seeds:
                 yield from ((arm, rung, best[arm], seed) for arm in arms)
@@ -149,77 +146,6 @@ def queue(stage: str, lines: Path, workers: int, device: str, limit: float) -> N
         if key in results:
             result = results[key]
             print(f"{result['loss']:.4f} nats a byte  {result['seconds']:5.0f} s  {key}")
-
-
-def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, Any]:
-    """Train one model. The loss is that of the end."""
-    size = RUNGS[rung]
-    steps = size.tokens // (CONTEXT * size.batch)
-    text = rows(CACHE, CONTEXT)
-    torch.manual_seed(seed)
-    model, schedule = make(ARMS[arm], size, CONTEXT, steps)
-    model.to(device).train()
-    order = torch.randperm(len(text["train"]), generator=torch.Generator().manual_seed(seed))
-    if steps * size.batch > len(order):
-        raise SystemExit(f"{rung} needs {steps * size.batch} rows; the text has {len(order)}.")
-    groups = slope_fx.param_groups(
-        model, rate, weight_decay=0.1, **own_rates(ARMS[arm], rate, steps)
-    )
-    trained = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    warmup = max(1, steps // 50)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    half: Any = contextlib.nullcontext()
-    if device != "cpu":
-        half = torch.autocast(device, torch.bfloat16)
-    curve, seconds = [], 0.0
-    for step in tqdm(range(steps), mininterval=5):
-        started = time.perf_counter()
-        set_backward(ARMS[arm], model, step, steps)
-        ids = text["train"][order[step * size.batch : (step + 1) * size.batch]].long().to(device)
-        with half:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        rates.step()
-        if schedule is not None:
-            schedule.step()
-        seconds += time.perf_counter() - started
-        if not loss.isfinite():
-            break
-        if (step + 1) % max(1, steps // EVALUATIONS) == 0 and step + 1 < steps:
-            curve.append([step + 1, evaluate(model, text["held_out"][:256], device)])
-    final = evaluate(model, text["held_out"][:HELD_OUT_ROWS], device)
-    return {
-        "arm": arm, "rung": rung, "lr": rate, "seed": seed, "steps": steps,
-        "tokens": steps * size.batch * CONTEXT,
-        "loss": final if math.isfinite(final) else math.inf, "curve": curve,
-        "cost": cost(ARMS[arm], size), "seconds": seconds,
-        "parameters": sum(p.numel() for p in trained), "commit": commit(),
-        "device": processor() if device == "cpu" else torch.cuda.get_device_name(),
-        "versions": {"torch": str(torch.__version__), "slope_fx": slope_fx.__version__},
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, held_out: torch.Tensor, device: str) -> float:
-    """The mean loss in nats a byte."""
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):
-        losses = [
-            model(input_ids=ids, labels=ids, use_cache=False).loss.item()
-            for ids in (part.long().to(device) for part in held_out.split(64))
-        ]
-    model.train()
-    return sum(losses) / len(losses)
 
 
 def main() -> None:

@@ -69,18 +69,29 @@ def _rung(rung: str, arms: dict[str, dict[int, Result]]) -> str:
         rows.append((
             name, f"{some['lr']:g}", len(arm), f"{_mean_loss(arm):.4f}",
             _said(less) if name != REFERENCE else "", _said(gaps, 2) if gaps else "",
-            f"{some['cost']:.3f}", f"{statistics.median(r['seconds'] for r in arm.values()):.0f}",
+            f"{some['cost']:.3f}", _time(arm, dense),
         ))  # fmt: skip
     headers = (
         "arm", "learning rate", "seeds", "loss", f"minus {REFERENCE}", "of the gap closed",
-        "cost", "seconds",
+        "cost", "time",
     )  # fmt: skip
     return (
         f"The {rung} rung, {next(iter(next(iter(arms.values())).values()))['tokens']:,} bytes of "
         "text. The loss is in nats a byte on text that was held out, the mean over the seeds; "
         "differences are paired by seed, with 95% intervals. The cost is that of the products in "
-        f"FLOPs, relative to dense.\n\n{table(rows, headers)}"
+        "FLOPs, and the time that of all steps, both relative to dense on the same processor."
+        f"\n\n{table(rows, headers)}"
     )
+
+
+def _time(arm: dict[int, Result], dense: dict[int, Result]) -> str:
+    """The median over the seeds; the runs of a seed count if they had the same processor."""
+    ratios = [
+        arm[seed]["seconds"] / dense[seed]["seconds"]
+        for seed in arm.keys() & dense.keys()
+        if arm[seed]["device"] == dense[seed]["device"]
+    ]
+    return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
 def _mean_loss(arm: dict[int, Result]) -> float:

@@ -12,7 +12,8 @@ import slope_fx
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "accuracy"))
 import study
-from arms import ARMS, Arm, Rung, cost, make, own_rates, set_backward
+import training
+from arms import ARMS, RUNGS, Arm, Rung, cost, make, own_rates, set_backward, trunk_of
 
 SIZE = Rung(layers=3, width=32, batch=2)
 
@@ -110,7 +111,8 @@ def test_differences_are_paired_by_seed(page):
     losses = {"dense": 0.0, "slope": 0.04, "transposable": 0.01}
     runs = [
         {"arm": arm, "rung": "small", "seed": seed, "lr": 8e-3, "loss": seed + loss + seed * 1e-4
-         * (arm == "transposable"), "cost": 0.5, "seconds": 10.0, "tokens": 1000}
+         * (arm == "transposable"), "cost": 0.5, "seconds": 10.0, "tokens": 1000,
+         "device": "a CPU"}
         for seed in (1, 2, 3) for arm, loss in losses.items()
     ]  # fmt: skip
     runs.append({**runs[0], "seed": 0, "rung": "quick"})
@@ -189,3 +191,56 @@ def test_a_stage_goes_on_while_results_ask_for_more(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "CACHE", tmp_path)
     study.queue("tune", lines, 1, "cpu", float("inf"))
     assert started == [*study.RATES, 32e-3, 64e-3]
+
+
+FORKS = {
+    "slope r=1.56% from 99%": ("slope", 0.99),
+    "slope r=6.25% from 99%": ("slope", 0.99),
+    "slope r=6.25% from 90%": ("slope", 0.9),
+    "slope r=6.25% from 90%, rate x8": ("slope", 0.9),
+    "slope r=6.25% from 75%": ("slope", 0.75),
+    "slope r=6.25% from 75%, pooled": ("slope", 0.75),
+    "transposable r=6.25% from 75%": ("transposable", 0.75),
+    "exact backward from 95%": ("slope", 0.95),
+}
+"""The arms that have the first steps of another one."""
+
+
+def test_the_arms_that_share_their_first_steps():
+    found = {arm: trunk_of(arm) for arm in ARMS}
+    assert {arm: fork for arm, fork in found.items() if fork is not None} == FORKS
+
+
+def test_a_trunk_runs_before_the_arms_that_begin_with_it(monkeypatch):
+    monkeypatch.setattr(study, "best_rates", lambda results: dict.fromkeys(ARMS, 8e-3))
+    order = [key for key in study.planned("compare", {}) if key[1:] == ("small", 8e-3, 2)]
+    assert len(order) == len(ARMS)
+    assert {arm for arm, *_ in order[-len(FORKS) :]} == set(FORKS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arm", [a for a in FORKS if "1.56%" not in a])
+def test_a_run_from_the_state_of_its_trunk_is_the_whole_run(arm, tmp_path, monkeypatch):
+    text = torch.randint(0, 256, (80, 16), generator=torch.Generator().manual_seed(0))
+    text = {part: text.to(torch.uint8) for part in ("train", "held_out")}
+    monkeypatch.setattr(training, "rows", lambda *_: text)
+    monkeypatch.setattr(training, "CACHE", tmp_path)
+    monkeypatch.setattr(training, "CONTEXT", 16)
+    tiny = Rung(layers=1, width=32, batch=2)
+    monkeypatch.setattr(Rung, "tokens", property(lambda self: 40 * self.batch * 16))
+    monkeypatch.setitem(RUNGS, "quick", tiny)
+    trunk, shared = FORKS[arm]
+
+    def run(arm):
+        return training.run(arm, "quick", 4e-2, 1, "cpu")
+
+    whole = run(arm)
+    assert whole["forked_at"] == 0
+    alone = run(trunk)
+    forked = run(arm)
+    assert forked["forked_at"] == int(shared * 40) - 1
+    assert forked["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert [step for step, _ in forked["curve"]] == [step for step, _ in whole["curve"]]
+    for (_, mine), (_, other) in zip(forked["curve"], whole["curve"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)
+    assert abs(alone["loss"] - whole["loss"]) > 1e-4 * whole["loss"]
