@@ -48,10 +48,11 @@ class Trained:
         path.parent.mkdir(parents=True, exist_ok=True)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         moments = {names[p]: state for p, state in self.optimizer.state.items()}
+        tensors = {name: tensor.data for name, tensor in self.tensors().items()}
         partial = path.with_suffix(f".{os.getpid()}")
         torch.save(
-            {"tensors": self.tensors(), "moments": moments, "steps": self.steps,
-             "curve": self.curve, "seconds": self.seconds}, partial,
+            {"tensors": tensors, "moments": moments, "steps": self.steps, "curve": self.curve,
+             "seconds": self.seconds}, partial,
         )  # fmt: skip
         partial.replace(path)
 
