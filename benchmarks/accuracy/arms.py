@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import slope_fx
 from slope_fx.methods import Evolve, Gradual, method_of
@@ -26,11 +26,26 @@ class Rung:
     @property
     def parameters(self) -> int:
         """The parameters of the blocks' matrices, dense."""
-        return 12 * self.layers * self.width**2
+        return self.layers * sum(d_in * d_out for d_in, d_out in matrices(self.width).values())
 
     @property
     def tokens(self) -> int:
         return 20 * self.parameters
+
+
+def inner_width(width: int) -> int:
+    """Of the MLP: 8/3 of the width, in multiples of 8."""
+    return 8 * round(width / 3)
+
+
+def matrices(width: int) -> dict[str, tuple[int, int]]:
+    """The input and output widths of a block's linears."""
+    inner = inner_width(width)
+    attention = {f"self_attn.{part}_proj": (width, width) for part in "qkvo"}
+    return {
+        **attention, "mlp.gate_proj": (width, inner), "mlp.up_proj": (width, inner),
+        "mlp.down_proj": (inner, width),
+    }  # fmt: skip
 
 
 RUNGS = {
@@ -56,10 +71,11 @@ class Arm:
         method: as in ``slope_fx.compile``.
         adapter_rate: the learning rate of the adapters divided by that of all other parameters.
         adapter_warmup: the fraction of the steps over which the adapters' rate rises at first.
-        pooled: whether A adds up equal parts of the input and does not train (SLoRB,
+        pooled: whether A adds up parts of the input of equal size and does not train (SLoRB,
             arXiv 2407.20584), so that B alone costs products.
         scaled: whether the sparse weights begin larger, by density ** -0.5, and have the learning
             rate divided by the density (SuPar, arXiv 2405.15743).
+        tuned_on: the rung on which the learning rate is chosen.
     """
 
     pattern: str | None = "2:4"
@@ -74,6 +90,7 @@ class Arm:
     adapter_warmup: float = 0.0
     pooled: bool = False
     scaled: bool = False
+    tuned_on: str = "quick"
 
     @property
     def density(self) -> float:
@@ -105,8 +122,10 @@ ARMS = {
     "sr-ste": Arm(method="sr-ste"),
     "s-ste": Arm(method="s-ste"),
     "gradual": Arm(method="gradual"),
-    "MLP only": Arm(dense_layers=("*.attn.*",)),
-    "first and last block dense": Arm(dense_layers=("*.h.0.*", "*.h.LAST.*")),
+    "MLP only": Arm(dense_layers=("*.self_attn.*",)),
+    "first and last block dense": Arm(
+        dense_layers=("*.layers.0.*", "*.layers.LAST.*"), tuned_on="small"
+    ),
     "slope 1:4": Arm("1:4"),
     "transposable 1:4": Arm("1:4", mask="transposable"),
     "exact backward 1:4": Arm("1:4", exact_from=0.0),
@@ -135,13 +154,13 @@ def width_of(arm: Arm, rung: Rung) -> int:
 def make(arm: Arm, rung: Rung, context: int, steps: int) -> tuple[nn.Module, Any]:
     """The model of an arm, and its schedule; None for a dense one."""
     width = width_of(arm, rung)
-    config = GPT2Config(
-        n_layer=rung.layers, n_head=HEADS, n_embd=width, vocab_size=256, n_positions=context,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.02 * (768 / width) ** 0.5,
+    config = LlamaConfig(
+        num_hidden_layers=rung.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
+        hidden_size=width, intermediate_size=inner_width(width), vocab_size=256,
+        max_position_embeddings=context, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0, pad_token_id=None, initializer_range=0.01 * (768 / width) ** 0.5,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    model.loss_type = "ForCausalLM"
+    model = LlamaForCausalLM(config)
     if arm.pattern is None:
         return slope_fx.compile(model, method="dense", region="blocks"), None
     layers = [name.replace("LAST", str(rung.layers - 1)) for name in arm.dense_layers]
@@ -163,7 +182,7 @@ def make(arm: Arm, rung: Rung, context: int, steps: int) -> tuple[nn.Module, Any
 
 
 def _pooling(name: str, weight: Tensor, mask: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A, whose rows add up equal parts of the input, and B = 0."""
+    """A, whose rows add up parts of the input of equal size, and B = 0."""
     parts = torch.arange(weight.shape[1]) * rank // weight.shape[1]
     a = (parts == torch.arange(rank)[:, None]).to(weight.dtype)
     return a, weight.new_zeros(weight.shape[0], rank)
@@ -195,22 +214,15 @@ def cost(arm: Arm, rung: Rung) -> float:
     steps or in all, counts in full there. An adapter of rank r adds r (d_in + d_out) /
     (d_in d_out) of dense while it takes part; one whose A is a sum adds r / d_in.
     """
-    width = width_of(arm, rung)
     if arm.pattern is None:
-        return width**2 / rung.width**2
+        return replace(rung, width=width_of(arm, rung)).parameters / rung.parameters
     kept, dense = arm.density, _dense_shares(arm)
     products = sum(share + (1 - share) * kept for share in dense) / 3
-    layers = {
-        "attn.c_attn": (1, 3),
-        "attn.c_proj": (1, 1),
-        "mlp.c_fc": (1, 4),
-        "mlp.c_proj": (4, 1),
-    }
     total = 0.0
     for block in range(rung.layers):
-        for name, (d_in, d_out) in layers.items():
-            share = d_in * d_out / 12 / rung.layers
-            if _is_dense(arm, rung, f"transformer.h.{block}.{name}"):
+        for name, (d_in, d_out) in matrices(rung.width).items():
+            share = d_in * d_out / rung.parameters
+            if _is_dense(arm, rung, f"model.layers.{block}.{name}"):
                 total += share
                 continue
             factors = d_out if arm.pooled else d_in + d_out

@@ -36,8 +36,7 @@ from common import RESULTS
 LINES = RESULTS / "accuracy.jsonl"
 RATES = (4e-3, 8e-3, 16e-3)
 """Where the grid begins; it grows by a factor of two where the best rate is at its edge."""
-TUNED_ON = "quick"
-QUICK = {"dense": 8e-3, "slope": 16e-3, "transposable": 16e-3}
+QUICK = {"dense": 4e-3, "slope": 8e-3, "transposable": 8e-3}
 """The arms of "quick", with rates that are near the best."""
 Key = tuple[str, str, float, int]
 """An arm, a rung, a learning rate and a seed."""
@@ -54,14 +53,14 @@ def done(lines: Path) -> dict[Key, dict[str, Any]]:
 def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
     """The runs of a stage."""
     if stage == "quick":
-        yield from ((arm, TUNED_ON, rate, 0) for arm, rate in QUICK.items())
+        yield from ((arm, "quick", rate, 0) for arm, rate in QUICK.items())
     elif stage == "tune":
         for rate in RATES:
-            yield from ((arm, TUNED_ON, rate, 0) for arm in ARMS)
+            yield from ((name, arm.tuned_on, rate, 0) for name, arm in ARMS.items())
         tuned = _tuned(results)
-        for arm in ARMS:
-            if set(RATES) <= tuned.get(arm, {}).keys():
-                yield from ((arm, TUNED_ON, rate, 0) for rate in _further(tuned[arm]))
+        for name, arm in ARMS.items():
+            if set(RATES) <= tuned.get(name, {}).keys():
+                yield from ((name, arm.tuned_on, rate, 0) for rate in _further(tuned[name]))
     else:
         best = best_rates(results)
         rungs, seeds, arms = ("small", "medium"), (1, 2, 3), list(ARMS)
@@ -74,10 +73,10 @@ def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
 
 
 def _tuned(results: dict[Key, dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """The losses of each arm by learning rate, on the rung of the stage tune with seed 0."""
+    """The losses of each arm by learning rate, on the rung of its tuning with seed 0."""
     tuned: dict[str, dict[float, float]] = {}
     for (arm, rung, rate, seed), result in results.items():
-        if rung == TUNED_ON and seed == 0:
+        if seed == 0 and arm in ARMS and rung == ARMS[arm].tuned_on:
             tuned.setdefault(arm, {})[rate] = result["loss"]
     return tuned
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from .common import DOCS, RESULTS, Result, filled, table
 
 LINES = RESULTS / "accuracy.jsonl"
-TUNED_ON, REFERENCE, DENSE = "quick", "slope", "dense"
+REFERENCE, DENSE = "slope", "dense"
 NOT_RUN = "No run of this stage is committed yet."
 QUANTILES = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Of Student's t, for an interval of 95%, by the degrees of freedom."""
@@ -106,15 +106,15 @@ def _said(numbers: Sequence[float], digits: int = 4) -> str:
 
 
 def tuned(runs: list[Result]) -> str:
-    found: dict[str, dict[float, float]] = {}
+    found: dict[tuple[str, str], dict[float, float]] = {}
     for run in runs:
-        if run["rung"] == TUNED_ON and run["seed"] == 0:
-            found.setdefault(run["arm"], {})[run["lr"]] = run["loss"]
+        if run["seed"] == 0:
+            found.setdefault((run["rung"], run["arm"]), {})[run["lr"]] = run["loss"]
     if not found:
         return NOT_RUN
     rates = sorted({rate for losses in found.values() for rate in losses})
     rows = []
-    for arm, losses in found.items():
+    for (rung, arm), losses in found.items():
         best = min(losses.values())
         cells = [
             "" if rate not in losses
@@ -122,10 +122,9 @@ def tuned(runs: list[Result]) -> str:
             else f"{losses[rate]:.4f}"
             for rate in rates
         ]  # fmt: skip
-        rows.append((arm, *cells))
-    headers = ("arm", *(f"{rate:g}" for rate in rates))
+        rows.append((rung, arm, *cells))
+    headers = ("rung", "arm", *(f"{rate:g}" for rate in rates))
     return (
-        f"Held-out loss on the {TUNED_ON} rung with one seed, by the learning rate. The best is "
-        f"in bold. Differences of less than 0.02 between arms may be noise.\n\n"
+        "Held-out loss with one seed, by the learning rate. The best is in bold.\n\n"
         f"{table(rows, headers)}"
     )

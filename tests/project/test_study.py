@@ -30,8 +30,8 @@ def test_each_arm_is_what_it_says(name):
     arm = ARMS[name]
     model, schedule = make(arm, SIZE, context=8, steps=100)
     weights = {} if arm.pattern is None else slope_fx.sparse_weights(model)
-    expected = {"MLP only": 6, "first and last block dense": 4}
-    assert len(weights) == expected.get(name, 0 if arm.pattern is None else 12)
+    expected = {"MLP only": 9, "first and last block dense": 7}
+    assert len(weights) == expected.get(name, 0 if arm.pattern is None else 21)
     for weight in weights.values():
         assert str(weight.pattern) == arm.pattern
         keeps_all = torch.equal(weight.forward_mask(), weight.backward_mask())
@@ -41,7 +41,7 @@ def test_each_arm_is_what_it_says(name):
         if arm.pooled:
             taken = weight.lora_A != 0
             assert (taken.sum(0) == 1).all()
-            assert (taken.sum(1) == weight.d_in / weight.rank).all()
+            assert (taken.sum(1) - weight.d_in / weight.rank).abs().max() < 1
             assert weight.lora_A[taken].unique().numel() == 1
             assert not weight.lora_B.any()
     groups = slope_fx.param_groups(model, 1e-3, **own_rates(arm, 1e-3, 300))
@@ -50,7 +50,7 @@ def test_each_arm_is_what_it_says(name):
     if arm.rank:
         assert rates["adapters"] == ((8e-3, 3) if "x8" in name else (1e-3, None))
         trained = [p for g in groups if g["name"] == "adapters" for p in g["params"]]
-        assert len(trained) == (12 if arm.pooled else 24)
+        assert len(trained) == (21 if arm.pooled else 42)
     if weights:
         assert schedule is not None
         set_backward(arm, model, 97, 100)
@@ -71,7 +71,7 @@ def test_each_arm_is_what_it_says(name):
         (Arm(method="gradual"), 0.75),
         (Arm(method="evolve"), 0.5 + 0.5 * 0.0075),
         (Arm(mask="transposable"), 0.5),
-        (Arm(dense_layers=("*.attn.*",)), 2 / 3),
+        (Arm(dense_layers=("*.self_attn.*",)), (4 * 32 + 0.5 * 3 * 88) / (4 * 32 + 3 * 88)),
     ],
 )
 def test_the_cost_of_the_products(arm, want):
@@ -80,8 +80,7 @@ def test_the_cost_of_the_products(arm, want):
 
 def test_an_adapter_costs_while_it_takes_part():
     """Of rank r: r / d_in + r / d_out of a dense layer, over a quarter of the run."""
-    layers = [(1, 3), (1, 1), (1, 4), (4, 1)]
-    sizes = [(SIZE.width * d_in, SIZE.width * d_out) for d_in, d_out in layers]
+    sizes = [(32, 32)] * 4 + [(32, 88), (32, 88), (88, 32)]
     total = sum(d_in * d_out for d_in, d_out in sizes)
     adapters = sum(d_in / 16 * (d_in + d_out) for d_in, d_out in sizes)
     want = 0.5 + 0.25 * adapters / total
@@ -125,23 +124,23 @@ def test_differences_are_paired_by_seed(page):
 
 
 def _results(arm, losses):
-    return {(arm, study.TUNED_ON, rate, 0): {"loss": loss} for rate, loss in losses.items()}
+    return {(arm, "quick", rate, 0): {"loss": loss} for rate, loss in losses.items()}
 
 
 def test_the_grid_of_rates_grows_until_the_best_is_inside(monkeypatch):
-    monkeypatch.setattr(study, "ARMS", {"slope": None})
+    monkeypatch.setattr(study, "ARMS", {"slope": Arm()})
     losses = {2e-3: 1.4, 4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.1, 32e-3: 1.0, 64e-3: 1.05}
     begun = _results("slope", {rate: losses[rate] for rate in study.RATES})
     for further in (32e-3, 64e-3):
         with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
             study.best_rates(begun)
         (key,) = set(study.planned("tune", begun)) - set(begun)
-        assert key == ("slope", study.TUNED_ON, further, 0)
+        assert key == ("slope", "quick", further, 0)
         begun |= _results("slope", {further: losses[further]})
     assert set(study.planned("tune", begun)) <= set(begun)
     assert study.best_rates(begun) == {"slope": 32e-3}
     low = _results("slope", {4e-3: 1.0, 8e-3: 1.1, 16e-3: 1.2})
-    assert ("slope", study.TUNED_ON, 2e-3, 0) in set(study.planned("tune", low))
+    assert ("slope", "quick", 2e-3, 0) in set(study.planned("tune", low))
     with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
         study.best_rates(_results("slope", {8e-3: 1.2}))
 
@@ -185,7 +184,7 @@ def test_a_stage_goes_on_while_results_ask_for_more(tmp_path, monkeypatch):
                 file.write(json.dumps(result) + "\n")
         return type("Done", (), {"returncode": int(started[-1] == 64e-3)})
 
-    monkeypatch.setattr(study, "ARMS", {"slope": None})
+    monkeypatch.setattr(study, "ARMS", {"slope": Arm()})
     monkeypatch.setattr(study.subprocess, "run", process)
     monkeypatch.setattr(study, "rows", lambda cache: None)
     monkeypatch.setattr(study, "CACHE", tmp_path)
@@ -239,8 +238,8 @@ def test_a_run_from_the_state_of_its_trunk_is_the_whole_run(arm, tmp_path, monke
     alone = run(trunk)
     forked = run(arm)
     assert forked["forked_at"] == int(shared * 40) - 1
-    assert forked["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    error = abs(forked["loss"] - whole["loss"])  # engines add in another order
+    assert error < 0.1 * abs(alone["loss"] - whole["loss"])
     assert [step for step, _ in forked["curve"]] == [step for step, _ in whole["curve"]]
     for (_, mine), (_, other) in zip(forked["curve"], whole["curve"], strict=True):
-        assert mine == pytest.approx(other, rel=1e-5)
-    assert abs(alone["loss"] - whole["loss"]) > 1e-4 * whole["loss"]
+        assert mine == pytest.approx(other, rel=1e-6)
