@@ -30,7 +30,8 @@ class Trained:
 
     Attributes:
         curve: (step, held-out loss) during the run.
-        seconds: of all steps, those of the trunk among them.
+        seconds: of all steps, those of the trunk among them. On a CPU, those of the processor: a
+            run is one thread, and others may share the machine.
     """
 
     model: nn.Module
@@ -120,8 +121,9 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
             rates.last_epoch = state.steps - 1
             rates.step()
     forked = state.steps
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for step in tqdm(range(forked, steps), mininterval=5):
-        started = time.perf_counter()
+        started = clock()
         set_backward(ARMS[arm], model, step, steps)
         ids = text["train"][order[step * size.batch : (step + 1) * size.batch]].long().to(device)
         with half:
@@ -133,7 +135,7 @@ def run(arm: str, rung: str, rate: float, seed: int, device: str) -> dict[str, A
         rates.step()
         if schedule is not None:
             schedule.step()
-        state.seconds += time.perf_counter() - started
+        state.seconds += clock() - started
         state.steps = step + 1
         if not loss.isfinite():
             break
