@@ -5,7 +5,7 @@ from .common import DOCS, Result, filled, mib, pivot, read_if_there, speedup, ta
 BLOCKS = {
     "speed": "frozen", "start": "frozen_start", "quality": "frozen_quality",
     "peer": "llama_cpp_peer", "quantised": "quantised", "package": "package", "joined": "joined",
-    "openvino": "openvino_peer",
+    "openvino": "openvino_peer", "profile": "decode_profile",
 }  # fmt: skip
 
 
@@ -13,6 +13,7 @@ def inference() -> str:
     makers = {
         "speed": speed, "start": start, "quality": quality, "peer": peer, "quantised": quantised,
         "package": package, "joined": joined, "openvino": openvino,
+        "profile": profile,
     }  # fmt: skip
     found = {block: read_if_there(name) for block, name in BLOCKS.items()}
     blocks = {
@@ -108,6 +109,21 @@ def peer(result: Result) -> str:
         "too, ours is bf16) "
         f"(`benchmarks/llama_cpp_peer.py`, {_at(result)}).\n\n"
         + table(rows, ("", "tokens/s", "MB of weights"))
+    )
+
+
+def profile(result: Result) -> str:
+    """Where a decoding step goes."""
+    parts = list(result["sides"][0]["shares"])
+    rows = [
+        (side["side"], f"**{1e3 * side['seconds']:.1f}**",
+         *(f"{1e3 * side['seconds'] * side['shares'][part]:.1f}" for part in parts))
+        for side in result["sides"]
+    ]  # fmt: skip
+    return (
+        f"A decoding step of {result['model']}, one sequence, bf16, milliseconds. The parts are "
+        "the shares that torch.profiler finds "
+        f"(`benchmarks/decode_profile.py`, {_at(result)}).\n\n" + table(rows, ("", "step", *parts))
     )
 
 
