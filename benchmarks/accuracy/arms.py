@@ -75,7 +75,7 @@ class Arm:
             arXiv 2407.20584), so that B alone costs products.
         scaled: whether the sparse weights begin larger, by density ** -0.5, and have the learning
             rate divided by the density (SuPar, arXiv 2405.15743).
-        tuned_on: the rung on which the learning rate is chosen.
+        tuned_from: the first rung on which the learning rate is tuned.
     """
 
     pattern: str | None = "2:4"
@@ -90,7 +90,7 @@ class Arm:
     adapter_warmup: float = 0.0
     pooled: bool = False
     scaled: bool = False
-    tuned_on: str = "quick"
+    tuned_from: str = "quick"
 
     @property
     def density(self) -> float:
@@ -124,7 +124,7 @@ ARMS = {
     "gradual": Arm(method="gradual"),
     "MLP only": Arm(dense_layers=("*.self_attn.*",)),
     "first and last block dense": Arm(
-        dense_layers=("*.layers.0.*", "*.layers.LAST.*"), tuned_on="small"
+        dense_layers=("*.layers.0.*", "*.layers.LAST.*"), tuned_from="small"
     ),
     "slope 1:4": Arm("1:4"),
     "transposable 1:4": Arm("1:4", mask="transposable"),

@@ -55,12 +55,9 @@ def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
     if stage == "quick":
         yield from ((arm, "quick", rate, 0) for arm, rate in QUICK.items())
     elif stage == "tune":
-        for rate in RATES:
-            yield from ((name, arm.tuned_on, rate, 0) for name, arm in ARMS.items())
-        tuned = _tuned(results)
-        for name, arm in ARMS.items():
-            if set(RATES) <= tuned.get(name, {}).keys():
-                yield from ((name, arm.tuned_on, rate, 0) for rate in _further(tuned[name]))
+        for arm in ARMS:
+            if trunk_of(arm) is None:
+                yield from _tuning(arm, results)
     else:
         best = best_rates(results)
         rungs, seeds, arms = ("small", "medium"), (1, 2, 3), list(ARMS)
@@ -72,13 +69,33 @@ def planned(stage: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
                 yield from ((arm, rung, best[arm], seed) for arm in arms)
 
 
-def _tuned(results: dict[Key, dict[str, Any]]) -> dict[str, dict[float, float]]:
-    """The losses of each arm by learning rate, on the rung of its tuning with seed 0."""
-    tuned: dict[str, dict[float, float]] = {}
-    for (arm, rung, rate, seed), result in results.items():
-        if seed == 0 and arm in ARMS and rung == ARMS[arm].tuned_on:
-            tuned.setdefault(arm, {})[rate] = result["loss"]
-    return tuned
+def _tuning(arm: str, results: dict[Key, dict[str, Any]]) -> Iterator[Key]:
+    """The runs that choose the rate of an arm: those that were made, and the next ones."""
+    grid: tuple[float, ...] = RATES
+    if ARMS[arm].tuned_from == "quick":
+        yield from ((arm, "quick", rate, 0) for rate in RATES)
+        losses = _losses(arm, "quick", results)
+        if not set(RATES) <= losses.keys():
+            return
+        further = _further(losses)
+        yield from ((arm, "quick", rate, 0) for rate in further)
+        if further:
+            return
+        best = min(losses, key=lambda rate: losses[rate])
+        grid = (best, best / 2)
+    yield from ((arm, "small", rate, 0) for rate in grid)
+    losses = _losses(arm, "small", results)
+    if set(grid) <= losses.keys() and losses[min(losses)] == min(losses.values()):
+        yield arm, "small", min(losses) / 2, 0
+
+
+def _losses(arm: str, rung: str, results: dict[Key, dict[str, Any]]) -> dict[float, float]:
+    """The losses of an arm on a rung by learning rate, with seed 0."""
+    return {
+        key[2]: result["loss"]
+        for key, result in results.items()
+        if (key[0], key[1], key[3]) == (arm, rung, 0)
+    }
 
 
 def _further(losses: dict[float, float]) -> list[float]:
@@ -90,18 +107,23 @@ def _further(losses: dict[float, float]) -> list[float]:
 
 
 def best_rates(results: dict[Key, dict[str, Any]]) -> dict[str, float]:
-    """The learning rate with the smallest loss of each arm.
+    """The learning rate of each arm with the smallest loss on the small rung.
+
+    An arm that has the first steps of another one has its rate too.
 
     Raises:
         SystemExit: the stage tune has not ended: an arm lacks rates, or its best one is at the
             edge of those that were run.
     """
-    tuned = _tuned(results)
+    found = {}
     for arm in ARMS:
-        losses = tuned.get(arm, {})
-        if not set(RATES) <= losses.keys() or _further(losses):
-            raise SystemExit(f"{arm!r} has no best rate yet: let the stage tune end first.")
-    return {arm: min(losses, key=lambda r: losses[r]) for arm, losses in tuned.items()}
+        fork = trunk_of(arm)
+        tuned = arm if fork is None else fork[0]
+        if not set(_tuning(tuned, results)) <= results.keys():
+            raise SystemExit(f"{tuned!r} has no best rate yet: let the stage tune end first.")
+        losses = _losses(tuned, "small", results)
+        found[arm] = min(losses, key=lambda rate: losses[rate])
+    return found
 
 
 def _leaders(results: dict[Key, dict[str, Any]]) -> list[str]:

@@ -36,12 +36,12 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     return mean, quantile * statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
-def by_arm(runs: Iterable[Result], rung: str) -> dict[str, dict[int, Result]]:
-    """The runs of the stage that compares, by arm and seed."""
-    found: dict[str, dict[int, Result]] = {}
+def by_arm(runs: Iterable[Result], rung: str) -> dict[tuple[str, float], dict[int, Result]]:
+    """The runs of the stage that compares, by arm and learning rate, then by seed."""
+    found: dict[tuple[str, float], dict[int, Result]] = {}
     for run in runs:
         if run["rung"] == rung and run["seed"] > 0:
-            found.setdefault(run["arm"], {})[run["seed"]] = run
+            found.setdefault((run["arm"], run["lr"]), {})[run["seed"]] = run
     return found
 
 
@@ -56,10 +56,13 @@ def compared(runs: list[Result]) -> str:
     return "\n\n".join(part for part in parts if part) or NOT_RUN
 
 
-def _rung(rung: str, arms: dict[str, dict[int, Result]]) -> str:
-    reference, dense = arms.get(REFERENCE, {}), arms.get(DENSE, {})
+def _rung(rung: str, arms: dict[tuple[str, float], dict[int, Result]]) -> str:
+    reference, dense = (
+        max((arm for (name, _), arm in arms.items() if name == end), key=len, default={})
+        for end in (REFERENCE, DENSE)
+    )
     rows = []
-    for name, arm in sorted(arms.items(), key=lambda pair: _mean_loss(pair[1])):
+    for (name, rate), arm in sorted(arms.items(), key=lambda pair: _mean_loss(pair[1])):
         less = differences(arm, reference)
         gaps = [
             (reference[s]["loss"] - arm[s]["loss"]) / (reference[s]["loss"] - dense[s]["loss"])
@@ -67,8 +70,8 @@ def _rung(rung: str, arms: dict[str, dict[int, Result]]) -> str:
         ]
         some = next(iter(arm.values()))
         rows.append((
-            name, f"{some['lr']:g}", len(arm), f"{_mean_loss(arm):.4f}",
-            _said(less) if name != REFERENCE else "", _said(gaps, 2) if gaps else "",
+            name, f"{rate:g}", len(arm), f"{_mean_loss(arm):.4f}",
+            _said(less) if arm is not reference else "", _said(gaps, 2) if gaps else "",
             f"{some['cost']:.3f}", _time(arm, dense),
         ))  # fmt: skip
     headers = (

@@ -50,7 +50,7 @@ def accuracy() -> None:
     shape = {"ncols": len(rungs), "figsize": (5.5 * len(rungs), 4.5), "squeeze": False}
     with drawn(DOCS / "accuracy.png", **shape) as axes:
         for axis, rung in zip(axes[0], rungs, strict=True):
-            for name, arm in by_arm(runs, rung).items():
+            for (name, _), arm in by_arm(runs, rung).items():
                 mean, half = interval([run["loss"] for run in arm.values()])
                 cost = next(iter(arm.values()))["cost"]
                 error = half if math.isfinite(half) else None

@@ -115,34 +115,52 @@ def test_differences_are_paired_by_seed(page):
         for seed in (1, 2, 3) for arm, loss in losses.items()
     ]  # fmt: skip
     runs.append({**runs[0], "seed": 0, "rung": "quick"})
+    runs.append({**runs[2], "lr": 32e-3, "loss": 9.0})  # another rate has a row of its own
     text = page.compared(runs)
-    (row,) = (line for line in text.splitlines() if line.startswith("| transposable"))
+    row, other = (line for line in text.splitlines() if line.startswith("| transposable"))
+    assert "| 9.0000 |" in other
     assert "| -0.0298 ± 0.0002 |" in row
     assert re.search(r"\+0\.7[45] ± 0\.01", row)
     assert "quick" in page.tuned(runs)
     assert "quick" not in text
 
 
-def _results(arm, losses):
-    return {(arm, "quick", rate, 0): {"loss": loss} for rate, loss in losses.items()}
+def _results(losses, rung="quick"):
+    return {("slope", rung, rate, 0): {"loss": loss} for rate, loss in losses.items()}
+
+
+def _next(results):
+    """What the stage tune runs next; a best rate exists when there is nothing."""
+    left = set(study.planned("tune", results)) - set(results)
+    if left:
+        with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
+            study.best_rates(results)
+    return {(rung, rate) for _, rung, rate, _ in left}
 
 
 def test_the_grid_of_rates_grows_until_the_best_is_inside(monkeypatch):
     monkeypatch.setattr(study, "ARMS", {"slope": Arm()})
     losses = {2e-3: 1.4, 4e-3: 1.3, 8e-3: 1.2, 16e-3: 1.1, 32e-3: 1.0, 64e-3: 1.05}
-    begun = _results("slope", {rate: losses[rate] for rate in study.RATES})
+    begun = _results({rate: losses[rate] for rate in study.RATES})
     for further in (32e-3, 64e-3):
-        with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
-            study.best_rates(begun)
-        (key,) = set(study.planned("tune", begun)) - set(begun)
-        assert key == ("slope", "quick", further, 0)
-        begun |= _results("slope", {further: losses[further]})
-    assert set(study.planned("tune", begun)) <= set(begun)
-    assert study.best_rates(begun) == {"slope": 32e-3}
-    low = _results("slope", {4e-3: 1.0, 8e-3: 1.1, 16e-3: 1.2})
-    assert ("slope", "quick", 2e-3, 0) in set(study.planned("tune", low))
-    with pytest.raises(SystemExit, match="'slope' has no best rate yet"):
-        study.best_rates(_results("slope", {8e-3: 1.2}))
+        assert _next(begun) == {("quick", further)}
+        begun |= _results({further: losses[further]})
+    assert _next(begun) == {("small", 32e-3), ("small", 16e-3)}
+    begun |= _results({32e-3: 1.0, 16e-3: 0.9}, "small")
+    assert _next(begun) == {("small", 8e-3)}
+    assert study.best_rates(begun | _results({8e-3: 0.95}, "small")) == {"slope": 16e-3}
+    assert _next(begun | _results({8e-3: 0.85}, "small")) == {("small", 4e-3)}
+    assert _next(_results({4e-3: 1.0, 8e-3: 1.1, 16e-3: 1.2})) == {("quick", 2e-3)}
+    assert _next(_results({8e-3: 1.2})) == {("quick", 4e-3), ("quick", 16e-3)}
+
+
+def test_arms_without_a_quick_stage_and_arms_with_a_trunk(monkeypatch):
+    arms = {"slope": Arm(tuned_from="small"), "late": ARMS["slope r=6.25% from 90%"]}
+    monkeypatch.setattr(study, "ARMS", arms)
+    monkeypatch.setattr(study, "trunk_of", {"slope": None, "late": ("slope", 0.9)}.get)
+    assert _next({}) == {("small", rate) for rate in study.RATES}
+    done = _results({4e-3: 1.0, 8e-3: 0.9, 16e-3: 1.1}, "small")
+    assert study.best_rates(done) == {"slope": 8e-3, "late": 8e-3}
 
 
 def test_a_stage_runs_what_is_not_there_yet(tmp_path, monkeypatch):
